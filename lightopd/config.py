@@ -1,0 +1,231 @@
+"""Configs from YAML files, `--set a.b=1` and flags, in that order of weight; errors in the user's words."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lightopd.errors import ConfigError
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.run import STAGES, RunConfig
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; a name that is no file is looked up among the shipped recipes.
+
+    Raises:
+        ConfigError: no such file, broken YAML (with its line), or not a mapping.
+    """
+    path = _find(name, shipped)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, not keys and values")
+    return value
+
+
+def _find(name: str, shipped: Path | None) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if shipped is not None:
+        recipe = shipped / f"{name.removesuffix('.yaml')}.yaml"
+        if recipe.is_file() and recipe.resolve().is_relative_to(shipped.resolve()):
+            return recipe
+    known = (
+        sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+        if shipped
+        else []
+    )
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean the recipe {' or '.join(close)}?" if close else ""
+    raise ConfigError(f"no config file {name}{hint or '; give the path of a YAML file'}")
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top, mapping by mapping; a changed `kind` replaces the whole mapping."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            result[key] = merged(old, value) if same_kind else value
+        else:
+            result[key] = value
+    return result
+
+
+def parse_set(assignment: str) -> dict[str, Any]:
+    """`optimizer.lr=1e-5` as a nested mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: no `=`, an empty key, or a value that is not YAML.
+    """
+    key, separator, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {assignment!r} is not key=value, such as --set optimizer.lr=1e-5")
+    try:
+        value: Any = _number(text) if _number(text) is not None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment!r}: the value is not YAML ({error})") from error
+    for part in reversed(parts):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _number(text: str) -> float | None:
+    """`1e-5` as a float; YAML 1.1 takes it for a string. Whole numbers are left to YAML."""
+    try:
+        return float(text) if "e" in text.lower() and not text.lower().startswith("0x") else None
+    except ValueError:
+        return None
+
+
+def build(model: type[Model], data: Mapping[str, Any]) -> Model:
+    """The validated config.
+
+    Raises:
+        ConfigError: every problem in one message, each with its key, what was found, and close names.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_problem(item, model) for item in error.errors(include_url=False)]
+        raise ConfigError("config: " + "; ".join(dict.fromkeys(problems))) from error
+
+
+def build_run(data: Mapping[str, Any]) -> RunConfig:
+    """The validated run file, the settings of every stage in it included.
+
+    Raises:
+        ConfigError: as `build`; a problem in a section names the section.
+    """
+    run = build(RunConfig, data)
+    for _, stage, settings in run.chain():
+        try:
+            build(STAGES[stage], settings)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("config: ", f"config, section {stage}: ", 1)) from error
+    return run
+
+
+def load_stage(
+    stage: str,
+    files: Iterable[str],
+    sets: Iterable[str],
+    flags: Mapping[str, Any],
+    shipped: Path | None = None,
+) -> StrictModel:
+    """Config of one stage: files in order, then `--set`, then the flags that were given (not None).
+
+    A file is either the stage's own settings (or a part of them, such as a method recipe), or a run file,
+    of which the stage's section is taken.
+    """
+    data: dict[str, Any] = {}
+    for name in files:
+        data = merged(data, _stage_part(stage, read_yaml(name, shipped)))
+    return build(STAGES[stage], _laid_over(data, sets, flags))
+
+
+def load_run(
+    files: Iterable[str], sets: Iterable[str], flags: Mapping[str, Any], shipped: Path | None = None
+) -> RunConfig:
+    """Config of the whole chain, from files, `--set` and flags as in `load_stage`."""
+    data: dict[str, Any] = {}
+    for name in files:
+        data = merged(data, read_yaml(name, shipped))
+    return build_run(_laid_over(data, sets, flags))
+
+
+def _stage_part(stage: str, data: dict[str, Any]) -> dict[str, Any]:
+    if not is_run_file(data):
+        return data
+    settings = build_run(data).settings(stage)
+    return build(STAGES[stage], settings).model_dump(mode="json", exclude_unset=True)
+
+
+def is_run_file(data: Mapping[str, Any]) -> bool:
+    """Whether a file's mapping has a section for a stage."""
+    return any(isinstance(data.get(stage), Mapping) for stage in STAGES)
+
+
+def _laid_over(data: dict[str, Any], sets: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    for assignment in sets:
+        data = merged(data, parse_set(assignment))
+    return merged(data, {key: value for key, value in flags.items() if value is not None})
+
+
+def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
+    location: Sequence[Any] = item["loc"]
+    key = ".".join(str(part) for part in location) or "the whole"
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _field_names(model, location[:-1]), n=2)
+        return f"unknown key {key}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message if key == "the whole" else f"{key}: {message}"
+    return f"{key}: {message[:1].lower()}{message[1:]}, found {item['input']!r}"
+
+
+def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Names known beside an unknown key; unions contribute the fields of all their members."""
+    found = [model]
+    for part in location:
+        step = [
+            m
+            for one in found
+            if part in one.model_fields
+            for m in _models_in(one.model_fields[part].annotation)
+        ]
+        found = step or found
+    return sorted({name for one in found for name in one.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+
+
+def as_yaml(config: StrictModel) -> str:
+    """The whole config as YAML, defaults written out; `-c` reads it back to an equal config."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    assert isinstance(text, str)
+    return text
+
+
+def describe(model: type[BaseModel], prefix: str = "") -> str:
+    """Every key a config can have, one block each: key, type, default, meaning; unions list each kind."""
+    lines = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        default = (
+            "required"
+            if field.is_required()
+            else f"default {_shown(field.get_default(call_default_factory=True))}"
+        )
+        lines += [f"{key}  ({default})", f"    {field.description}"]
+        for nested in _models_in(field.annotation):
+            lines.append(describe(nested, f"{key}."))
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "below"
+    return str(list(value) if isinstance(value, tuple) else value)

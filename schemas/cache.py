@@ -1,0 +1,60 @@
+"""Arrow schemas of the cache, one row per rollout, and the metadata of every shard.
+
+Top-k entries of all positions of a rollout lie end to end; `topk_counts` says how many belong to
+each position. docs/decisions/0001-cache-layout.md has the measurements behind this layout.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+def list_of(value: pa.DataType) -> pa.ListType:
+    """List whose values are never null, which spares Parquet a level for every value."""
+    return pa.list_(pa.field("element", value, nullable=False))
+
+
+ROLLOUTS = pa.schema(
+    [
+        pa.field("rollout_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("domain", pa.string()),
+        pa.field("prompt_ids", list_of(pa.int32()), nullable=False),
+        pa.field("response_ids", list_of(pa.int32()), nullable=False),
+        pa.field("loss_mask", list_of(pa.bool_()), nullable=False),
+        pa.field("turns", list_of(pa.int32()), nullable=False),
+        pa.field("logprobs", list_of(pa.float32())),
+        pa.field("entropies", list_of(pa.float32())),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("reward", pa.float32()),
+        pa.field("prompt_text", pa.string()),
+        pa.field("response_text", pa.string()),
+    ]
+)
+
+
+def signal_schema(topk_dtype: str) -> pa.Schema:
+    """Schema of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
+
+    `topk_dtype` is `float16` or `float32`; `logprobs` and `tail_logprobs` are always float32.
+    """
+    value = {"float16": pa.float16(), "float32": pa.float32()}[topk_dtype]
+    return pa.schema(
+        [
+            pa.field("rollout_id", pa.string(), nullable=False),
+            pa.field("logprobs", list_of(pa.float32()), nullable=False),
+            pa.field("topk_counts", list_of(pa.int32()), nullable=False),
+            pa.field("topk_ids", list_of(pa.int32()), nullable=False),
+            pa.field("topk_logprobs", list_of(value), nullable=False),
+            pa.field("tail_logprobs", list_of(pa.float32()), nullable=False),
+        ]
+    )
+
+
+SHARD_METADATA_KEYS = ("lightopd.schema_version", "lightopd.kind", "lightopd.fingerprint")
+"""Key-value metadata of every Parquet file: schema version, `rollouts` or `signals/<name>`, and the
+hash of the manifest that the shard belongs to."""

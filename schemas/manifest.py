@@ -1,0 +1,239 @@
+"""Lineage on disk: who made what, from what, under which contract.
+
+A cache has `lightopd.json` (a `CacheManifest`, about its rollouts) and one `signals/<name>/signal.json`
+(a `SignalManifest`) per signal, so that a signal added later rewrites nothing. A fine-tuned student has
+`lightopd_student.json` (a `StudentLineage`) in its folder.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue
+
+from lightopd.schemas.base import StrictModel, canonical_hash
+from lightopd.schemas.configs import Allowed, SamplingConfig
+
+CACHE_MANIFEST = "lightopd.json"
+SIGNAL_MANIFEST = "signal.json"
+STUDENT_LINEAGE = "lightopd_student.json"
+
+
+class ModelFingerprint(StrictModel):
+    """Which model it is. Two folders with one `identity` hold the same model, whatever their names."""
+
+    identity: str
+    """Hash of weights, architecture config and adapter."""
+    weights: str
+    """Hash over every tensor's name, dtype, shape and bytes; sharding into files does not matter."""
+    config: str
+    """Hash of the architecture part of `config.json`."""
+    adapter: str | None = None
+    """Hash of the adapter's weights and config."""
+    source: str
+    """Path or repository it was read from; for people, never compared."""
+    commit: str | None = None
+    """Commit of a hub repository."""
+
+
+class Precision(StrictModel):
+    """How the weights were run; a difference is reported, not refused."""
+
+    dtype: str
+    """Number format of the weights in memory, such as `bfloat16`."""
+    quantization: str | None = None
+    """Name of the quantisation method, if any."""
+
+
+class TokenizerFingerprint(StrictModel):
+    """Which tokenizer it is, part by part, so that a refusal can name the part."""
+
+    vocabulary: str
+    """Hash of the exact token-to-id map."""
+    size: int
+    """Number of tokens in the map."""
+    special_ids: dict[str, list[int]]
+    """Ids by role: `bos`, `eos` (all that end a response), `pad`, `unk`."""
+    template: str | None
+    """Hash of the chat template; None when there is none."""
+
+
+class Override(StrictModel):
+    """A refusal that a user set aside."""
+
+    stage: str
+    """Stage that would have refused."""
+    allowed: Allowed
+    """Name given to `--allow`."""
+    found: str
+    """What did not agree."""
+
+
+class EngineRecord(StrictModel):
+    """What ran the model."""
+
+    kind: str
+    """Engine kind, such as `hf`."""
+    version: str
+    """Version of the library underneath."""
+    settings: dict[str, JsonValue] = {}
+    """Settings that can change numbers."""
+
+
+class NoiseFloor(StrictModel):
+    """Differences between two scorings of the same tokens by one engine, alone and in a batch."""
+
+    mean_nats: float = Field(ge=0)
+    """Mean absolute difference of sampled-token log-probabilities."""
+    max_nats: float = Field(ge=0)
+    """Largest absolute difference."""
+    tokens: int = Field(ge=0)
+    """Tokens compared."""
+
+
+class SftLineage(StrictModel):
+    """Which teacher wrote the data that the student was fine-tuned on."""
+
+    proof: Literal["recorded", "declared", "unknown"]
+    """`recorded` by the sft stage; `declared` by the user, not proven; or `unknown`."""
+    teacher: ModelFingerprint | None = None
+    """The teacher; None when unknown, or when only its name was declared."""
+    name: str | None = None
+    """Name of a declared teacher whose files were not at hand; compared as text with the scorer's source."""
+    data: str | None = None
+    """Hash of the answers, when recorded."""
+
+
+class StudentLineage(StrictModel):
+    """`lightopd_student.json`: where a student comes from."""
+
+    schema_version: int = 1
+    """Version of this file's layout."""
+    student: ModelFingerprint
+    """The very weights beside this file; a copy beside other weights is refused."""
+    base: ModelFingerprint | None
+    """The model it was made from."""
+    sft: SftLineage
+    """Its fine-tuning teacher."""
+    made_by: str
+    """Stage that made it: `sft` or `train`."""
+    cache: str | None = None
+    """Content id of the cache it was trained on, for `train`."""
+    overrides: tuple[Override, ...] = ()
+    """Refusals set aside on the way, its ancestors' included."""
+
+
+class CacheManifest(StrictModel):
+    """`lightopd.json`: the contract of a cache's rollouts."""
+
+    schema_version: int
+    """Layout version; a newer one is refused."""
+    lightopd_version: str
+    """Version that wrote it; for people, never compared."""
+    origin: Literal["student", "teacher", "imported"]
+    """Who wrote the responses."""
+    sampler: ModelFingerprint | None
+    """The model that sampled: the student, or the teacher in the sft stage; None when imported."""
+    precision: Precision | None
+    """How the sampler was run."""
+    sft: SftLineage
+    """The student's fine-tuning teacher."""
+    tokenizer: TokenizerFingerprint | None
+    """Tokenizer of the ids; None when imported."""
+    vocabulary_size: int = Field(ge=1)
+    """Width of the model's output; every id lies below it."""
+    rendering: dict[str, JsonValue] = {}
+    """How prompts became ids: `render`, `template_options`."""
+    sampling: SamplingConfig | None
+    """Sampling contract; None when imported."""
+    prompts: str
+    """Hash over the prompts, in order."""
+    num_prompts: int = Field(ge=0)
+    """Number of prompts."""
+    shard_rollouts: int = Field(ge=1)
+    """Rollouts in a full shard."""
+    num_shards: int = Field(ge=0)
+    """Shards when complete."""
+    engine: EngineRecord | None
+    """What ran the sampler."""
+    overrides: tuple[Override, ...] = ()
+    """Refusals set aside so far, the student's included."""
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the bytes of the shards; paths and versions left out."""
+        return _fingerprint(self)
+
+
+class SignalManifest(StrictModel):
+    """`signals/<name>/signal.json`: one model's scores over the rollouts."""
+
+    schema_version: int
+    """Layout version; a newer one is refused."""
+    name: str
+    """Name of the signal and of its folder."""
+    role: Literal["teacher", "reference", "imported"]
+    """A `teacher` was held to teacher consistency."""
+    rollouts: str
+    """Fingerprint of the cache manifest whose rollouts were scored."""
+    model: ModelFingerprint | None
+    """The model that scored; None when imported."""
+    precision: Precision | None
+    """How it was run."""
+    tokenizer: TokenizerFingerprint | None
+    """Its tokenizer."""
+    context: dict[str, JsonValue] = {"kind": "plain"}
+    """What the model saw before the response: `plain` is the student's own prompt."""
+    top_k: int = Field(ge=0)
+    """Most entries kept at a position."""
+    min_probability: float = Field(0.0, ge=0)
+    """Entries below this were left to the tail."""
+    topk_dtype: Literal["float16", "float32"]
+    """Number format of the top-k on disk."""
+    tail: Literal["exact", "derived"]
+    """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
+    engine: EngineRecord | None
+    """What ran it."""
+    noise: NoiseFloor | None = None
+    """The engine's own run-to-run noise, measured before scoring."""
+    overrides: tuple[Override, ...] = ()
+    """Refusals set aside so far, the rollouts' included."""
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the bytes of the shards; paths, versions and noise left out."""
+        return _fingerprint(self)
+
+
+class ShardMarker(StrictModel):
+    """`part-NNNNN.json`, written after its Parquet file is in place: the shard exists and is whole."""
+
+    rows: int = Field(ge=0)
+    """Rows in the file."""
+    tokens: int = Field(ge=0)
+    """Response tokens in the file."""
+    size_bytes: int = Field(ge=0)
+    """Size of the file."""
+    sha256: str
+    """SHA-256 of the file."""
+    fingerprint: str
+    """Fingerprint of the manifest it was made under."""
+    dropped: dict[str, int] = {}
+    """Rows left out, by reason."""
+
+
+def compared_fields(manifest: StrictModel) -> dict[str, Any]:
+    """What a fingerprint hashes: every field but paths, versions and measured noise."""
+    plain: dict[str, Any] = manifest.model_dump(mode="json")
+    for volatile in ("lightopd_version", "noise"):
+        plain.pop(volatile, None)
+    compared: dict[str, Any] = _without_sources(plain)
+    return compared
+
+
+def _fingerprint(manifest: StrictModel) -> str:
+    return canonical_hash(compared_fields(manifest))
+
+
+def _without_sources(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_sources(item) for key, item in value.items() if key not in ("source", "commit")}
+    if isinstance(value, list):
+        return [_without_sources(item) for item in value]
+    return value

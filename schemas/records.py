@@ -1,0 +1,106 @@
+"""What crosses a stage boundary in bulk: prompts, samples, rollouts and scores.
+
+R = response tokens of one rollout, C = top-k entries of all its positions laid end to end.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as the user gave it, before any tokenizer."""
+
+    prompt_id: str
+    """The user's `id`, or a hash of the content."""
+    messages: tuple[dict[str, Any], ...] | None
+    """Chat turns, each with `role` and `content`; None where `text` is given."""
+    text: str | None
+    """Plain prompt; under `render: chat` it becomes one user turn."""
+    answer: str | None = None
+    domain: str | None = None
+    verifier: str | None = None
+    """Name of the reward function that judges a response."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the verifier needs beyond `answer`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One drawn response."""
+
+    response_ids: Ids
+    """int32 [R], exactly the drawn ids, the end token included where it was drawn."""
+    logprobs: Floats
+    """float32 [R], nats, of each drawn id under the raw (temperature 1, untruncated) distribution."""
+    entropies: Floats | None
+    """float32 [R], nats, of the raw distribution; None where the engine cannot tell."""
+    finish_reason: str
+    """`stop` when an end token was drawn, `length` when the token limit came first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """What a scorer reads: prompt ids, then response ids."""
+
+    prompt_ids: Ids
+    response_ids: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A model's log-probabilities over one response, full-vocabulary softmax, float32, nats."""
+
+    logprobs: Floats
+    """[R], of each response token, the end token included."""
+    topk_counts: Ids
+    """[R], entries kept at each position."""
+    topk_ids: Ids
+    """[C], token ids, most likely first within a position."""
+    topk_logprobs: Floats
+    """[C], their log-probabilities."""
+    tail_logprobs: Floats
+    """[R], log of the probability outside the kept entries; -inf when nothing is outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One row of the cache's rollouts."""
+
+    rollout_id: str
+    """Hash of prompt ids, response ids, sampler and sample index."""
+    prompt_id: str
+    sample_index: int
+    origin: str
+    """Who wrote the response: `student`, `teacher` or `imported`."""
+    domain: str | None
+    prompt_ids: Ids
+    response_ids: Ids
+    loss_mask: Bools
+    """[R], True where the token was written by the model and is trained on."""
+    turns: Ids
+    """[R], index of the assistant turn a token belongs to."""
+    logprobs: Floats | None
+    """[R], log-probability at rollout time under the raw distribution of the sampler; None when imported."""
+    entropies: Floats | None
+    finish_reason: str
+    truncated: bool
+    answer: str | None
+    reward: float | None
+    prompt_text: str | None
+    response_text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollout:
+    """A rollout with the signals that were asked for."""
+
+    rollout: Rollout
+    signals: dict[str, Scores]

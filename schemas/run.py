@@ -1,0 +1,91 @@
+"""The chain of stages from one YAML file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.configs import (
+    EvalConfig,
+    ModelConfig,
+    PrecomputeConfig,
+    PromptsConfig,
+    RolloutConfig,
+    SftConfig,
+    StageConfig,
+    TrainConfig,
+    as_prompts,
+)
+
+STAGES: dict[str, type[StrictModel]] = {
+    "sft": SftConfig,
+    "rollout": RolloutConfig,
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+"""Config of each stage, in the order they run."""
+
+
+class RunConfig(StageConfig):
+    """A run file: what the stages share at the top, and a section with the settings of each stage."""
+
+    out: Path
+    """Folder of the run; every stage writes below it."""
+    teacher: ModelConfig
+    """The model that is distilled."""
+    student: ModelConfig
+    """The base student where there is a `sft` section, else the fine-tuned student."""
+    prompts: PromptsConfig
+    """Prompts of `sft` and `rollout`, unless their section names others."""
+    eval_prompts: PromptsConfig | None = None
+    """Held-out prompts; without them nothing is evaluated."""
+    sft: dict[str, Any] | None = None
+    """Settings of the sft stage; left out, the student is taken as fine-tuned."""
+    rollout: dict[str, Any] = Field({})
+    """Settings of the rollout stage."""
+    precompute: dict[str, Any] = Field({})
+    """Settings of the precompute stage."""
+    train: dict[str, Any] = Field({})
+    """Settings of the train stage."""
+    eval: dict[str, Any] = Field({})
+    """Settings of the evaluations before and after training, and of the teacher."""
+
+    SECTIONS: ClassVar[tuple[str, ...]] = tuple(STAGES)
+
+    _prompts = field_validator("prompts", "eval_prompts", mode="before")(as_prompts)
+
+    def chain(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """(name, stage, settings) of every step, in order; the settings build that stage's config."""
+        steps = [("sft", "sft")] if self.sft is not None else []
+        steps += [("rollout", "rollout"), ("precompute", "precompute")]
+        steps += [("eval_teacher", "eval"), ("eval_before", "eval")] if self.eval_prompts else []
+        steps += [("train", "train")]
+        steps += [("eval_after", "eval")] if self.eval_prompts else []
+        return [(name, stage, self.settings(name)) for name, stage in steps]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Settings of one step: what the run shares, with the step's section laid on top."""
+        section: Mapping[str, Any] = getattr(self, "eval" if name.startswith("eval") else name) or {}
+        return {**self._shared(name), **section}
+
+    def _shared(self, name: str) -> dict[str, Any]:
+        sampled_by = {"path": str(self.out / "sft" / "student")} if self.sft is not None else self.student
+        cache, allow = self.out / "cache", self.allow
+        if name == "sft":
+            return {"prompts": self.prompts, "teacher": self.teacher, "student": self.student,
+                    "out": self.out / "sft", "allow": allow}  # fmt: skip
+        if name == "rollout":
+            return {"prompts": self.prompts, "student": sampled_by, "cache": cache, "allow": allow}
+        if name == "precompute":
+            return {"cache": cache, "teacher": self.teacher, "allow": allow}
+        if name == "train":
+            return {"cache": cache, "student": sampled_by, "out": self.out / "train", "allow": allow}
+        return {"prompts": self.eval_prompts, "out": self.out / name, **self._evaluated(name, sampled_by)}
+
+    def _evaluated(self, name: str, sampled_by: Any) -> dict[str, Any]:
+        trained = {"path": str(self.out / "train" / "student")}
+        model = {"eval_after": trained, "eval_teacher": self.teacher}.get(name, sampled_by)
+        return {"model": model}

@@ -1,0 +1,70 @@
+-- Views over a cache's Parquet files. They stand on two views and two tables that the index makes first:
+-- raw_rollouts and raw_signals (the columns of the files, plus shard, row_in_shard and signal),
+-- raw_manifests (one row per signal) and raw_lineage (every field of every manifest).
+-- docs/cache.md describes each column. Log-probabilities and entropies are in nats.
+
+CREATE OR REPLACE VIEW rollouts AS
+SELECT
+    rollout_id,
+    prompt_id,
+    sample_index,
+    origin,
+    domain,
+    len(prompt_ids) AS prompt_tokens,
+    len(response_ids) AS response_tokens,
+    len(list_filter(loss_mask, lambda is_trained: is_trained)) AS trained_tokens,
+    finish_reason,
+    truncated,
+    answer,
+    reward,
+    list_avg(logprobs) AS mean_logprob_student,
+    prompt_text,
+    response_text,
+    prompt_ids,
+    response_ids,
+    shard,
+    row_in_shard
+FROM raw_rollouts;
+
+CREATE OR REPLACE VIEW tokens AS
+SELECT
+    *,
+    logprob_student - logprob_signal AS gap
+FROM (
+    SELECT
+        r.rollout_id,
+        r.prompt_id,
+        r.domain,
+        s.signal,
+        unnest(range(len(r.response_ids))) AS pos,
+        unnest(r.response_ids) AS token_id,
+        unnest(r.loss_mask) AS is_trained,
+        unnest(r.turns) AS turn,
+        unnest(r.logprobs) AS logprob_student,
+        unnest(r.entropies) AS entropy_student,
+        unnest(s.logprobs) AS logprob_signal,
+        unnest(s.tail_logprobs) AS logprob_tail,
+        unnest(s.topk_counts) AS topk_count,
+        len(r.response_ids) AS response_tokens,
+        r.reward,
+        r.truncated
+    FROM raw_rollouts AS r
+    LEFT JOIN raw_signals AS s
+        ON s.shard = r.shard AND s.row_in_shard = r.row_in_shard AND s.rollout_id = r.rollout_id
+);
+
+CREATE OR REPLACE VIEW topk AS
+SELECT
+    rollout_id,
+    signal,
+    unnest(flatten(list_transform(topk_counts, lambda entries, place: repeat([place - 1], entries)))) AS pos,
+    unnest(flatten(list_transform(topk_counts, lambda entries: range(1, entries + 1)))) AS rank,
+    unnest(topk_ids) AS token_id,
+    unnest(topk_logprobs) AS logprob
+FROM raw_signals;
+
+CREATE OR REPLACE VIEW signals AS
+SELECT * FROM raw_manifests;
+
+CREATE OR REPLACE VIEW lineage AS
+SELECT * FROM raw_lineage;
