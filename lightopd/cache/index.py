@@ -1,0 +1,333 @@
+"""SQL over a cache: views on the Parquet files, a fence around the cache folder, and named queries.
+
+Every `query` builds its views anew in an in-memory DuckDB, so it is right after a shard or a signal was
+added and after the folder was moved. `index.duckdb` holds the same views, over paths relative to the cache
+folder, for people who open the cache with DuckDB alone; it can be deleted and rebuilt.
+
+The fence: DuckDB's access to files and the net is switched off and its configuration locked; the one thing it
+can open is `cache://`, a file system that reads below the cache folder and cannot write. Statement types are
+checked only for a better message, since a SELECT can hide a COPY in a common table expression.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+
+from lightopd.cache.shards import output_error, shard_path
+from lightopd.cache.store import (
+    Cache,
+    Signal,
+    open_cache,
+    read_manifest,
+    rollouts_folder,
+    signal_folder,
+    signal_names,
+)
+from lightopd.errors import CacheError, ConfigError
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+
+INDEX = "index.duckdb"
+VIEWS = ("rollouts", "tokens", "topk", "signals", "lineage")
+READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
+"""Statements that only read; a PIVOT is MULTI."""
+
+RAW_MANIFESTS = pa.schema(
+    [
+        ("name", pa.string()),
+        ("role", pa.string()),
+        ("model", pa.string()),
+        ("model_source", pa.string()),
+        ("top_k", pa.int64()),
+        ("min_probability", pa.float64()),
+        ("topk_dtype", pa.string()),
+        ("tail", pa.string()),
+        ("shards", pa.int64()),
+        ("num_shards", pa.int64()),
+        ("rows", pa.int64()),
+        ("tokens", pa.int64()),
+        ("bytes", pa.int64()),
+    ]
+)
+RAW_LINEAGE = pa.schema([("file", pa.string()), ("key", pa.string()), ("value", pa.string())])
+
+
+def query(path: Path, sql: str) -> pa.Table:
+    """Run one reading SQL statement over a cache's views and return the result.
+
+    Args:
+        path: a cache folder; shards that are not there yet are left out.
+        sql: one SELECT (or FROM, WITH, DESCRIBE, SUMMARIZE, SHOW, PIVOT, EXPLAIN) over `VIEWS`.
+
+    Raises:
+        ConfigError: the SQL is wrong, changes something, or reaches outside the cache folder.
+        CacheError: the folder is not a cache, or a file of it is damaged.
+    """
+    _check_reads(sql)
+    with _connect(open_cache(path, incomplete=True)) as connection:
+        try:
+            return connection.sql(sql).to_arrow_table()
+        except duckdb.Error as error:
+            raise _told(error, path) from None
+
+
+def view_columns(path: Path) -> pa.Table:
+    """Columns of every view: `view`, `column`, `type`."""
+    names = ", ".join(f"'{name}'" for name in VIEWS)
+    return query(
+        path,
+        'SELECT table_name AS "view", column_name AS "column", data_type AS "type" '
+        f"FROM information_schema.columns WHERE table_name IN ({names}) "
+        f"ORDER BY list_position([{names}], table_name), ordinal_position",
+    )
+
+
+def build_index(cache: Cache) -> Path:
+    """Write `index.duckdb` beside the manifest, anew, and return its path.
+
+    Its views name files relative to the cache folder: open it from there, or set DuckDB's
+    `file_search_path` to the folder. Rebuild it after a signal was added.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path, part = cache.path / INDEX, cache.path / f".{INDEX}.tmp"
+    try:
+        part.unlink(missing_ok=True)
+        with duckdb.connect(str(part), config={"file_search_path": str(cache.path.resolve())}) as connection:
+            _make_views(connection, cache, "")
+        part.replace(path)
+    except (OSError, duckdb.IOException) as error:
+        cause = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+        raise output_error(cause, path, 0) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def named_queries() -> dict[str, str]:
+    """Names of the queries that come with the package, each with the sentence that says what it shows."""
+    names = sorted(
+        file.name.removesuffix(".sql") for file in _sql_folder().iterdir() if file.name.endswith(".sql")
+    )
+    return {name: named_query(name).splitlines()[0].removeprefix("-- ") for name in names if name != "views"}
+
+
+def named_query(name: str) -> str:
+    """SQL of a named query.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    file = _sql_folder() / f"{name}.sql"
+    if name == "views" or not name.isidentifier() or not file.is_file():
+        raise ConfigError(f"there is no query {name!r}; there are: {', '.join(named_queries())}")
+    text: str = file.read_text()
+    return text
+
+
+class ReadOnlyFolder(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """`cache://`: files below one folder, for reading; links that lead out of it are refused."""
+
+    protocol = "cache"
+    cachable = False
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root: Path = root.resolve()
+
+    def _inside(self, path: str) -> Path:
+        inner: str = self._strip_protocol(path)
+        found: Path = (self.root / inner.lstrip("/")).resolve()
+        if not found.is_relative_to(self.root):
+            raise PermissionError(f"{path} lies outside the cache folder")
+        return found
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        kind = "directory" if path.is_dir() else "file"
+        return {"name": str(path.relative_to(self.root)), "size": path.stat().st_size, "type": kind}
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        found = self._inside(path)
+        entries = [self._entry(item) for item in (sorted(found.iterdir()) if found.is_dir() else [found])]
+        return entries if detail else [entry["name"] for entry in entries]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return self._entry(self._inside(path))
+
+    def exists(self, path: str, **_: Any) -> bool:
+        return self._inside(path).exists()
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(self._inside(path).stat().st_mtime, UTC)
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        if mode != "rb":
+            raise PermissionError("a cache is opened for reading only")
+        return self._inside(path).open("rb")
+
+
+@contextmanager
+def _connect(cache: Cache) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-memory DuckDB with the cache's views, behind the fence."""
+    with tempfile.TemporaryDirectory(prefix="lightopd-sql-") as spill:
+        settings = {
+            "temp_directory": spill,
+            "python_enable_replacements": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+        with duckdb.connect(":memory:", config=settings) as connection:
+            connection.register_filesystem(ReadOnlyFolder(cache.path))
+            try:
+                _make_views(connection, cache, "cache://")
+            except duckdb.Error as error:
+                raise _unreadable(error, cache.path) from None
+            connection.execute("SET allowed_directories = ['cache://']")
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+            yield connection
+
+
+def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
+    """Create the raw views and tables, then those of views.sql; `prefix` stands before every path."""
+    rollouts = [shard_path(rollouts_folder(Path()), index) for index in cache.shards]
+    signals = [
+        shard_path(signal_folder(Path(), name), index)
+        for name, signal in cache.signals.items()
+        for index in signal.shards
+    ]
+    place = "regexp_extract(filename, 'part-(\\d+)', 1)::INTEGER AS shard, file_row_number AS row_in_shard"
+    name = "regexp_extract(filename, 'signals/([^/]+)/', 1) AS signal"
+    _raw_view(connection, "raw_rollouts", [f"{prefix}{file}" for file in rollouts], place, ROLLOUTS)
+    _raw_view(
+        connection,
+        "raw_signals",
+        [f"{prefix}{file}" for file in signals],
+        f"{name}, {place}",
+        signal_schema("float32"),
+    )
+    _table(
+        connection,
+        "raw_manifests",
+        RAW_MANIFESTS,
+        [_signal_row(cache, item) for item in cache.signals.values()],
+    )
+    _table(connection, "raw_lineage", RAW_LINEAGE, list(_lineage_rows(cache.path)))
+    connection.execute((_sql_folder() / "views.sql").read_text())
+
+
+def _raw_view(
+    connection: duckdb.DuckDBPyConnection, name: str, paths: list[str], extra: str, schema: pa.Schema
+) -> None:
+    """A view of the files' columns and where each row lies; without files, no rows of the same types."""
+    if paths:
+        names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+        source = f"read_parquet([{names}], filename = true, file_row_number = true)"
+        connection.execute(
+            f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM {source}"
+        )
+        return
+    empty = schema.append(pa.field("filename", pa.string())).append(pa.field("file_row_number", pa.int64()))
+    connection.register("empty_rows", empty.empty_table())
+    connection.execute(
+        f"CREATE TABLE {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM empty_rows"
+    )
+    connection.unregister("empty_rows")
+
+
+def _table(
+    connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, rows: list[dict[str, Any]]
+) -> None:
+    connection.register("given_rows", pa.Table.from_pylist(rows, schema=schema))
+    connection.execute(f"CREATE TABLE {name} AS SELECT * FROM given_rows")
+    connection.unregister("given_rows")
+
+
+def _signal_row(cache: Cache, signal: Signal) -> dict[str, Any]:
+    manifest = signal.manifest
+    return {
+        **{
+            name: getattr(manifest, name)
+            for name in ("name", "role", "top_k", "min_probability", "topk_dtype")
+        },
+        "model": manifest.model.identity if manifest.model else None,
+        "model_source": manifest.model.source if manifest.model else None,
+        "tail": manifest.tail,
+        "shards": len(signal.shards),
+        "num_shards": cache.manifest.num_shards,
+        "rows": sum(marker.rows for marker in signal.markers),
+        "tokens": sum(marker.tokens for marker in signal.markers),
+        "bytes": sum(marker.size_bytes for marker in signal.markers),
+    }
+
+
+def _lineage_rows(path: Path) -> Iterator[dict[str, Any]]:
+    yield from _manifest_rows(CACHE_MANIFEST, read_manifest(path / CACHE_MANIFEST, CacheManifest))
+    for name in signal_names(path):
+        file = signal_folder(path, name) / SIGNAL_MANIFEST
+        yield from _manifest_rows(str(file.relative_to(path)), read_manifest(file, SignalManifest))
+
+
+def _manifest_rows(file: str, manifest: StrictModel) -> Iterator[dict[str, Any]]:
+    for key, value in _leaves(manifest.model_dump(mode="json"), ""):
+        text = value if isinstance(value, str) or value is None else json.dumps(value)
+        yield {"file": file, "key": key, "value": text}
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Fields of nested JSON with dotted names; items of lists are numbered from 0."""
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    nested = [
+        leaf for name, item in children for leaf in _leaves(item, f"{key}.{name}" if key else str(name))
+    ]
+    yield from nested or [(key, value)]
+
+
+def _check_reads(sql: str) -> None:
+    try:
+        statements = duckdb.extract_statements(sql)
+    except duckdb.Error as error:
+        raise ConfigError(f"the SQL cannot be parsed: {_first_line(error)}") from None
+    if len(statements) != 1:
+        raise ConfigError(f"one SQL statement is needed, {len(statements)} were found; run them one by one")
+    if statements[0].type not in READING:
+        raise ConfigError(
+            f"{statements[0].type.name} is refused: SQL over a cache only reads; write a result with --out"
+        )
+
+
+def _told(error: duckdb.Error, path: Path) -> CacheError | ConfigError:
+    """DuckDB's complaint as one line: about the cache's files, or about the SQL."""
+    line = _first_line(error)
+    if isinstance(error, duckdb.PermissionException) or "PermissionError" in line:
+        return ConfigError(f"the SQL reaches outside the cache, which is refused: {line}")
+    if isinstance(error, duckdb.IOException | duckdb.SerializationException) or ".parquet" in line:
+        return _unreadable(error, path)
+    return ConfigError(f"the SQL cannot be run: {line}")
+
+
+def _unreadable(error: duckdb.Error, path: Path) -> CacheError:
+    return CacheError(f"{path} cannot be read: {_first_line(error)}; run `lightopd verify {path}`")
+
+
+def _first_line(error: duckdb.Error) -> str:
+    """The sentence of a DuckDB message; of a Python traceback in it, the exception."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def _sql_folder() -> Any:
+    return files("lightopd.schemas") / "sql"

@@ -1,0 +1,208 @@
+"""One shard: a Parquet file that exists whole or not at all, and the marker that says so.
+
+The file is written under a dot name in its own folder, flushed to the disk and renamed; the marker
+(`part-NNNNN.json`: rows, tokens, size, SHA-256, fingerprint) follows in the same way. A Parquet file without
+its marker is not a shard: the next run writes it again, with the same bytes. A shard has one writer.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from lightopd.errors import OutputError
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.manifest import ShardMarker
+
+# docs/decisions/0001-cache-layout.md has the measurements behind these settings.
+WRITE_OPTIONS: Mapping[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "version": "2.6",
+    "data_page_version": "1.0",
+    "write_page_checksum": True,
+    "write_statistics": True,
+}
+
+ROWS_PER_GROUP = 64
+"""Rollouts in one row group: what a reader must hold at least."""
+
+DICTIONARY_COLUMNS = ("origin", "domain", "finish_reason", "prompt_id", "topk_ids", "topk_counts", "turns")
+"""Columns whose values repeat; a dictionary makes the others larger or slower."""
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Parquet file of shard `index`."""
+    return folder / f"part-{index:05d}.parquet"
+
+
+def marker_path(folder: Path, index: int) -> Path:
+    """Marker of shard `index`."""
+    return folder / f"part-{index:05d}.json"
+
+
+def write_shard(
+    folder: Path,
+    index: int,
+    table: pa.Table,
+    *,
+    kind: str,
+    fingerprint: str,
+    dropped: Mapping[str, int] | None = None,
+) -> ShardMarker:
+    """Write a shard and its marker durably; equal tables give equal bytes.
+
+    Args:
+        folder: `rollouts` or `signals/<name>` of a cache; made where it is missing.
+        index: number of the shard, from 0.
+        table: rows in the schema of `lightopd.schemas.cache`.
+        kind: `rollouts` or `signals/<name>`; stored in the file.
+        fingerprint: of the manifest that the shard belongs to; stored in file and marker.
+        dropped: rows left out, by reason.
+
+    Raises:
+        OutputError: no permission, no space, or another failure of the disk; nothing half-written stays.
+    """
+    content = shard_bytes(table, kind=kind, fingerprint=fingerprint)
+    marker = ShardMarker(
+        rows=table.num_rows,
+        tokens=_response_tokens(table),
+        size_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        fingerprint=fingerprint,
+        dropped=dict(sorted((dropped or {}).items())),
+    )
+    write_atomically(shard_path(folder, index), content)
+    write_atomically(marker_path(folder, index), json_bytes(marker.model_dump(mode="json")))
+    return marker
+
+
+def shard_bytes(table: pa.Table, *, kind: str, fingerprint: str) -> pa.Buffer:
+    """The Parquet file of a table, with the cache's metadata in it."""
+    metadata = {
+        "lightopd.schema_version": str(SCHEMA_VERSION),
+        "lightopd.kind": kind,
+        "lightopd.fingerprint": fingerprint,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata(metadata).combine_chunks(),
+        sink,
+        row_group_size=ROWS_PER_GROUP,
+        use_dictionary=_leaf_paths(table.schema, DICTIONARY_COLUMNS),
+        **WRITE_OPTIONS,
+    )
+    return sink.getvalue()
+
+
+def valid_shard(folder: Path, index: int, fingerprint: str) -> ShardMarker | None:
+    """The marker of a shard that is whole and was made under this fingerprint; None otherwise."""
+    return None if why_invalid(folder, index, fingerprint) else read_marker(folder, index)
+
+
+def why_invalid(folder: Path, index: int, fingerprint: str) -> str | None:
+    """What is wrong with a shard, in words; None when marker, size, SHA-256 and fingerprint all hold."""
+    marker = read_marker(folder, index)
+    path = shard_path(folder, index)
+    if marker is None:
+        return "it has no readable marker"
+    if not path.is_file():
+        return "its Parquet file is missing"
+    if marker.fingerprint != fingerprint:
+        return f"it was made under fingerprint {marker.fingerprint[:12]}, not {fingerprint[:12]}"
+    size_bytes = path.stat().st_size
+    if size_bytes != marker.size_bytes:
+        return f"it has {size_bytes} bytes, its marker says {marker.size_bytes}"
+    if file_sha256(path) != marker.sha256:
+        return "its SHA-256 is not the one in its marker"
+    return None
+
+
+def read_marker(folder: Path, index: int) -> ShardMarker | None:
+    """The marker of a shard; None when it is missing or broken."""
+    try:
+        return ShardMarker.model_validate_json(marker_path(folder, index).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON for people and programs: sorted keys, two spaces, one line end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
+    """Put a file in place whole or not at all, and flush file and folder to the disk.
+
+    Raises:
+        OutputError: the file could not be written; the message has the numbers and the remedy.
+    """
+    part = path.parent / f".{path.name}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise output_error(error, path, len(content)) from error
+
+
+def output_error(error: OSError, path: Path, size_bytes: int) -> OutputError:
+    """A failure to write `size_bytes` to `path`, told with numbers and what to do."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = f"free space there ({_free_bytes(path)} bytes are free), then run the same command again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "make the folder writable, or name another one"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        remedy = "a file lies where a folder is needed; move it, or name another folder"
+    else:
+        remedy = "mend the cause, then run the same command again"
+    return OutputError(f"cannot write {path} ({size_bytes} bytes): {reason}; {remedy}")
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
+    return shutil.disk_usage(existing).free
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _response_tokens(table: pa.Table) -> int:
+    name = "response_ids" if "response_ids" in table.column_names else "logprobs"
+    return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
+
+
+def _leaf_paths(schema: pa.Schema, names: tuple[str, ...]) -> list[str]:
+    """Parquet column paths of the given fields: a list's values lie under `list.element`."""
+    return [
+        f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name
+        for name in names
+        if name in schema.names
+    ]

@@ -1,0 +1,288 @@
+"""A cache as a folder: made, opened, checked for completeness, and named by its content.
+
+    lightopd.json   rollouts/part-NNNNN.parquet + .json   signals/<name>/signal.json + parts
+
+Opening reads manifests, markers and file sizes; the bytes are checked where they are read (page checksums)
+and by `lightopd verify` (SHA-256).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from lightopd.cache.shards import json_bytes, marker_path, read_marker, shard_path, write_atomically
+from lightopd.errors import CacheError, OutputError
+from lightopd.schemas.base import StrictModel, canonical_hash
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.manifest import (
+    CACHE_MANIFEST,
+    SIGNAL_MANIFEST,
+    CacheManifest,
+    ShardMarker,
+    SignalManifest,
+    compared_fields,
+)
+
+Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
+
+STAGES = {"student": "rollout", "teacher": "sft", "imported": "import"}
+"""Command that makes the rollouts of a cache, by origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One model's scores over the rollouts."""
+
+    manifest: SignalManifest
+    shards: tuple[int, ...]
+    """Numbers of the shards that are there; all of them unless the cache was opened incomplete."""
+    markers: tuple[ShardMarker, ...]
+    """Their markers, in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """An opened cache."""
+
+    path: Path
+    manifest: CacheManifest
+    shards: tuple[int, ...]
+    """Numbers of the rollout shards that are there; all of them unless opened incomplete."""
+    markers: tuple[ShardMarker, ...]
+    """Their markers, in the same order; in a complete cache, marker i is of shard i."""
+    signals: dict[str, Signal]
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rows over all shards that are there."""
+        return sum(marker.rows for marker in self.markers)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens over all shards that are there."""
+        return sum(marker.tokens for marker in self.markers)
+
+    def missing(self, signal: str | None = None) -> tuple[int, ...]:
+        """Numbers of the shards that are not there yet, of the rollouts or of a signal."""
+        present = self.shards if signal is None else self.signals[signal].shards
+        return tuple(sorted(set(range(self.manifest.num_shards)) - set(present)))
+
+
+def rollouts_folder(path: Path) -> Path:
+    """Folder of the rollout shards of a cache."""
+    return path / "rollouts"
+
+
+def signal_folder(path: Path, name: str) -> Path:
+    """Folder of a signal's manifest and shards."""
+    return path / "signals" / name
+
+
+def create_cache(path: Path, manifest: CacheManifest) -> None:
+    """Make a cache folder with its manifest, or find it there made under the same settings.
+
+    Raises:
+        OutputError: the folder holds a cache made under other settings (the message names them), or shards
+            without a manifest; or it cannot be written.
+        CacheError: the manifest that lies there is broken or of a newer schema version.
+    """
+    _create(path / CACHE_MANIFEST, manifest, [rollouts_folder(path), path / "signals"])
+
+
+def create_signal(cache: Cache, manifest: SignalManifest) -> None:
+    """Make the folder of a signal in a cache, or find it there made under the same settings.
+
+    Raises:
+        OutputError: a signal of this name was made under other settings, or it cannot be written.
+        CacheError: the signal speaks of other rollouts than the cache's, or its manifest is broken.
+    """
+    _check_belongs(cache.path, cache.manifest, manifest)
+    _create(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
+
+
+def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: bool = False) -> Cache:
+    """Read a cache's manifests and markers, and refuse what is not whole.
+
+    Args:
+        path: the cache folder.
+        signals: names to load; None loads every signal in the folder.
+        incomplete: accept missing shards, as a stage that is about to make them does.
+
+    Raises:
+        CacheError: not a cache, newer schema version, broken JSON, a signal that is not there, a shard that
+            is missing, has another size than its marker says or was made under other settings.
+    """
+    if not (path / CACHE_MANIFEST).is_file():
+        raise CacheError(
+            f"{path} is not a cache: it has no {CACHE_MANIFEST}; name a folder made by `lightopd rollout`"
+        )
+    manifest = read_manifest(path / CACHE_MANIFEST, CacheManifest)
+    shards, markers = _present(rollouts_folder(path), manifest.num_shards, manifest.fingerprint())
+    names = signal_names(path) if signals is None else tuple(signals)
+    loaded = {name: _open_signal(path, manifest, name) for name in names}
+    cache = Cache(path, manifest, shards, markers, loaded)
+    if not incomplete:
+        _check_complete(cache)
+    _check_aligned(cache)
+    return cache
+
+
+def signal_names(path: Path) -> tuple[str, ...]:
+    """Names of the signals in a cache folder, sorted."""
+    return tuple(sorted(file.parent.name for file in (path / "signals").glob(f"*/{SIGNAL_MANIFEST}")))
+
+
+def content_id(cache: Cache, signals: Sequence[str]) -> str:
+    """Hash of what a run reads: rollouts and the named signals, settings and bytes; paths do not matter."""
+    content: dict[str, Any] = {
+        "rollouts": [cache.manifest.fingerprint(), *(marker.sha256 for marker in cache.markers)]
+    }
+    for name in sorted(set(signals)):
+        signal = cache.signals[name]
+        content[f"signals/{name}"] = [
+            signal.manifest.fingerprint(),
+            *(marker.sha256 for marker in signal.markers),
+        ]
+    return canonical_hash(content)
+
+
+def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
+    """Read a manifest file.
+
+    Raises:
+        CacheError: the file is missing, is not JSON, does not fit, or has a newer schema version.
+    """
+    try:
+        plain = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing; copy the whole cache folder, or make it again") from None
+    except ValueError as error:
+        raise CacheError(
+            f"{path} is not valid JSON ({error}); copy the file again from where it was made"
+        ) from None
+    version = plain.get("schema_version") if isinstance(plain, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise CacheError(
+            f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
+        )
+    try:
+        return kind.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CacheError(
+            f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
+        ) from None
+
+
+def differences(found: StrictModel, wanted: StrictModel) -> list[str]:
+    """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
+    before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
+    return [
+        f"{field}: is {before.get(field)!r}, would be {after.get(field)!r}"
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+    ]
+
+
+def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
+    if not path.exists():
+        found = [folder.name for folder in others if folder.exists() and any(folder.iterdir())]
+        if found:
+            raise OutputError(
+                f"{path.parent} has {found[0]}/ but no {path.name}; name another folder, or empty it"
+            )
+        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+        return
+    existing = read_manifest(path, type(manifest))
+    if existing.fingerprint() != manifest.fingerprint():
+        raise OutputError(
+            f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "
+            "name another folder, or set these back"
+        )
+
+
+def _open_signal(path: Path, manifest: CacheManifest, name: str) -> Signal:
+    folder = signal_folder(path, name)
+    if not (folder / SIGNAL_MANIFEST).is_file():
+        there = ", ".join(signal_names(path)) or "none"
+        raise CacheError(
+            f"{path} has no signal {name!r} (there: {there}); make it with `lightopd precompute`"
+        )
+    signal = read_manifest(folder / SIGNAL_MANIFEST, SignalManifest)
+    _check_belongs(path, manifest, signal)
+    return Signal(signal, *_present(folder, manifest.num_shards, signal.fingerprint()))
+
+
+def _check_belongs(path: Path, manifest: CacheManifest, signal: SignalManifest) -> None:
+    if signal.rollouts != manifest.fingerprint():
+        raise CacheError(
+            f"signal {signal.name!r} scored the rollouts {signal.rollouts[:12]}, {path} holds "
+            f"{manifest.fingerprint()[:12]}; score these rollouts with `lightopd precompute`"
+        )
+
+
+def _present(
+    folder: Path, num_shards: int, fingerprint: str
+) -> tuple[tuple[int, ...], tuple[ShardMarker, ...]]:
+    """Shards that have a marker; a marker that is broken or speaks of another file or run is an error."""
+    present = [index for index in range(num_shards) if marker_path(folder, index).exists()]
+    return tuple(present), tuple(_checked_marker(folder, index, fingerprint) for index in present)
+
+
+def _checked_marker(folder: Path, index: int, fingerprint: str) -> ShardMarker:
+    marker, file = read_marker(folder, index), shard_path(folder, index)
+    again = f"delete {marker_path(folder, index).name} and run the stage that made it again, or copy it again"
+    if marker is None:
+        raise CacheError(f"{marker_path(folder, index)} is not a valid marker; {again}")
+    if marker.fingerprint != fingerprint:
+        raise CacheError(f"{file} was made under other settings than its manifest says; {again}")
+    size_bytes = file.stat().st_size if file.is_file() else None
+    if size_bytes is None:
+        raise CacheError(f"{file} is missing but has a marker; {again}")
+    if size_bytes != marker.size_bytes:
+        raise CacheError(f"{file} has {size_bytes} bytes, its marker says {marker.size_bytes}; {again}")
+    return marker
+
+
+def _check_complete(cache: Cache) -> None:
+    stage = STAGES[cache.manifest.origin]
+    _refuse_missing(cache, rollouts_folder(cache.path), cache.missing(), f"lightopd {stage}")
+    for name in cache.signals:
+        command = f"lightopd precompute --cache {cache.path} --signal {name}"
+        _refuse_missing(cache, signal_folder(cache.path, name), cache.missing(name), command)
+
+
+def _refuse_missing(cache: Cache, folder: Path, missing: tuple[int, ...], command: str) -> None:
+    if missing:
+        names = ", ".join(shard_path(folder, index).name for index in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CacheError(
+            f"{folder} is incomplete: {len(missing)} of {cache.manifest.num_shards} shards are missing "
+            f"({names}{more}); run the same `{command}` again, it goes on where it stopped"
+        )
+
+
+def _check_aligned(cache: Cache) -> None:
+    rows = dict(zip(cache.shards, cache.markers, strict=True))
+    for name, signal in cache.signals.items():
+        for index, marker in zip(signal.shards, signal.markers, strict=True):
+            own = rows.get(index)
+            if own is not None and (own.rows, own.tokens) != (marker.rows, marker.tokens):
+                raise CacheError(
+                    f"{shard_path(signal_folder(cache.path, name), index)} has {marker.rows} rows and "
+                    f"{marker.tokens} tokens, its rollouts have {own.rows} and {own.tokens}; score them again"
+                )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {} if value else {prefix: {}}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,217 @@
+"""Records to Arrow tables and back, with the checks that keep broken numbers out of a cache.
+
+R = response tokens of one rollout, C = top-k entries of all its positions laid end to end.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lightopd.errors import CacheError, EngineError
+from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.schemas.records import Ids, Rollout, Scores
+
+MAX_LIST_VALUES = 2**31 - 1
+"""Arrow's list offsets are int32."""
+
+TOKEN_COLUMNS = ("response_ids", "loss_mask", "turns", "logprobs", "entropies")
+
+
+def rollout_id(prompt_ids: Ids, response_ids: Ids, sampler_identity: str, sample_index: int) -> str:
+    """Content hash of a rollout: 32 hex digits, the same on every machine.
+
+    SHA-256, cut to 128 bits, over the little-endian bytes of: a version tag; the sampler's identity
+    (UTF-8, empty for an imported cache) after its length; the sample index; then prompt ids and response
+    ids, each as int32 after its length. Lengths and the index are int64.
+    """
+    sampler = sampler_identity.encode()
+    lengths = np.array([len(sampler), sample_index, len(prompt_ids), len(response_ids)], dtype="<i8")
+    digest = hashlib.sha256(b"lightopd.rollout.1\n")
+    digest.update(lengths.tobytes())
+    digest.update(sampler)
+    digest.update(np.asarray(prompt_ids, dtype="<i4").tobytes())
+    digest.update(np.asarray(response_ids, dtype="<i4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
+    """Rollouts as a table in the schema `ROLLOUTS`, in the order given.
+
+    Raises:
+        EngineError: a log-probability, entropy or reward is NaN or infinite, the columns of a rollout
+            differ in length, or only some rollouts have log-probabilities or entropies.
+    """
+    for rollout in rollouts:
+        _check_rollout(rollout)
+    return pa.table([_rollout_column(field, rollouts) for field in ROLLOUTS], schema=ROLLOUTS)
+
+
+def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[Scores], topk_dtype: str) -> pa.Table:
+    """Scores as a table in `signal_schema(topk_dtype)`; row i belongs to `rollout_ids[i]`.
+
+    Raises:
+        EngineError: a value is NaN or infinite (only a tail may be -inf: nothing lies outside the top-k),
+            lengths disagree, or a top-k log-probability does not fit into `topk_dtype`.
+    """
+    if len(rollout_ids) != len(scores):
+        raise EngineError(
+            f"{len(rollout_ids)} rollouts were sent to the engine, {len(scores)} scores came back"
+        )
+    for name, score in zip(rollout_ids, scores, strict=True):
+        _check_scores(name, score)
+    schema = signal_schema(topk_dtype)
+    columns = [pa.array(list(rollout_ids), pa.string())]
+    columns += [
+        _list_array(field, [getattr(score, field.name) for score in scores]) for field in list(schema)[1:]
+    ]
+    table = pa.table(columns, schema=schema)
+    _check_fits(table, rollout_ids, scores)
+    return table
+
+
+def table_to_rollouts(table: pa.Table) -> list[Rollout]:
+    """Rows of a `ROLLOUTS` table as records; arrays are read-only views into the table's buffers."""
+    columns = {field.name: _python_column(table.column(field.name), field) for field in ROLLOUTS}
+    return [Rollout(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def table_to_scores(table: pa.Table) -> list[Scores]:
+    """Rows of a signal table as records, top-k log-probabilities as float32."""
+    columns = {name: split_lists(table.column(name)) for name in table.column_names if name != "rollout_id"}
+    columns["topk_logprobs"] = [_as_float32(values) for values in columns["topk_logprobs"]]
+    return [Scores(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def flat_column(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Values of a list column laid end to end, and its int64 offsets [rows + 1], which start at 0.
+
+    Booleans are unpacked; everything else is a read-only view into the Arrow buffers where the column is
+    one chunk.
+    """
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+    return values.to_numpy(zero_copy_only=False), offsets - offsets[0]
+
+
+def split_lists(column: pa.ChunkedArray) -> list[NDArray[Any] | None]:
+    """A list column as one array for each row; None where the row is null."""
+    values, offsets = flat_column(column)
+    present = column.is_valid().to_numpy()
+    return [
+        values[start:end] if is_present else None
+        for start, end, is_present in zip(offsets[:-1], offsets[1:], present, strict=True)
+    ]
+
+
+def _rollout_column(field: pa.Field, rollouts: Sequence[Rollout]) -> pa.Array:
+    rows = [getattr(rollout, field.name) for rollout in rollouts]
+    if not pa.types.is_list(field.type):
+        return pa.array(rows, field.type)
+    num_missing = sum(row is None for row in rows)
+    if num_missing == 0:
+        return _list_array(field, rows)
+    if num_missing < len(rows):
+        missing = next(rollout.rollout_id for rollout in rollouts if getattr(rollout, field.name) is None)
+        raise EngineError(
+            f"rollout {missing} has no {field.name} while others of its shard have them; "
+            "an engine must give them for all rollouts or for none"
+        )
+    return pa.nulls(len(rows), field.type)
+
+
+def _list_array(field: pa.Field, rows: Sequence[NDArray[Any]]) -> pa.ListArray:
+    """Arrays laid end to end as one list column."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    if offsets[-1] > MAX_LIST_VALUES:
+        raise EngineError(
+            f"{offsets[-1]} values of {field.name} in one shard are more than {MAX_LIST_VALUES}; "
+            "set shard_rollouts or top_k lower"
+        )
+    dtype = field.type.value_type.to_pandas_dtype()
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    with np.errstate(over="ignore"):
+        flat = pa.array(values.astype(dtype, copy=False), field.type.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=field.type)
+
+
+def _check_rollout(rollout: Rollout) -> None:
+    length = len(rollout.response_ids)
+    for name in TOKEN_COLUMNS:
+        values = getattr(rollout, name)
+        if values is not None and len(values) != length:
+            raise EngineError(
+                f"rollout {rollout.rollout_id} has {length} response tokens but {len(values)} {name}"
+            )
+    for name in ("logprobs", "entropies"):
+        _check_finite(rollout.rollout_id, name, getattr(rollout, name))
+    if rollout.reward is not None:
+        _check_finite(rollout.rollout_id, "reward", np.array([rollout.reward]))
+
+
+def _check_scores(name: str, scores: Scores) -> None:
+    length, num_entries = len(scores.logprobs), len(scores.topk_ids)
+    counted = int(scores.topk_counts.sum())
+    if len(scores.topk_counts) != length or len(scores.tail_logprobs) != length:
+        raise EngineError(
+            f"rollout {name} has {length} logprobs, {len(scores.topk_counts)} top-k counts and "
+            f"{len(scores.tail_logprobs)} tails; they must be one for each response token"
+        )
+    if counted != num_entries or len(scores.topk_logprobs) != num_entries:
+        raise EngineError(
+            f"rollout {name} has {num_entries} top-k ids and {len(scores.topk_logprobs)} top-k "
+            f"log-probabilities, but its counts add up to {counted}"
+        )
+    _check_finite(name, "logprobs", scores.logprobs)
+    _check_topk_finite(name, scores, scores.topk_logprobs)
+    is_broken = np.isnan(scores.tail_logprobs) | np.isposinf(scores.tail_logprobs)
+    if is_broken.any():
+        _refuse(name, "tail_logprobs", int(is_broken.argmax()), scores.tail_logprobs[is_broken.argmax()])
+
+
+def _check_fits(table: pa.Table, rollout_ids: Sequence[str], scores: Sequence[Scores]) -> None:
+    values, offsets = flat_column(table.column("topk_logprobs"))
+    if np.isfinite(values).all():
+        return
+    row = int(np.searchsorted(offsets, int((~np.isfinite(values)).argmax()), side="right")) - 1
+    _check_topk_finite(rollout_ids[row], scores[row], values[offsets[row] : offsets[row + 1]])
+
+
+def _check_topk_finite(name: str, scores: Scores, values: NDArray[Any]) -> None:
+    is_broken = ~np.isfinite(values)
+    if is_broken.any():
+        entry = int(is_broken.argmax())
+        position = int(np.searchsorted(np.cumsum(scores.topk_counts), entry, side="right"))
+        _refuse(name, f"topk_logprobs (as {values.dtype})", position, scores.topk_logprobs[entry])
+
+
+def _check_finite(name: str, column: str, values: NDArray[Any] | None) -> None:
+    if values is not None and not np.isfinite(values).all():
+        position = int((~np.isfinite(values)).argmax())
+        _refuse(name, column, position, values[position])
+
+
+def _refuse(name: str, column: str, position: int, value: Any) -> None:
+    raise EngineError(
+        f"rollout {name} has {column} = {value} at position {position}; a cache holds finite numbers only: "
+        "look for overflow in the model (try dtype bfloat16 or float32), or a broken checkpoint"
+    )
+
+
+def _python_column(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
+    return split_lists(column) if pa.types.is_list(field.type) else column.to_pylist()
+
+
+def _as_float32(values: NDArray[Any] | None) -> NDArray[np.float32]:
+    if values is None:
+        raise CacheError(
+            "a signal has a row without topk_logprobs; the shard is damaged, run `lightopd verify`"
+        )
+    return values.astype(np.float32)

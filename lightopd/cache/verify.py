@@ -1,0 +1,224 @@
+"""Is a cache what its manifests say? Every check that needs no model; findings name file and row.
+
+Shards are read one by one and checked in blocks of rows, so memory stays at one shard. Within a shard each
+check reports its first row and how many places failed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
+from lightopd.cache.shards import ROWS_PER_GROUP, marker_path, read_marker, shard_path, why_invalid
+from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
+from lightopd.errors import CacheError
+from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, signal_schema
+from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something in a cache that is not as it must be."""
+
+    file: str
+    """Path relative to the cache folder."""
+    row: int | None
+    """Row of the file, from 0; None where it is about the whole file."""
+    what: str
+    """What is wrong, in words."""
+
+    def __str__(self) -> str:
+        return f"{self.file}{'' if self.row is None else f' row {self.row}'}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One folder of shards and what its files must be."""
+
+    folder: Path
+    kind: str
+    fingerprint: str
+    schema: pa.Schema
+
+
+def verify(path: Path) -> list[Finding]:
+    """Check a whole cache: files, checksums, schemas, counts, ids, alignment, lengths, ranges, lineage.
+
+    Returns:
+        Findings, in the order of the shards; empty for a sound cache. A missing shard is a finding too.
+
+    Raises:
+        CacheError: the folder is not a cache.
+    """
+    if not (path / CACHE_MANIFEST).is_file():
+        open_cache(path)
+    try:
+        manifest = read_manifest(path / CACHE_MANIFEST, CacheManifest)
+    except CacheError as error:
+        return [Finding(CACHE_MANIFEST, None, str(error))]
+    signals, findings = _signal_manifests(path)
+    findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
+    findings += _stray_shards(path, manifest, signals)
+    seen: set[str] = set()
+    for index in range(manifest.num_shards):
+        findings += _shard_findings(path, index, manifest, signals, seen)
+    return findings
+
+
+def _signal_manifests(path: Path) -> tuple[list[SignalManifest], list[Finding]]:
+    manifests, findings = [], []
+    for name in signal_names(path):
+        file = signal_folder(path, name) / SIGNAL_MANIFEST
+        try:
+            manifest = read_manifest(file, SignalManifest)
+        except CacheError as error:
+            findings.append(Finding(str(file.relative_to(path)), None, str(error)))
+            continue
+        if manifest.name == name:
+            manifests.append(manifest)
+        else:
+            findings.append(
+                Finding(
+                    str(file.relative_to(path)),
+                    None,
+                    f"it names the signal {manifest.name!r}, not its folder",
+                )
+            )
+    return manifests, findings
+
+
+def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterator[Finding]:
+    file = str(signal_folder(Path(), signal.name) / SIGNAL_MANIFEST)
+    overridden = {override.allowed for override in signal.overrides}
+    if signal.rollouts != manifest.fingerprint():
+        yield Finding(
+            file,
+            None,
+            f"it scored rollouts {signal.rollouts[:12]}, the cache is {manifest.fingerprint()[:12]}",
+        )
+    teacher, scorer = manifest.sft.teacher, signal.model
+    is_other = teacher is not None and scorer is not None and teacher.identity != scorer.identity
+    if signal.role == "teacher" and is_other and "teacher-mismatch" not in overridden:
+        yield Finding(
+            file, None, "its model is not the student's fine-tuning teacher, and no override says so"
+        )
+    own, cached = signal.tokenizer, manifest.tokenizer
+    is_other = own is not None and cached is not None and own.vocabulary != cached.vocabulary
+    if is_other and "tokenizer-mismatch" not in overridden:
+        yield Finding(file, None, "its tokenizer is not the rollouts' tokenizer, and no override says so")
+
+
+def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManifest]) -> Iterator[Finding]:
+    folders = [rollouts_folder(path), *(signal_folder(path, signal.name) for signal in signals)]
+    for folder in folders:
+        known = {shard_path(folder, index) for index in range(manifest.num_shards)}
+        for file in sorted(set(folder.glob("part-*.parquet")) - known):
+            what = f"it is not one of the cache's {manifest.num_shards} shards; delete it"
+            yield Finding(str(file.relative_to(path)), None, what)
+
+
+def _shard_findings(
+    path: Path, index: int, manifest: CacheManifest, signals: list[SignalManifest], seen: set[str]
+) -> list[Finding]:
+    """Everything about one shard of rollouts and of each signal; `seen` gathers the rollout ids."""
+    part = _Part(rollouts_folder(path), "rollouts", manifest.fingerprint(), ROLLOUTS)
+    rollouts, findings = _load(path, part, index)
+    file = str(shard_path(part.folder, index).relative_to(path))
+    if rollouts is not None:
+        faults = (
+            fault
+            for start, block in _blocks(rollouts)
+            for fault in _shifted(rollout_faults(block, manifest, seen), start)
+        )
+        findings += _merged(file, faults)
+    for signal in signals:
+        folder = signal_folder(path, signal.name)
+        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), signal_schema(signal.topk_dtype))
+        scores, own = _load(path, part, index)
+        findings += own
+        if scores is not None and rollouts is not None:
+            file = str(shard_path(folder, index).relative_to(path))
+            findings += _aligned_findings(file, scores, rollouts, signal, manifest.vocabulary_size)
+    return findings
+
+
+def _aligned_findings(
+    file: str, scores: pa.Table, rollouts: pa.Table, signal: SignalManifest, vocabulary_size: int
+) -> list[Finding]:
+    if scores.num_rows != rollouts.num_rows:
+        return [Finding(file, None, f"it has {scores.num_rows} rows, its rollouts have {rollouts.num_rows}")]
+    faults = (
+        fault
+        for start, block in _blocks(scores)
+        for fault in _shifted(
+            score_faults(block, rollouts.slice(start, block.num_rows), signal, vocabulary_size), start
+        )
+    )
+    return _merged(file, faults)
+
+
+def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Finding]]:
+    """A shard's table, or None and the reasons why it cannot be looked into."""
+    file = shard_path(part.folder, index)
+    name = str(file.relative_to(path))
+    if not file.exists() and not marker_path(part.folder, index).exists():
+        return None, [Finding(name, None, "the shard is missing; run the stage that makes it again")]
+    reason = why_invalid(part.folder, index, part.fingerprint)
+    if reason:
+        return None, [Finding(name, None, f"{reason}; copy it again, or delete its marker and make it again")]
+    try:
+        table = pq.ParquetFile(file, page_checksum_verification=True).read()
+    except (OSError, pa.ArrowException) as error:
+        return None, [Finding(name, None, f"it cannot be read: {str(error).splitlines()[0]}")]
+    findings = [Finding(name, None, what) for what in _table_faults(table, part, index)]
+    return (None if findings else table), findings
+
+
+def _table_faults(table: pa.Table, part: _Part, index: int) -> Iterator[str]:
+    marker = read_marker(part.folder, index)
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    wanted = {
+        "lightopd.schema_version": str(SCHEMA_VERSION),
+        "lightopd.kind": part.kind,
+        "lightopd.fingerprint": part.fingerprint,
+    }
+    yield from (
+        f"its metadata {key} is {metadata.get(key)!r}, not {value!r}"
+        for key, value in wanted.items()
+        if metadata.get(key) != value
+    )
+    if not table.schema.equals(part.schema):
+        yield f"its columns are {table.schema.names} of types {[str(kind) for kind in table.schema.types]}"
+    elif marker is not None:
+        column = "response_ids" if part.kind == "rollouts" else "logprobs"
+        tokens = sum(len(chunk.flatten()) for chunk in table.column(column).chunks)
+        if (table.num_rows, tokens) != (marker.rows, marker.tokens):
+            found = f"{table.num_rows} rows and {tokens} tokens"
+            yield f"it has {found}, its marker says {marker.rows} and {marker.tokens}"
+
+
+def _blocks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    for start in range(0, table.num_rows, ROWS_PER_GROUP):
+        yield start, table.slice(start, ROWS_PER_GROUP)
+
+
+def _shifted(faults: Iterator[Fault], start: int) -> Iterator[Fault]:
+    return (Fault(fault.check, fault.row + start, fault.what, fault.count) for fault in faults)
+
+
+def _merged(file: str, faults: Iterator[Fault]) -> list[Finding]:
+    """One finding for each check: its first row, and how many places there are in the shard."""
+    first: dict[str, Fault] = {}
+    counts: dict[str, int] = {}
+    for fault in faults:
+        first.setdefault(fault.check, fault)
+        counts[fault.check] = counts.get(fault.check, 0) + fault.count
+    return [
+        Finding(
+            file, fault.row, fault.what + (f" ({counts[check]} such places)" if counts[check] > 1 else "")
+        )
+        for check, fault in first.items()
+    ]
