@@ -1,0 +1,188 @@
+"""Refusals of lineage: teacher, student and tokenizer must be the ones that a cache speaks of.
+
+Each check returns the overrides it used, to be recorded in everything made afterwards, or raises.
+"""
+
+from collections.abc import Collection, Mapping
+
+from lightopd.errors import LineageError
+from lightopd.schemas.configs import Allowed
+from lightopd.schemas.manifest import (
+    ModelFingerprint,
+    Override,
+    Precision,
+    SftLineage,
+    TokenizerFingerprint,
+)
+
+REASON = (
+    "another teacher biases the gradient by an amount that stays when the student is close to its rollouts, "
+    "and fixed rollouts, unlike live ones, give no way out of it (arXiv 2604.13010, Theorems 3.8 and 3.9)"
+)
+Vocabularies = tuple[Mapping[str, int], Mapping[str, int]]
+"""Token-to-id maps of the cached and of the found tokenizer, for naming the tokens that differ."""
+
+# A pad token fills positions that no score and no loss reads, and people set it freely.
+_COMPARED_ROLES = ("bos", "eos", "unk")
+
+
+def check_teacher(
+    sft: SftLineage, teacher: ModelFingerprint | None, allow: Collection[Allowed], stage: str
+) -> tuple[Override, ...]:
+    """Refuse a scoring teacher that did not write the student's fine-tuning data.
+
+    Args:
+        sft: what is known about the student's fine-tuning teacher.
+        teacher: the model that scores; None where an imported signal does not say.
+        stage: the stage that asks, for the message and for the record.
+
+    Raises:
+        LineageError: the teachers differ or cannot be compared, and `teacher-mismatch` is not allowed.
+
+    Source: teacher consistency, arXiv 2604.13010, Theorems 3.8 and 3.9.
+    """
+    if teacher is not None and _is_same_teacher(sft, teacher):
+        return ()
+    scorer = "an unknown model" if teacher is None else _shown(teacher)
+    if sft.teacher is None and sft.name is None:
+        found = f"the student's SFT teacher is unknown, {scorer} scores"
+        remedy = "name the SFT teacher with --sft-teacher at rollout, or"
+    else:
+        found = f"the SFT teacher is {_shown_sft(sft)}, {scorer} scores"
+        if teacher is not None and sft.teacher is not None:
+            found += _what_differs(sft.teacher, teacher)
+        remedy = "score with the SFT teacher, redo SFT with this one, or"
+    return _refuse_unless_allowed("teacher-mismatch", found, f"{REASON}; {remedy}", allow=allow, stage=stage)
+
+
+def check_student(
+    cached: ModelFingerprint | None, found: ModelFingerprint, allow: Collection[Allowed], stage: str
+) -> tuple[Override, ...]:
+    """Refuse a student that did not sample the cached rollouts.
+
+    Args:
+        cached: the model that sampled; None where an imported cache does not say.
+        found: the student of this run.
+
+    Raises:
+        LineageError: they differ or cannot be compared, and `student-mismatch` is not allowed.
+    """
+    if cached is not None and cached.identity == found.identity:
+        return ()
+    sampler = "an unknown model" if cached is None else _shown(cached)
+    differs = "" if cached is None else _what_differs(cached, found)
+    return _refuse_unless_allowed(
+        "student-mismatch",
+        f"the rollouts were sampled by {sampler}, this student is {_shown(found)}{differs}",
+        "off its own rollouts a student is pushed away from them, not towards the teacher; "
+        "take the student that sampled, sample again with this one, or",
+        allow=allow,
+        stage=stage,
+    )
+
+
+def check_tokenizer(
+    cached: TokenizerFingerprint | None,
+    found: TokenizerFingerprint,
+    allow: Collection[Allowed],
+    stage: str,
+    vocabularies: Vocabularies | None = None,
+) -> tuple[Override, ...]:
+    """Refuse a tokenizer whose token-to-id map, special ids or chat template is not the cached one.
+
+    The pad token is not compared: no score and no loss reads it.
+
+    Args:
+        cached: tokenizer of the rollouts; None where an imported cache does not say.
+        found: tokenizer of the model in this run.
+        vocabularies: the two maps, where both are at hand.
+
+    Raises:
+        LineageError: a part differs and is not allowed; parts are checked in the order above.
+    """
+    if cached is None:
+        return _refuse_unless_allowed(
+            "tokenizer-mismatch",
+            "the cache does not say which tokenizer its ids belong to",
+            "if you know it is this model's,",
+            allow=allow,
+            stage=stage,
+        )
+    differences: list[tuple[Allowed, str, str]] = []
+    if cached.vocabulary != found.vocabulary:
+        differences.append(
+            ("tokenizer-mismatch", _vocabulary_difference(cached, found, vocabularies), "the ids")
+        )
+    for role in _COMPARED_ROLES:
+        before, now = cached.special_ids.get(role, []), found.special_ids.get(role, [])
+        if before != now:
+            told = f"{role} ids are {before} in the cache and {now} in this model"
+            differences.append(("special-ids-mismatch", told, "special ids"))
+    if cached.template != found.template:
+        before_and_now = f"{_short(cached.template)} in the cache and {_short(found.template)} in this model"
+        told = f"the chat template is {before_and_now}"
+        differences.append(("template-mismatch", told, "the template"))
+    overrides: tuple[Override, ...] = ()
+    for allowed, told, part in differences:
+        remedy = f"take the model whose tokenizer made the cache, correct {part}, or"
+        overrides += _refuse_unless_allowed(allowed, told, remedy, allow=allow, stage=stage)
+    return overrides
+
+
+def precision_note(cached: Precision | None, found: Precision | None) -> str | None:
+    """One line where a model is run in another precision than before; None where it is not."""
+    if cached is None or found is None or cached == found:
+        return None
+    before, now = (f"{p.dtype}{f' ({p.quantization})' if p.quantization else ''}" for p in (cached, found))
+    return f"precision differs: {before} before, {now} now; log-probabilities will differ slightly"
+
+
+def _is_same_teacher(sft: SftLineage, teacher: ModelFingerprint) -> bool:
+    if sft.teacher is not None:
+        return sft.teacher.identity == teacher.identity
+    return sft.name is not None and sft.name == teacher.source
+
+
+def _refuse_unless_allowed(
+    allowed: Allowed, found: str, remedy: str, *, allow: Collection[Allowed], stage: str
+) -> tuple[Override, ...]:
+    if allowed in allow:
+        return (Override(stage=stage, allowed=allowed, found=found),)
+    raise LineageError(f"{stage} refused: {found}; {remedy} go on with --allow {allowed}, which is recorded")
+
+
+def _shown(model: ModelFingerprint) -> str:
+    commit = f"@{model.commit[:12]}" if model.commit else ""
+    return f"{model.source}{commit} ({_short(model.identity)})"
+
+
+def _shown_sft(sft: SftLineage) -> str:
+    name = _shown(sft.teacher) if sft.teacher is not None else f"{sft.name!r} by name"
+    return f"{name}, {sft.proof}"
+
+
+def _what_differs(one: ModelFingerprint, other: ModelFingerprint) -> str:
+    """Why two identities differ, where it is not the weights."""
+    if one.weights != other.weights:
+        return ""
+    part = "config.json" if one.config != other.config else "adapter"
+    return f"; the weights are equal, the {part} is not"
+
+
+def _vocabulary_difference(
+    cached: TokenizerFingerprint, found: TokenizerFingerprint, vocabularies: Vocabularies | None
+) -> str:
+    told = (
+        f"token ids differ: {cached.size} tokens in the cache ({_short(cached.vocabulary)}), "
+        f"{found.size} in this model ({_short(found.vocabulary)})"
+    )
+    if vocabularies is None:
+        return told
+    before, now = vocabularies
+    different = sorted(token for token in {*before, *now} if before.get(token) != now.get(token))
+    shown = ", ".join(f"{token!r} is {before.get(token)} and {now.get(token)}" for token in different[:3])
+    return f"{told}; {len(different)} tokens differ, such as {shown}"
+
+
+def _short(digest: str | None) -> str:
+    return "absent" if digest is None else digest[:12]
