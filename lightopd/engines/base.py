@@ -1,0 +1,135 @@
+"""What every engine does: draw responses and score them, token ids in, token ids out.
+
+B = sequences or prompts, R = response tokens of one of them, V = vocabulary; nats throughout.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lightopd.errors import InputError
+from lightopd.schemas import records
+from lightopd.schemas.configs import SamplingConfig
+from lightopd.schemas.manifest import EngineRecord, Precision
+from lightopd.schemas.records import Ids, Sample, Scores
+
+
+class Engine(Protocol):
+    """One loaded model that generates and scores."""
+
+    vocabulary_size: int
+    """Width of the output layer, the real softmax width; every id lies below it."""
+    context_length: int
+    """Most tokens in prompt and response together."""
+    record: EngineRecord
+    """What runs the model, for the lineage."""
+    precision: Precision
+    """How the weights are run."""
+
+    def generate(
+        self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
+    ) -> list[Sample]:
+        """Draw one response per entry of `prompts`, in the order given.
+
+        Args:
+            prompts: int32 ids; a prompt that is sampled n times stands there n times.
+            sampling: temperature, nucleus, longest response, seed; `n` is the caller's affair.
+            keys: one stable string per entry. The random numbers of a row depend on (seed, key) only, so the
+                rows beside it change nothing beyond floating-point noise in the logits.
+            stop_ids: ids that end a response; the one drawn is kept.
+
+        Raises:
+            InputError: a prompt is empty, fills the context, or has ids outside the vocabulary.
+            EngineError: NaN or +inf logits, or not enough memory.
+        """
+        ...
+
+    def score(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> list[Scores]:
+        """Log-probabilities of every response token, in the order given.
+
+        Args:
+            sequences: prompt and response ids; an empty response has empty scores.
+            top_k: most entries kept at a position, 0 to V.
+            min_probability: entries less likely than this are left to the tail; none may remain.
+
+        Raises:
+            InputError: a sequence is longer than the context, its prompt is empty, ids lie outside the
+                vocabulary, or `top_k` is above V.
+            EngineError: NaN or +inf logits, or not enough memory.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model; the engine cannot be used afterwards."""
+        ...
+
+
+def random_stream(seed: int, key: str) -> np.random.Generator:
+    """Random numbers that depend on seed and key only.
+
+    Source: Philox-4x64, Salmon et al. (2011), with the first 128 bits of SHA-256 as its key.
+    """
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def check_prompts(
+    prompts: Sequence[Ids], keys: Sequence[str], vocabulary_size: int, context_length: int
+) -> None:
+    """Refuse prompts that cannot be answered.
+
+    Raises:
+        InputError: names the key of the first prompt that is empty, leaves no room for a response, or has ids
+            outside the vocabulary.
+    """
+    if len(prompts) != len(keys):
+        raise InputError(f"{len(prompts)} prompts came with {len(keys)} keys; give one key per prompt")
+    for prompt_ids, key in zip(prompts, keys, strict=True):
+        _check_ids(f"the prompt of rollout {key}", prompt_ids, vocabulary_size)
+        if len(prompt_ids) >= context_length:
+            raise InputError(
+                f"the prompt of rollout {key} has {len(prompt_ids)} tokens and the model's context holds "
+                f"{context_length}, so no response fits; shorten or drop the prompt"
+            )
+
+
+def check_sequences(
+    sequences: Sequence[records.Sequence], top_k: int, vocabulary_size: int, context_length: int
+) -> None:
+    """Refuse sequences that cannot be scored.
+
+    Raises:
+        InputError: names the index of the first sequence with an empty prompt, ids outside the vocabulary, or
+            more tokens than the context; or says that `top_k` is above the vocabulary.
+    """
+    if not 0 <= top_k <= vocabulary_size:
+        raise InputError(
+            f"top_k is {top_k}, but the model has {vocabulary_size} tokens; choose 0 to {vocabulary_size}"
+        )
+    for index, sequence in enumerate(sequences):
+        _check_ids(f"the prompt of sequence {index}", sequence.prompt_ids, vocabulary_size)
+        if len(sequence.response_ids):
+            _check_ids(f"the response of sequence {index}", sequence.response_ids, vocabulary_size)
+        length = len(sequence.prompt_ids) + len(sequence.response_ids)
+        if length > context_length:
+            raise InputError(
+                f"sequence {index} has {length} tokens and the model's context holds {context_length}; "
+                f"sample shorter responses or drop the row"
+            )
+
+
+def _check_ids(name: str, ids: Ids, vocabulary_size: int) -> None:
+    if len(ids) == 0:
+        raise InputError(
+            f"{name} is empty and the first token would follow nothing; give it one token or more"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary_size:
+        raise InputError(
+            f"{name} has id {low if low < 0 else high}, outside the model's vocabulary of {vocabulary_size}; "
+            f"the ids come from another tokenizer"
+        )

@@ -1,0 +1,281 @@
+"""Loads a causal language model, and says how its last hidden state becomes logits.
+
+B = sequences, T = positions, D = hidden size, V = vocabulary.
+"""
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightopd.errors import ConfigError, EngineError, InputError
+from lightopd.lineage import model_folder
+from lightopd.schemas.configs import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How the last hidden state h becomes logits: cap(h W^T + b) / temperature.
+
+    With a softcap c, cap(z) is c tanh(z / c); without one it is z.
+    """
+
+    weight_VD: Tensor
+    """The output layer's own parameter, tied or not."""
+    bias_V: Tensor | None
+    softcap: float | None
+    temperature: float
+    """What the model itself divides its logits by; 1 for most families."""
+
+    def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits float32 [N, V], never rounded to half precision on the way; without gradients only.
+
+        Args:
+            hidden_ND: any float dtype.
+            out: float32 with at least N rows of V to write into; the result is a view of it.
+        """
+        if out is None:
+            out = hidden_ND.new_empty((len(hidden_ND), len(self.weight_VD)), dtype=torch.float32)
+        logits_NV = out[: len(hidden_ND)]
+        if self.weight_VD.is_cuda and self.weight_VD.dtype in (torch.float16, torch.bfloat16):
+            hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+            logits_NV.copy_(torch.mm(hidden_ND, self.weight_VD.T, out_dtype=torch.float32))
+        else:
+            torch.mm(hidden_ND.float(), self.weight_VD.float().T, out=logits_NV)
+        if self.bias_V is not None:
+            logits_NV += self.bias_V.float()
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV if self.temperature == 1.0 else logits_NV.div_(self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and what an engine has to know about it."""
+
+    model: PreTrainedModel
+    head: Head
+    device: torch.device
+    context_length: int
+    """Most tokens in prompt and response together."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device a config names; `auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); set device to auto or cpu"
+        ) from error
+    return device
+
+
+def load_model(model: ModelConfig, device: torch.device | str) -> PreTrainedModel:
+    """Load a model for inference: evaluation mode, adapter merged, on the device.
+
+    Weights are read from safetensors only, so that loading runs no code of theirs.
+
+    Raises:
+        InputError: no such folder, no safetensors weights, weights missing or of other shapes.
+        ConfigError: an adapter is asked for and peft is not installed.
+    """
+    with _quiet_transformers():
+        loaded = _read_model(model)
+        if model.adapter is not None:
+            loaded = _merge_adapter(loaded, model.adapter)
+    return loaded.eval().to(device)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer of a model, read from its modules and config; see `check_head`.
+
+    Raises:
+        EngineError: the model has no linear output layer.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(getattr(layer, "weight", None), Tensor) or layer.weight.ndim != 2:
+        raise EngineError(
+            f"{type(model).__name__} has no linear output layer (found {type(layer).__name__}); "
+            f"use a causal language model"
+        )
+    config = model.config.get_text_config(decoder=True)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(
+        weight_VD=layer.weight,
+        bias_V=getattr(layer, "bias", None),
+        softcap=float(softcap) if softcap else None,
+        temperature=_own_temperature(config),
+    )
+
+
+def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """Hidden states [B, T, D] that the output layer reads, final norm included.
+
+    Args:
+        model: any causal language model of transformers.
+        inputs: `input_ids` and whatever else its decoder takes; a cache given as `past_key_values` is
+            extended in place.
+    """
+    hidden_BTD: Tensor = model.get_decoder()(**inputs, return_dict=True).last_hidden_state
+    return hidden_BTD
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare hidden states times `head_of` with the model's own logits on a few tokens.
+
+    Raises:
+        EngineError: they differ, so scores and losses made from the head would not be the model's.
+    """
+    head = head_of(model)
+    vocabulary_size = head.weight_VD.shape[0]
+    ids_BT = (torch.arange(8, device=head.weight_VD.device) * 7919 + 1).remainder(vocabulary_size)[None]
+    own_TV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    ours_TV = head.logits(last_hidden(model, input_ids=ids_BT, use_cache=False)[0])
+    if bool((own_TV.isnan() | (own_TV == torch.inf)).any()):
+        raise EngineError(
+            f"{type(model).__name__} gives NaN or infinite logits for a few plain tokens: its weights are "
+            f"damaged, or it overflows in {model.dtype}; try dtype float32"
+        )
+    if own_TV.shape != ours_TV.shape:
+        raise EngineError(
+            f"{type(model).__name__} returns {own_TV.shape[-1]} logits and its output layer has "
+            f"{vocabulary_size} rows; use a causal language model"
+        )
+    difference = float((own_TV - ours_TV).abs().max())
+    allowed = _rounding(model.dtype) * max(1.0, float(own_TV.abs().max()))
+    if not difference <= allowed:
+        raise EngineError(
+            f"{type(model).__name__} makes its logits in a way lightopd does not know: they differ by "
+            f"{difference:.3g} from hidden states times output layer, and at most {allowed:.3g} is rounding; "
+            f"report the model type {model.config.model_type!r}"
+        )
+
+
+def context_length_of(model: PreTrainedModel) -> int:
+    """Most tokens the model takes, from its config.
+
+    Raises:
+        InputError: the config does not say.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for name in (
+        "max_position_embeddings",
+        "n_positions",
+        "n_ctx",
+        "max_sequence_length",
+        "max_seq_len",
+        "seq_length",
+    ):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise InputError(
+        f"the config of {type(model).__name__} does not say how long its context is; "
+        f"add max_position_embeddings to its config.json"
+    )
+
+
+def _read_model(model: ModelConfig) -> PreTrainedModel:
+    folder = model_folder(model).path
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json; check the path")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} has no .safetensors file; save the model with save_pretrained, since other formats "
+            f"can run code when they are loaded"
+        )
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the model in {folder} cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"the weights in {folder} lack {len(missing)} tensors that its config.json asks for, first "
+            f"{missing[0]}; the folder is incomplete or its config.json belongs to another model"
+        )
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"adapter folder {adapter} has no adapter_config.json; check the path")
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            f"adapter {adapter} needs peft, which is not installed: pip install 'lightopd[adapters]'"
+        )
+    from peft import PeftModel  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"adapter folder {adapter} does not fit the model ({error})") from error
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def _own_temperature(config: Any) -> float:
+    """What a family divides its logits by (or multiplies them with the inverse of)."""
+    family = config.model_type
+    if family.startswith(("granite", "minicpm3")):
+        return float(config.logits_scaling)
+    if family.startswith("hyperclovax"):
+        return 1.0 / float(config.logits_scaling)
+    if family.startswith("cohere"):
+        return 1.0 / float(config.logit_scale)
+    if family == "falcon_h1":
+        return 1.0 / float(config.lm_head_multiplier)
+    return 1.0
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Relative difference that rounding alone explains."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers while a model loads; what matters is raised as an error."""
+    verbosity = transformers.logging.get_verbosity()
+    had_bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,296 @@
+"""Log-probabilities of a few tokens under the current student, straight from hidden states and output head.
+
+Every objective needs a handful of values per position: the sampled token, the cached top-k of each signal,
+and the mass outside them. This computes them, with gradients, without an [N, V] tensor in either direction.
+The backward pass recomputes the logits tile by tile, so memory beyond the gradients is a few tiles.
+"""
+
+# N = positions, D = hidden size, V = vocabulary, K = own top-k
+# M = ids asked per position, S = tail sets, U = slots for the distinct ids among the M (so U = M)
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightopd.kernels.vocabulary_walk import (
+    FLOOR,
+    Inputs,
+    LogitGradient,
+    Statistics,
+    Walk,
+    collect_statistics,
+    propagate,
+)
+
+PADDING_ID = -1
+# Positions and vocabulary entries per tile. On CPU the two buffers of this size stay in the last-level cache
+# between operations, and products this large run at full speed; half or twice either size is within 5 percent.
+CPU_TILE = (1024, 2048)
+# A GPU wants few launches of large products.
+CUDA_TILE = (2048, 16384)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What `selected_logprobs` returns, in float32 (float64 for float64 inputs), in nats."""
+
+    logprobs_NM: Tensor
+    """Log-probability of each id asked for; 0.0 where the id is padding. Differentiable."""
+    tail_logprobs_NS: Tensor
+    """Log of the mass outside each set, differentiable; minus infinity, with zero gradient, for an empty outside."""
+    logsumexp_N: Tensor
+    """Normaliser of the logits after softcap and temperature. Detached."""
+    entropy_N: Tensor
+    """Entropy of the full distribution, 0 to log V. Detached."""
+    topk_ids_NK: Tensor | None
+    """int64, the student's own most likely tokens, most likely first; None unless asked for."""
+    topk_logprobs_NK: Tensor | None
+    """Their log-probabilities. Detached; None unless asked for."""
+
+
+def selected_logprobs(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    ids_NM: Tensor,
+    *,
+    member_NSM: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    own_top_k: int = 0,
+    chunk_tokens: int | None = None,
+    tile_vocab: int | None = None,
+) -> Selected:
+    """Log-probabilities of chosen ids, and of the mass outside sets of them, without full logits.
+
+    The logits are softcap * tanh((hidden @ head.T + bias) / softcap) / temperature. Products and sums run in
+    float32 (float64 if any input is float64), and half-precision inputs are converted tile by tile. Only on
+    CUDA do bfloat16 factors stay as they are: the product still comes out in float32, but the gradient by the
+    logits is rounded to bfloat16 before it is multiplied. Autocast has no effect here.
+
+    Args:
+        hidden_ND: last hidden states, after the final norm; any float dtype.
+        head_VD: output projection; any float dtype. It may be the embedding too, the gradients then add up.
+        ids_NM: int64, 0 to V - 1, or -1 for padding. M may be 0, and an id may occur more than once.
+        member_NSM: bool, True where ids[n, m] belongs to tail set s of position n. An id counts once per
+            set, however often it occurs, and padding belongs to none. None means no tail sets (S = 0).
+        bias_V: added before the softcap; finite.
+        softcap: c in c * tanh(z / c), positive (Gemma 2, 2024, section 2); None for none.
+        temperature: positive; divides the logits after the softcap.
+        own_top_k: how many of the student's own most likely tokens to return, 0 to V.
+        chunk_tokens: positions per tile; changes speed and memory, not results.
+        tile_vocab: vocabulary entries per tile; changes speed and memory, not results.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, a number is out of range, or an id lies outside the
+            vocabulary (the message names its position).
+    """
+    if member_NSM is None:
+        member_NSM = ids_NM.new_zeros((*ids_NM.shape[:1], 0, *ids_NM.shape[1:]), dtype=torch.bool)
+    _check_shapes(hidden_ND, head_VD, ids_NM, member_NSM, bias_V)
+    _check_ids(ids_NM, num_vocab=head_VD.shape[0])
+    _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
+    inputs = Inputs(hidden_ND, head_VD, bias_V)
+    walk = _plan(inputs, softcap, temperature, chunk_tokens, tile_vocab)
+    asked = _distinct(ids_NM, member_NSM)
+    outputs = _SelectedLogprobs.apply(*inputs, walk, asked, own_top_k)  # type: ignore[no-untyped-call]
+    logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK = cast(tuple[Tensor, ...], outputs)
+    own = (top_ids_NK, top_NK) if own_top_k else (None, None)
+    return Selected(logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own)
+
+
+class _Asked(NamedTuple):
+    """The distinct ids at each position, and how they answer for the ids asked."""
+
+    ids_NU: Tensor
+    is_member_NSU: Tensor
+    slot_NM: Tensor
+    is_padding_NM: Tensor
+
+
+class _Shares(NamedTuple):
+    """Logits and logarithms of sums, all relative to the largest logit at their position.
+
+    A difference of two of them is as exact as float32 allows, however large the logits are.
+    """
+
+    others_max_N: Tensor
+    asked_NU: Tensor
+    log_total_N: Tensor
+    log_outside_NS: Tensor
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """Joins the two passes: closed forms on [N, U] between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        walk: Walk,
+        asked: _Asked,
+        own_top_k: int,
+    ) -> tuple[Tensor, ...]:
+        inputs = Inputs(hidden_ND, weight_VD, bias_V)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            statistics = collect_statistics(inputs, asked.ids_NU, walk, own_top_k)
+        peak_N = torch.cat([statistics.max_N[:, None], statistics.asked_NU], dim=1).amax(1)
+        shares = _shares(statistics, peak_N, asked.is_member_NSU)
+        logprobs_NU = shares.asked_NU - shares.log_total_N[:, None]
+        logprobs_NM = logprobs_NU.gather(1, asked.slot_NM).masked_fill_(asked.is_padding_NM, 0.0)
+        tail_NS = shares.log_outside_NS - shares.log_total_N[:, None]
+        logsumexp_N = peak_N + shares.log_total_N
+        entropy_N = _entropy(statistics, shares)
+        top_NK = statistics.top_logits_NK - peak_N[:, None] - shares.log_total_N[:, None]
+        ctx.walk = walk
+        ctx.save_for_backward(*inputs, *asked, statistics.max_N, *shares)
+        ctx.mark_non_differentiable(logsumexp_N, entropy_N, statistics.top_ids_NK, top_NK)
+        return logprobs_NM, tail_NS, logsumexp_N, entropy_N, statistics.top_ids_NK, top_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        inputs, asked, max_N, shares = Inputs(*saved[:3]), _Asked(*saved[3:7]), saved[7], _Shares(*saved[8:])
+        with torch.autocast(max_N.device.type, enabled=False):
+            gradient = _logit_gradient(grad_logprobs_NM, grad_tail_NS, asked, max_N, shares)
+            gradients = propagate(inputs, asked.ids_NU, ctx.walk, gradient, ctx.needs_input_grad[:3])
+        return (*gradients, None, None, None)
+
+
+def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Asked:
+    """Give equal ids of a row one slot; the slot is in a set when any of its ids is."""
+    num_positions, num_asked = ids_NM.shape
+    is_padding_NM = ids_NM == PADDING_ID
+    sorted_NM, order_NM = ids_NM.sort(dim=1)
+    is_new_NM = torch.ones_like(is_padding_NM)
+    is_new_NM[:, 1:] = sorted_NM[:, 1:] != sorted_NM[:, :-1]
+    slot_NM = torch.empty_like(ids_NM).scatter_(1, order_NM, is_new_NM.cumsum(1) - 1)
+    ids_NU = torch.full_like(ids_NM, PADDING_ID).scatter_(1, slot_NM, ids_NM)
+    # Ids that are not members are sent to one more slot, which is then dropped.
+    is_counted_NSM = member_NSM & ~is_padding_NM[:, None]
+    target_NSM = torch.where(is_counted_NSM, slot_NM[:, None], num_asked)
+    is_member = member_NSM.new_zeros((num_positions, member_NSM.shape[1], num_asked + 1))
+    return _Asked(ids_NU, is_member.scatter_(2, target_NSM, True)[:, :, :num_asked], slot_NM, is_padding_NM)
+
+
+def _shares(statistics: Statistics, peak_N: Tensor, is_member_NSU: Tensor) -> _Shares:
+    others_max_N = statistics.max_N - peak_N
+    others_N = others_max_N + statistics.sum_N.log()
+    asked_NU = statistics.asked_NU - peak_N[:, None]
+    outside_NSU = asked_NU[:, None].masked_fill(is_member_NSU, -torch.inf)
+    others_NS1 = others_N[:, None, None].expand(-1, is_member_NSU.shape[1], 1)
+    return _Shares(
+        others_max_N=others_max_N,
+        asked_NU=asked_NU,
+        log_total_N=torch.cat([others_N[:, None], asked_NU], dim=1).logsumexp(1),
+        log_outside_NS=torch.cat([others_NS1, outside_NSU], dim=2).logsumexp(2),
+    )
+
+
+def _entropy(statistics: Statistics, shares: _Shares) -> Tensor:
+    """Minus the mean of log p: others from their running sums, asked tokens one by one."""
+    top_logprob_N = shares.others_max_N - shares.log_total_N
+    others_N = top_logprob_N.exp() * (statistics.moment_N + top_logprob_N * statistics.sum_N)
+    logprobs_NU = shares.asked_NU - shares.log_total_N[:, None]
+    asked_N = (logprobs_NU.exp() * logprobs_NU.clamp(min=FLOOR)).sum(1)
+    return -(others_N + asked_N)
+
+
+def _logit_gradient(
+    grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, asked: _Asked, max_N: Tensor, shares: _Shares
+) -> LogitGradient:
+    """Backward of the closed forms.
+
+    With g and t the gradients by log-probabilities and tails, and G their sum: g_v - G p_v, plus
+    t_s * p_v / tail_s for every set s that v is outside of.
+    """
+    grad_NM = grad_logprobs_NM.masked_fill(asked.is_padding_NM, 0.0)
+    has_tail_NS = shares.log_outside_NS > -torch.inf
+    tail_NS = torch.where(has_tail_NS, grad_tail_NS, 0.0)
+    outside_NS = torch.where(has_tail_NS, shares.log_outside_NS, 0.0)
+    total_N = grad_NM.sum(1) + tail_NS.sum(1)
+    scale_N = (tail_NS * (shares.others_max_N[:, None] - outside_NS).exp()).sum(1)
+    scale_N -= total_N * (shares.others_max_N - shares.log_total_N).exp()
+    share_NSU = (shares.asked_NU[:, None] - outside_NS[:, :, None]).masked_fill(
+        asked.is_member_NSU, -torch.inf
+    )
+    asked_NU = (tail_NS[:, :, None] * share_NSU.exp()).sum(1)
+    asked_NU -= total_N[:, None] * (shares.asked_NU - shares.log_total_N[:, None]).exp()
+    return LogitGradient(max_N, scale_N, asked_NU.scatter_add_(1, asked.slot_NM, grad_NM))
+
+
+def _plan(
+    inputs: Inputs,
+    softcap: float | None,
+    temperature: float,
+    chunk_tokens: int | None,
+    tile_vocab: int | None,
+) -> Walk:
+    is_cuda = inputs.hidden_ND.is_cuda
+    default_chunk, default_tile = CUDA_TILE if is_cuda else CPU_TILE
+    dtypes = {tensor.dtype for tensor in inputs if tensor is not None}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    walk = Walk(
+        softcap=softcap,
+        temperature=temperature,
+        chunk_tokens=default_chunk if chunk_tokens is None else chunk_tokens,
+        tile_vocab=default_tile if tile_vocab is None else tile_vocab,
+        dtype=dtype,
+        operand_dtype=torch.bfloat16 if is_cuda and dtypes == {torch.bfloat16} else dtype,
+    )
+    _check_range("chunk_tokens", walk.chunk_tokens, 1)
+    _check_range("tile_vocab", walk.tile_vocab, 1)
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, found {value}")
+    return walk
+
+
+def _check_range(name: str, value: int, low: int, high: int | None = None) -> None:
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name} must be {limits}, found {value}")
+
+
+def _check_shapes(
+    hidden_ND: Tensor, head_VD: Tensor, ids_NM: Tensor, member_NSM: Tensor, bias_V: Tensor | None
+) -> None:
+    if hidden_ND.ndim != 2 or head_VD.ndim != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden_ND.shape)} and head {tuple(head_VD.shape)} must be [N, D] and [V, D]"
+        )
+    if head_VD.shape[0] == 0:
+        raise ValueError("the head has no vocabulary entries")
+    if ids_NM.ndim != 2 or ids_NM.shape[0] != hidden_ND.shape[0] or ids_NM.dtype != torch.int64:
+        raise ValueError(
+            f"ids must be int64 [N, M] with N = {hidden_ND.shape[0]}, found "
+            f"{ids_NM.dtype} {tuple(ids_NM.shape)}"
+        )
+    num_positions, num_asked = ids_NM.shape
+    is_fitting = member_NSM.ndim == 3 and member_NSM.shape[::2] == (num_positions, num_asked)
+    if not is_fitting or member_NSM.dtype != torch.bool:
+        raise ValueError(
+            f"member must be bool [N, S, M] with N = {num_positions} and M = {num_asked}, found "
+            f"{member_NSM.dtype} {tuple(member_NSM.shape)}"
+        )
+    if bias_V is not None and bias_V.shape != head_VD.shape[:1]:
+        raise ValueError(f"bias {tuple(bias_V.shape)} must be [V] with V = {head_VD.shape[0]}")
+
+
+def _check_ids(ids_NM: Tensor, num_vocab: int) -> None:
+    """One comparison per call; the position is only looked for when there is something to report."""
+    if ids_NM.numel() == 0:
+        return
+    is_wrong_NM = (ids_NM < PADDING_ID) | (ids_NM >= num_vocab)
+    if is_wrong_NM.any():
+        position, column = (int(index) for index in is_wrong_NM.nonzero()[0])
+        raise ValueError(
+            f"ids[{position}, {column}] is {int(ids_NM[position, column])}, outside the vocabulary of "
+            f"{num_vocab} (only {PADDING_ID} is padding); were these ids made with another tokenizer?"
+        )
