@@ -1,0 +1,70 @@
+"""The `lightopd` command: parse, call a stage, print its report, exit with a code."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from lightopd import __version__
+from lightopd.cli import cache, methods, settings, stages, tools
+from lightopd.errors import LightopdError
+
+app = typer.Typer(
+    name="lightopd",
+    help="Offline on-policy distillation: score a student's rollouts once, train without a live teacher.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lightopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more."),
+) -> None:
+    logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+for group in (stages, cache, tools):
+    group.register(app)
+app.add_typer(settings.app, name="config")
+app.add_typer(methods.app, name="methods")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("lightopd")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and an exit code, never a traceback."""
+    _log_to_stderr()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except LightopdError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to go on, finished work is kept", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`lightopd config`: what can be set, and whether a file is right."""
+
+from typing import Annotated
+
+import typer
+
+from lightopd.cli import options
+
+app = typer.Typer(no_args_is_help=True, help="Show or check configs.", rich_markup_mode=None)
+
+Stage = Annotated[str, typer.Argument(help="sft, rollout, precompute, train, eval or run.")]
+
+
+@app.command()
+def show(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
+    """Every setting of a stage with its meaning; with -c, the resolved config as YAML.
+
+    Example: lightopd config show train
+    """
+    from lightopd.config import as_yaml, describe
+
+    if config or sets:
+        typer.echo(as_yaml(_load(stage, config, sets)), nl=False)
+    else:
+        typer.echo(describe(_model(stage)))
+
+
+@app.command()
+def check(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
+    """Load a config and say whether it is right.
+
+    Example: lightopd config check run -c run.yaml
+    """
+    _load(stage, config, sets)
+    typer.echo(f"{stage} config is right")
+
+
+def _model(stage: str):  # type: ignore[no-untyped-def]
+    from lightopd.errors import ConfigError
+    from lightopd.schemas.run import STAGES, RunConfig
+
+    models = {**STAGES, "run": RunConfig}
+    if stage not in models:
+        raise ConfigError(f"no stage {stage!r}; the stages are {', '.join(models)}")
+    return models[stage]
+
+
+def _load(stage: str, config: list[str] | None, sets: list[str] | None):  # type: ignore[no-untyped-def]
+    from lightopd.config import load_run, load_stage
+    from lightopd.pipelines import RECIPES
+
+    _model(stage)
+    if stage == "run":
+        return load_run(config or [], sets or [], {}, RECIPES)
+    return load_stage(stage, config or [], sets or [], {}, RECIPES)

@@ -1,0 +1,210 @@
+"""The stages as commands: sft, rollout, precompute, train, eval, run."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightopd.cli import options
+from lightopd.cli.output import show_report
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the app."""
+    for name, command in {
+        "sft": sft,
+        "rollout": rollout,
+        "precompute": precompute,
+        "train": train,
+        "eval": evaluate,
+        "run": run,
+    }.items():
+        app.command(name)(command)
+
+
+def sft(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    teacher: options.Teacher = None,
+    student: options.Student = None,
+    prompts: options.Prompts = None,
+    out: options.Out = None,
+    engine: options.Engine = None,
+    part: Annotated[str | None, typer.Option("--part", help="both, answers or finetune.")] = None,
+    allow: options.Allow = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """A teacher answers prompts; a student is fine-tuned on the answers.
+
+    Example: lightopd sft --teacher T --student BASE --prompts prompts.jsonl --out runs/sft
+    """
+    flags = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "part": part}
+    _run_stage("sft", config, sets, {**flags, **_common(engine, allow)}, as_json, dry_run=dry_run)
+
+
+def rollout(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    student: options.Student = None,
+    prompts: options.Prompts = None,
+    cache: options.Cache = None,
+    sft_teacher: Annotated[
+        str | None,
+        typer.Option("--sft-teacher", help="Teacher of a student made elsewhere: declared, not proven."),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
+    engine: options.Engine = None,
+    allow: options.Allow = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """The student answers prompts once; ids, log-probabilities and rewards go into a cache.
+
+    Example: lightopd rollout --student runs/sft/student --prompts prompts.jsonl --cache runs/cache
+    """
+    flags = {"student": student, "prompts": prompts, "cache": cache, "sft_teacher": sft_teacher}
+    sampling = {"sampling": {"n": n}} if n is not None else {}
+    _run_stage(
+        "rollout", config, sets, {**flags, **sampling, **_common(engine, allow)}, as_json, dry_run=dry_run
+    )
+
+
+def precompute(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    cache: options.Cache = None,
+    rollouts: options.Rollouts = None,
+    teacher: options.Teacher = None,
+    signal: Annotated[
+        str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
+    ] = None,
+    top_k: options.TopK = None,
+    engine: options.Engine = None,
+    allow: options.Allow = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="With --dry-run: tokens per second, instead of measuring.")
+    ] = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """A teacher scores every token of the cached rollouts; refused unless it taught the student.
+
+    Example: lightopd precompute --cache runs/cache --teacher T --top-k 32
+    """
+    flags = {"cache": cache, "rollouts": rollouts, "teacher": teacher, "signal": signal, "top_k": top_k}
+    _run_stage(
+        "precompute",
+        config,
+        sets,
+        {**flags, **_common(engine, allow)},
+        as_json,
+        dry_run=dry_run,
+        tokens_per_s=rate,
+    )
+
+
+def train(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    cache: options.Cache = None,
+    student: options.Student = None,
+    out: options.Out = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    devices: Annotated[int | None, typer.Option("--devices", help="Devices on each node.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", help="Nodes.")] = None,
+    allow: options.Allow = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """The student is trained against the cache, with no teacher alive.
+
+    Example: lightopd train --cache runs/cache --student runs/sft/student --out runs/train
+    """
+    flags = {
+        "cache": cache,
+        "student": student,
+        "out": out,
+        "steps": steps,
+        "devices": devices,
+        "nodes": nodes,
+    }
+    _run_stage("train", config, sets, {**flags, "allow": allow or None}, as_json, dry_run=dry_run)
+
+
+def evaluate(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of the model.")] = None,
+    prompts: options.Prompts = None,
+    out: options.Out = None,
+    teacher: options.Teacher = None,
+    engine: options.Engine = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """A model answers held-out prompts: accuracy, and KL to a teacher.
+
+    Example: lightopd eval --model runs/train/student --prompts heldout.jsonl --out runs/eval
+    """
+    flags = {"model": model, "prompts": prompts, "out": out, "teacher": teacher}
+    _run_stage("eval", config, sets, {**flags, **_common(engine, None)}, as_json, dry_run=dry_run)
+
+
+def run(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    out: options.Out = None,
+    teacher: options.Teacher = None,
+    student: options.Student = None,
+    prompts: options.Prompts = None,
+    allow: options.Allow = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """The whole chain from one YAML file; what is done and valid is skipped.
+
+    Example: lightopd run -c run.yaml
+    """
+    from lightopd.config import load_run
+    from lightopd.pipelines import RECIPES, chain
+
+    flags = {"out": out, "teacher": teacher, "student": student, "prompts": prompts, "allow": allow or None}
+    loaded = load_run(config or [], sets or [], flags, RECIPES)
+    report = chain.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
+    show_report(report, as_json)
+
+
+def _common(engine: str | None, allow: list[str] | None) -> dict[str, Any]:
+    return {"engine": {"kind": engine} if engine else None, "allow": allow or None}
+
+
+def _run_stage(
+    stage: str,
+    files: list[str] | None,
+    sets: list[str] | None,
+    flags: Mapping[str, Any],
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    from lightopd.config import load_stage
+    from lightopd.pipelines import RECIPES
+
+    loaded = load_stage(stage, files or [], sets or [], flags, RECIPES)
+    show_report(_runner(stage)(loaded, **arguments), as_json)
+
+
+def _runner(stage: str) -> Callable[..., Any]:
+    from lightopd.pipelines.chain import RUNNERS
+
+    return RUNNERS[stage]
+
+
+def existing(path: str) -> Path:
+    """A path that must exist; the user's words when it does not."""
+    from lightopd.errors import InputError
+
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist; check the path")
+    return Path(path)

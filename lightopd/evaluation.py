@@ -1,0 +1,129 @@
+"""What an evaluation measures: accuracy over k answers, and divergence from a teacher.
+
+B = sequences, T = positions, N = response positions, V = vocabulary; nats per token throughout.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightopd.engines.models import choose_device, head_of, last_hidden, load_model
+from lightopd.errors import InputError
+from lightopd.schemas.configs import HfEngine, ModelConfig
+from lightopd.schemas.records import Sequence as TokenSequence
+
+CHUNK_POSITIONS = 256
+"""Positions whose full distributions are held at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Rewards of k answers to each prompt."""
+
+    avg_at_k: float
+    """Mean reward over prompts and answers."""
+    pass_at_k: float
+    """Share of prompts with at least one answer of reward 1."""
+    standard_error: float
+    """Of avg_at_k, over prompts."""
+
+
+def accuracy(prompt_ids: Sequence[str], rewards: Sequence[float | None]) -> Accuracy | None:
+    """Accuracy over the rows that have a reward; None when none has.
+
+    `prompt_ids` names the prompt of each answer; prompts count equally, however many answers they have.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for prompt_id, reward in zip(prompt_ids, rewards, strict=True):
+        if reward is not None:
+            by_prompt.setdefault(prompt_id, []).append(reward)
+    if not by_prompt:
+        return None
+    means = np.array([np.mean(values) for values in by_prompt.values()])
+    passed = np.array([max(values) >= 1.0 for values in by_prompt.values()])
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+    return Accuracy(float(means.mean()), float(passed.mean()), error)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Full-vocabulary divergences over the response positions of some sequences."""
+
+    reverse_kl_nats: float
+    """KL(student || teacher), mean over positions."""
+    forward_kl_nats: float
+    """KL(teacher || student), mean over positions."""
+    num_tokens: int
+
+
+@torch.no_grad()
+def divergence(
+    student: ModelConfig, teacher: ModelConfig, sequences: Sequence[TokenSequence], engine: HfEngine
+) -> Divergence:
+    """KL between two models over the whole vocabulary at every response position.
+
+    Raises:
+        InputError: the models' output layers differ in width, or no sequence has a response.
+    """
+    device = choose_device(engine.device)
+    models = load_model(student, device), load_model(teacher, device)
+    widths = tuple(head_of(model).weight_VD.shape[0] for model in models)
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"{student.path} has {widths[0]} outputs, {teacher.path} has {widths[1]}; KL needs one width"
+        )
+    reverse = forward = 0.0
+    count = 0
+    for batch in _batches(sequences, engine.batch_tokens):
+        hidden = [_response_hidden(model, batch, device) for model in models]
+        for start in range(0, len(hidden[0]), CHUNK_POSITIONS):
+            s_NV, t_NV = (
+                head_of(model).logits(h_ND[start : start + CHUNK_POSITIONS]).log_softmax(-1)
+                for model, h_ND in zip(models, hidden, strict=True)
+            )
+            reverse += float((s_NV.exp() * (s_NV - t_NV)).sum(dtype=torch.float64))
+            forward += float((t_NV.exp() * (t_NV - s_NV)).sum(dtype=torch.float64))
+            count += len(s_NV)
+    if count == 0:
+        raise InputError("no response tokens to measure KL on; give prompts that the model answers")
+    return Divergence(reverse / count, forward / count, count)
+
+
+def _batches(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
+    """Sequences by length, longest first, in batches of at most so many padded tokens."""
+    batch: list[TokenSequence] = []
+    longest = 1
+    for sequence in sorted(sequences, key=_length, reverse=True):
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        if not batch:
+            longest = max(1, _length(sequence))
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def _length(sequence: TokenSequence) -> int:
+    return len(sequence.prompt_ids) + len(sequence.response_ids)
+
+
+def _response_hidden(model: PreTrainedModel, batch: Sequence[TokenSequence], device: torch.device) -> Tensor:
+    """Hidden states [N, D] of the positions that predict response tokens, sequence after sequence."""
+    longest = max(_length(sequence) for sequence in batch)
+    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    predicts_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, sequence in enumerate(batch):
+        length, prompt = _length(sequence), len(sequence.prompt_ids)
+        ids_BT[row, :length] = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids]))
+        mask_BT[row, :length] = 1
+        predicts_BT[row, prompt - 1 : length - 1] = True
+    hidden_BTD = last_hidden(
+        model, input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
+    )
+    return hidden_BTD[predicts_BT.to(device)]

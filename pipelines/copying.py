@@ -1,0 +1,29 @@
+"""Rollouts of one cache copied into another, byte for byte and checked."""
+
+import shutil
+from pathlib import Path
+
+from lightopd.cache.shards import marker_path, shard_path, valid_shard
+from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder
+from lightopd.errors import CacheError
+
+
+def copy_rollouts(source: Cache, path: Path) -> Cache:
+    """Copy the rollout shards of `source` that `path` lacks; the cache at `path`, without signals.
+
+    Raises:
+        CacheError: a shard of the source does not match its SHA-256.
+        OutputError: `path` holds another cache.
+    """
+    create_cache(path, source.manifest)
+    fingerprint = source.manifest.fingerprint()
+    old, new = rollouts_folder(source.path), rollouts_folder(path)
+    new.mkdir(parents=True, exist_ok=True)
+    for shard in source.shards:
+        if valid_shard(new, shard, fingerprint) is not None:
+            continue
+        if valid_shard(old, shard, fingerprint) is None:
+            raise CacheError(f"{shard_path(old, shard)} does not match its checksum; copy or make it again")
+        shutil.copyfile(shard_path(old, shard), shard_path(new, shard))
+        shutil.copyfile(marker_path(old, shard), marker_path(new, shard))
+    return open_cache(path, signals=())

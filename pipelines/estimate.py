@@ -1,0 +1,71 @@
+"""What a scoring pass would cost: tokens, bytes on disk, hours, before anything is paid."""
+
+import time
+from collections.abc import Callable
+
+from lightopd.cache.shards import shard_bytes
+from lightopd.cache.store import Cache
+from lightopd.cache.tables import scores_to_table
+from lightopd.engines.base import Engine
+from lightopd.pipelines.reports import Report
+from lightopd.pipelines.sequences import read_sequences
+from lightopd.schemas.configs import EngineConfig, ModelConfig, PrecomputeConfig
+
+TRIAL_ROLLOUTS = 32
+"""Rollouts that are scored to measure rate and size when no rate is given."""
+
+
+def estimate(
+    config: PrecomputeConfig,
+    cache: Cache,
+    tokens_per_s: float | None,
+    load: Callable[[EngineConfig, ModelConfig], Engine],
+) -> Report:
+    """Tokens, bytes and hours of `precompute`, at the given rate or at one measured on a few rollouts.
+
+    With a given rate no model is loaded, and the bytes are those of uncompressed columns: an upper bound.
+    """
+    tokens = cache.num_tokens
+    if tokens_per_s is None:
+        tokens_per_s, bytes_per_token = _measure(config, cache, load)
+        basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
+    else:
+        bytes_per_token = _columns_bytes(config)
+        basis = "rate as given; bytes before compression"
+    return Report(
+        stage="precompute",
+        out=str(config.cache),
+        figures={
+            "rollouts": cache.num_rollouts,
+            "response_tokens": tokens,
+            "tokens_per_s": tokens_per_s,
+            "hours": tokens / tokens_per_s / 3600,
+            "bytes_per_token": bytes_per_token,
+            "bytes": int(tokens * bytes_per_token),
+        },
+        notes=(f"dry run: nothing was written; {basis}",),
+    )
+
+
+def _measure(
+    config: PrecomputeConfig, cache: Cache, load: Callable[[EngineConfig, ModelConfig], Engine]
+) -> tuple[float, float]:
+    ids, sequences = read_sequences(cache, 0)
+    ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
+    engine = load(config.engine, config.teacher)
+    try:
+        engine.score(sequences[:1], config.top_k, config.min_probability)
+        started_s = time.monotonic()
+        scores = engine.score(sequences, config.top_k, config.min_probability)
+        seconds = time.monotonic() - started_s
+    finally:
+        engine.close()
+    tokens = max(1, sum(len(sequence.response_ids) for sequence in sequences))
+    content = shard_bytes(scores_to_table(ids, scores, config.topk_dtype), kind="trial", fingerprint="")
+    return tokens / max(seconds, 1e-9), len(content) / tokens
+
+
+def _columns_bytes(config: PrecomputeConfig) -> float:
+    """Sampled log-probability, tail and count at 4 bytes each, and `top_k` ids and values."""
+    value_bytes = 2 if config.topk_dtype == "float16" else 4
+    return 12 + config.top_k * (4 + value_bytes)

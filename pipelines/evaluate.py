@@ -1,0 +1,76 @@
+"""A model answers held-out prompts: accuracy over k answers, and full-vocabulary KL to a teacher.
+
+lightopd eval --model STUDENT --prompts heldout.jsonl --out RUN/eval --teacher TEACHER
+"""
+
+import time
+from typing import Any
+
+from lightopd.cache.index import query
+from lightopd.cache.store import Cache
+from lightopd.engines.factory import load_engine
+from lightopd.errors import ConfigError
+from lightopd.evaluation import accuracy, divergence
+from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.reports import Report, save_report
+from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
+from lightopd.pipelines.sequences import read_sequences
+from lightopd.schemas.configs import EvalConfig, HfEngine
+from lightopd.schemas.manifest import SftLineage
+
+
+def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
+    """Sample answers into `OUT/answers` and measure them; finished shards are not sampled again.
+
+    Raises:
+        InputError, EngineError, OutputError: see their messages.
+    """
+    started_s = time.monotonic()
+    prepared = prepare(_job(config))
+    if dry_run:
+        count = len(prepared.prompts) * config.sampling.n
+        return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
+    with writing(config.out):
+        save_config(config, "eval", config.out)
+        answers = sample(prepared, load)
+        figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
+        figures |= sampling_figures(answers, started_s)
+        report = Report("eval", str(config.out), figures, seconds=time.monotonic() - started_s)
+        save_report(report, config.out)
+    return report
+
+
+def _job(config: EvalConfig) -> SamplingJob:
+    return SamplingJob(
+        stage="eval",
+        cache=config.out / "answers",
+        origin="student",
+        model=config.model,
+        prompts=config.prompts,
+        sampling=config.sampling,
+        engine=config.engine,
+        sft=SftLineage(proof="unknown"),
+        shard_rollouts=config.shard_rollouts,
+    )
+
+
+def _accuracy_figures(answers: Cache) -> dict[str, Any]:
+    rows = query(answers.path, "select prompt_id, reward from rollouts").to_pydict()
+    measured = accuracy(rows["prompt_id"], rows["reward"])
+    if measured is None:
+        return {}
+    return {
+        "avg_at_k": measured.avg_at_k,
+        "pass_at_k": measured.pass_at_k,
+        "standard_error": measured.standard_error,
+    }
+
+
+def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
+    if config.teacher is None:
+        return {}
+    if not isinstance(config.engine, HfEngine):
+        raise ConfigError("KL to a teacher needs both models in this process: set engine.kind to hf")
+    sequences = [s for shard in answers.shards for s in read_sequences(answers, shard)[1]]
+    measured = divergence(config.model, config.teacher, sequences, config.engine)
+    return {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}

@@ -1,0 +1,152 @@
+"""A teacher scores every token of the cached rollouts once; afterwards no teacher is needed.
+
+    lightopd precompute --cache CACHE --teacher TEACHER --top-k 32
+
+The teacher must be the one that wrote the student's fine-tuning data (arXiv 2604.13010, section 3.4);
+anything else is refused. A signal lies in `CACHE/signals/NAME/`, row by row beside the rollouts, so a
+second teacher or a reference model is added later without touching what is there.
+"""
+
+import time
+
+from lightopd.cache.shards import valid_shard, write_shard
+from lightopd.cache.store import Cache, create_signal, open_cache, signal_folder
+from lightopd.cache.tables import scores_to_table
+from lightopd.checks import check_teacher, check_tokenizer, precision_note
+from lightopd.engines.base import Engine
+from lightopd.engines.describe import describe_engine, model_limits
+from lightopd.engines.factory import load_engine
+from lightopd.engines.noise import measure_noise
+from lightopd.errors import ConfigError
+from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.copying import copy_rollouts
+from lightopd.pipelines.estimate import estimate
+from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.gap import gap_figures, verdict
+from lightopd.pipelines.progress import Progress
+from lightopd.pipelines.reports import Report, override_notes, save_report
+from lightopd.pipelines.sampling import LoadEngine
+from lightopd.pipelines.sequences import read_sequences
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.configs import PrecomputeConfig
+from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest
+from lightopd.tokens import load_tokenizer, stop_ids
+
+
+def run(
+    config: PrecomputeConfig,
+    *,
+    dry_run: bool = False,
+    tokens_per_s: float | None = None,
+    load: LoadEngine = load_engine,
+) -> Report:
+    """Score the rollouts, or with `dry_run` say what it would cost in tokens, bytes and hours.
+
+    Raises:
+        LineageError: the teacher, its tokenizer or its template is not the one the rollouts call for.
+        CacheError, EngineError, OutputError: see their messages; finished shards stay.
+    """
+    started_s = time.monotonic()
+    source = open_cache(config.rollouts or config.cache, signals=())
+    manifest = _manifest(config, source)
+    if dry_run:
+        return estimate(config, source, tokens_per_s, load)
+    with writing(config.cache):
+        cache = copy_rollouts(source, config.cache) if config.rollouts else source
+        _score(config, cache, manifest, load)
+        folder = signal_folder(config.cache, config.signal)
+        save_config(config, "precompute", folder)
+        report = _report(config, open_cache(config.cache), started_s)
+        save_report(report, folder)
+    return report
+
+
+def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
+    """The signal's contract, after every refusal has had its say."""
+    limits = model_limits(config.teacher)
+    if config.top_k > limits.vocabulary_size:
+        raise ConfigError(
+            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {limits.vocabulary_size} tokens; "
+            f"ask for at most that many"
+        )
+    teacher = fingerprint_model(config.teacher)
+    tokenizer = load_tokenizer(config.teacher)
+    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.teacher))
+    overrides = cache.manifest.overrides
+    if config.role == "teacher":
+        overrides += check_teacher(cache.manifest.sft, teacher, config.allow, "precompute")
+    overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
+    engine, precision = describe_engine(config.engine, config.teacher)
+    return SignalManifest(
+        schema_version=SCHEMA_VERSION,
+        name=config.signal,
+        role=config.role,
+        rollouts=cache.manifest.fingerprint(),
+        model=teacher,
+        precision=precision,
+        tokenizer=found,
+        top_k=config.top_k,
+        min_probability=config.min_probability,
+        topk_dtype=config.topk_dtype,
+        tail="exact",
+        engine=engine,
+        overrides=overrides,
+    )
+
+
+def _score(config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, load: LoadEngine) -> None:
+    folder = signal_folder(cache.path, config.signal)
+    fingerprint, total = manifest.fingerprint(), cache.manifest.num_shards
+    if (folder / SIGNAL_MANIFEST).exists():
+        create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
+    missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
+    if not missing:
+        return
+    engine = load(config.engine, config.teacher)
+    try:
+        noise = measure_noise(engine, read_sequences(cache, missing[0])[1])
+        create_signal(cache, manifest.model_copy(update={"noise": noise}))
+        progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
+        for index in missing:
+            _score_shard(config, cache, manifest, engine, index)
+            progress.advance(tokens=cache.markers[index].tokens)
+    finally:
+        engine.close()
+
+
+def _score_shard(
+    config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, engine: Engine, index: int
+) -> None:
+    ids, sequences = read_sequences(cache, index)
+    scores = engine.score(sequences, config.top_k, config.min_probability)
+    write_shard(
+        signal_folder(cache.path, config.signal),
+        index,
+        scores_to_table(ids, scores, config.topk_dtype),
+        kind=f"signals/{config.signal}",
+        fingerprint=manifest.fingerprint(),
+    )
+
+
+def _report(config: PrecomputeConfig, cache: Cache, started_s: float) -> Report:
+    signal = cache.signals[config.signal]
+    seconds = time.monotonic() - started_s
+    tokens = sum(marker.tokens for marker in cache.markers)
+    figures = {
+        "rollouts": sum(marker.rows for marker in signal.markers),
+        "response_tokens": tokens,
+        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
+        **gap_figures(cache, config.signal),
+        "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
+        "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
+        "seconds": round(seconds, 2),
+    }
+    precision = precision_note(cache.manifest.precision, signal.manifest.precision)
+    notes = (
+        *([verdict(figures["gap_nats"])] if config.role == "teacher" else []),
+        *([precision] if precision else []),
+        *override_notes(signal.manifest.overrides),
+    )
+    return Report(
+        "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
+    )

@@ -1,0 +1,97 @@
+"""The student answers prompts once; everything later stages need goes into the cache.
+
+    lightopd rollout --student STUDENT --prompts prompts.jsonl --cache CACHE
+
+Stored for each rollout: exactly the drawn ids (end token included), finish reason, log-probability and
+entropy of every token under the raw distribution, and a reward where the prompt has an answer.
+"""
+
+import time
+
+from lightopd.engines.factory import load_engine
+from lightopd.lineage import declared_teacher, fingerprint_model, read_student_lineage
+from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.reports import Report, override_notes, save_report
+from lightopd.pipelines.sampling import LoadEngine, Prepared, SamplingJob, prepare, sample, sampling_figures
+from lightopd.schemas.configs import RolloutConfig
+from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage
+
+
+def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
+    """Sample the cache's rollouts, or with `dry_run` only say what would be sampled.
+
+    Raises:
+        InputError, LineageError, OutputError, EngineError: see their messages; finished shards stay.
+    """
+    started_s = time.monotonic()
+    prepared = _prepared(config)
+    if dry_run:
+        return _plan(config, prepared)
+    with writing(config.cache):
+        cache = sample(prepared, load)
+        save_config(config, "rollout", config.cache)
+        report = Report(
+            stage="rollout",
+            out=str(config.cache),
+            figures=sampling_figures(cache, started_s),
+            notes=_notes(prepared.manifest.sft, prepared.manifest.overrides),
+            seconds=time.monotonic() - started_s,
+        )
+        save_report(report, config.cache)
+    return report
+
+
+def _prepared(config: RolloutConfig) -> Prepared:
+    student = fingerprint_model(config.student)
+    sft, overrides = _sft_lineage(config, student)
+    job = SamplingJob(
+        stage="rollout",
+        cache=config.cache,
+        origin="student",
+        model=config.student,
+        prompts=config.prompts,
+        sampling=config.sampling,
+        engine=config.engine,
+        sft=sft,
+        shard_rollouts=config.shard_rollouts,
+        keep_text=config.keep_text,
+        overrides=overrides,
+    )
+    return prepare(job, student)
+
+
+def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftLineage, tuple[Override, ...]]:
+    """What the student's folder says of its fine-tuning, or what the user declares."""
+    lineage = read_student_lineage(config.student, student)
+    if lineage is not None and lineage.sft.proof != "unknown":
+        return lineage.sft, lineage.overrides
+    overrides = lineage.overrides if lineage else ()
+    if config.sft_teacher is None:
+        return SftLineage(proof="unknown"), overrides
+    return declared_teacher(config.sft_teacher), overrides
+
+
+def _plan(config: RolloutConfig, prepared: Prepared) -> Report:
+    rollouts = len(prepared.prompts) * config.sampling.n
+    return Report(
+        stage="rollout",
+        out=str(config.cache),
+        figures={
+            "prompts": len(prepared.prompts),
+            "rollouts": rollouts,
+            "shards": prepared.manifest.num_shards,
+            "prompt_tokens": sum(len(ids) for ids in prepared.prompt_ids),
+            "response_tokens_at_most": rollouts * config.sampling.max_tokens,
+        },
+        notes=("dry run: nothing was written", *_notes(prepared.manifest.sft, prepared.manifest.overrides)),
+    )
+
+
+def _notes(sft: SftLineage, overrides: tuple[Override, ...]) -> tuple[str, ...]:
+    name = sft.teacher.source if sft.teacher else sft.name
+    teacher = {
+        "recorded": f"fine-tuning teacher: {name} (recorded by sft)",
+        "declared": f"fine-tuning teacher: {name} (declared, not proven)",
+        "unknown": "fine-tuning teacher unknown: precompute will refuse; declare it with --sft-teacher",
+    }[sft.proof]
+    return (teacher, *override_notes(overrides))

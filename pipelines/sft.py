@@ -1,0 +1,107 @@
+"""A teacher answers prompts, and a student is fine-tuned on the answers.
+
+    lightopd sft --teacher TEACHER --student BASE --prompts prompts.jsonl --out RUN
+
+Both halves can run alone (`part: answers`, `part: finetune`). Answers are kept like rollouts, ids and all,
+in `RUN/answers`. The student in `RUN/student` takes over the teacher's tokenizer, chat template and end
+tokens, and its folder records which teacher wrote its data: the proof that `precompute` asks for later.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.checks import check_tokenizer
+from lightopd.engines.factory import load_engine
+from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.reports import Report, save_report
+from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
+from lightopd.schemas.configs import SftConfig
+from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
+from lightopd.schemas.objectives import MLE_OBJECTIVE
+from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.training.fit import fit
+
+
+def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
+    """Sample the teacher's answers, fine-tune the student on them, and record who taught it.
+
+    Raises:
+        LineageError: the base student's token-to-id map is not the teacher's.
+        InputError, EngineError, OutputError, TrainingError: see their messages; finished work stays.
+    """
+    started_s = time.monotonic()
+    overrides = _one_vocabulary(config)
+    teacher = fingerprint_model(config.teacher)
+    job = SamplingJob(
+        stage="sft",
+        cache=config.out / "answers",
+        origin="teacher",
+        model=config.teacher,
+        prompts=config.prompts,
+        sampling=config.sampling,
+        engine=config.engine,
+        sft=SftLineage(proof="unknown"),
+        shard_rollouts=config.shard_rollouts,
+        overrides=overrides,
+    )
+    if dry_run:
+        prepared = prepare(job, teacher)
+        count = len(prepared.prompts) * config.sampling.n
+        return Report(
+            "sft", str(config.out), {"answers": count, "steps": config.finetune.steps}, notes=("dry run",)
+        )
+    with writing(config.out):
+        save_config(config, "sft", config.out)
+        answers = open_cache(job.cache) if config.part == "finetune" else sample(prepare(job, teacher), load)
+        figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
+        if config.part != "answers":
+            figures |= _finetune(config, answers)
+        report = Report("sft", str(config.out), figures, seconds=time.monotonic() - started_s)
+        save_report(report, config.out)
+    return report
+
+
+def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
+    base = fingerprint_model(config.student)
+    result = fit(answers, config.student, config.out, config.finetune, MLE_OBJECTIVE)
+    if result.is_main:
+        _take_over_tokenizer(config, result.student)
+        _write_lineage(config, answers, base, result.student)
+    return {
+        "finetune_steps": result.steps,
+        **{f"finetune_{key}": value for key, value in result.metrics.items()},
+    }
+
+
+def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
+    """The student may end and format its answers otherwise, since it learns the teacher's ways; ids must agree."""
+    teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
+    taught = fingerprint_tokenizer(teacher, stop_ids(teacher, config.teacher))
+    found = fingerprint_tokenizer(student, stop_ids(student, config.student))
+    learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
+    return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
+
+
+def _take_over_tokenizer(config: SftConfig, folder: Path) -> None:
+    """Tokenizer, chat template and end ids of the teacher, into the student's folder."""
+    tokenizer = load_tokenizer(config.teacher)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "generation_config.json"
+    stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    stored["eos_token_id"] = list(stop_ids(tokenizer, config.teacher))
+    settings.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, folder: Path) -> None:
+    student = fingerprint_model(config.student.model_copy(update={"path": str(folder), "adapter": None}))
+    lineage = StudentLineage(
+        student=student,
+        base=base,
+        sft=SftLineage(proof="recorded", teacher=answers.manifest.sampler, data=content_id(answers, ())),
+        made_by="sft",
+        overrides=answers.manifest.overrides,
+    )
+    write_student_lineage(folder, lineage)

@@ -1,0 +1,112 @@
+"""The student is trained against the cache, with no teacher alive.
+
+    lightopd train --cache CACHE --student STUDENT --out RUN
+
+Refused: a student that did not sample these rollouts, another tokenizer or template, a cache that fails
+its checks or lacks what the objective needs. The trained student is a plain Hugging Face folder.
+"""
+
+import time
+from pathlib import Path
+
+from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.checks import check_student, check_tokenizer
+from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.objectives.needs import needs
+from lightopd.objectives.validate import check_cache
+from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.reports import Report, override_notes, save_report
+from lightopd.schemas.configs import TrainConfig
+from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
+from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.training.fit import FitResult, fit
+
+
+def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
+    """Train the student, resuming from the newest whole checkpoint; or only check with `dry_run`.
+
+    Raises:
+        LineageError, CacheError, TrainingError, OutputError: see their messages; checkpoints stay.
+    """
+    started_s = time.monotonic()
+    cache = open_cache(config.cache)
+    student = fingerprint_model(config.student)
+    overrides = cache.manifest.overrides + _checked(config, cache, student)
+    if dry_run:
+        return _plan(config, cache)
+    with writing(config.out):
+        save_config(config, "train", config.out)
+        result = fit(cache, config.student, config.out, config, config.objective, staleness=config.staleness)
+        report = _report(config, result, overrides, started_s)
+        if result.is_main:
+            _write_lineage(config, cache, student, overrides, result.student)
+            save_report(report, config.out)
+    return report
+
+
+def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:
+    check_cache(config.objective, cache)
+    overrides = check_student(cache.manifest.sampler, student, config.allow, "train")
+    tokenizer = load_tokenizer(config.student)
+    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.student))
+    return overrides + check_tokenizer(cache.manifest.tokenizer, found, config.allow, "train")
+
+
+def _write_lineage(
+    config: TrainConfig,
+    cache: Cache,
+    student: ModelFingerprint,
+    overrides: tuple[Override, ...],
+    folder: Path,
+) -> None:
+    used = needs(config.objective).signals
+    trained = fingerprint_model(config.student.model_copy(update={"path": str(folder), "adapter": None}))
+    lineage = StudentLineage(
+        student=trained,
+        base=student,
+        sft=cache.manifest.sft,
+        made_by="train",
+        cache=content_id(cache, used),
+        overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
+    )
+    write_student_lineage(folder, lineage)
+
+
+def _plan(config: TrainConfig, cache: Cache) -> Report:
+    tokens = sum(marker.tokens for marker in cache.markers)
+    rollouts = sum(marker.rows for marker in cache.markers)
+    return Report(
+        stage="train",
+        out=str(config.out),
+        figures={
+            "rollouts": rollouts,
+            "response_tokens": tokens,
+            "steps": config.steps,
+            "passes_over_cache": config.steps * config.batch_sequences / max(1, rollouts),
+        },
+        notes=("dry run: cache, student and objective fit together; nothing was trained",),
+    )
+
+
+def _report(
+    config: TrainConfig, result: FitResult, overrides: tuple[Override, ...], started_s: float
+) -> Report:
+    seconds = time.monotonic() - started_s
+    stale = (
+        (f"the cache went stale at step {result.first_stale_step}: roll out again from the trained student",)
+        if result.first_stale_step
+        else ()
+    )
+    return Report(
+        stage="train",
+        out=str(config.out),
+        figures={
+            "steps": result.steps,
+            "tokens": result.tokens,
+            **result.metrics,
+            "seconds": round(seconds, 2),
+        },
+        dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
+        notes=(*stale, *override_notes(overrides)),
+        seconds=seconds,
+    )
