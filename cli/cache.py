@@ -1,11 +1,16 @@
 """Commands on a cache folder: sql, verify, index, import, export."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_report, show_table
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FORMATS = ("table", "csv", "json", "parquet")
 
@@ -14,14 +19,15 @@ CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the app."""
-    for name, command in {
+    commands: dict[str, Callable[..., None]] = {
         "sql": sql,
         "verify": verify,
         "index": index,
         "import": import_,
         "export": export,
-    }.items():
-        app.command(name)(command)
+    }
+    for name, command in commands.items():
+        app.command(name)(guarded(command))
 
 
 def sql(
@@ -74,7 +80,7 @@ def _show_schema(cache: Path) -> None:
         typer.echo(f"  {name:<18} {sentence}")
 
 
-def _write_table(table, format: str, out: Path | None) -> None:  # type: ignore[no-untyped-def]
+def _write_table(table: "pyarrow.Table", format: str, out: Path | None) -> None:
     import json
     import sys
 
@@ -98,7 +104,7 @@ def _write_table(table, format: str, out: Path | None) -> None:  # type: ignore[
         show_table(table.column_names, table.to_pylist())
 
 
-def _flat(table):  # type: ignore[no-untyped-def]
+def _flat(table: "pyarrow.Table") -> "pyarrow.Table":
     """Nested columns as JSON text, since CSV has no lists."""
     import json
 
@@ -133,9 +139,9 @@ def verify(
     if rescore and not findings:
         from lightopd.pipelines.rescore import rescore as again
 
-        report = again(cache, signal, rescore, teacher)
+        report, agrees = again(cache, signal, rescore, teacher)
         show_report(report)
-        findings += [note for note in report.notes if note.startswith("differs")]
+        findings += [] if agrees else list(report.notes)
     for line in findings:
         typer.echo(line)
     if findings:

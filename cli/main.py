@@ -8,7 +8,6 @@ import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, methods, settings, stages, tools
-from lightopd.errors import LightopdError
 
 app = typer.Typer(
     name="lightopd",
@@ -18,8 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-INTERRUPTED = 130
 
 
 def _version(asked: bool) -> None:
@@ -53,17 +50,10 @@ def _log_to_stderr() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and an exit code, never a traceback."""
+    """Entry point of the console script."""
     _log_to_stderr()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app(standalone_mode=True)
-    except LightopdError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on, finished work is kept", err=True)
-        sys.exit(INTERRUPTED)
+    app()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,71 @@
 """`lightopd methods`: the recipes, what they need, and whether a cache can serve them."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from lightopd.cli.guard import guarded
+from lightopd.cli.output import show_table
+
 app = typer.Typer(no_args_is_help=True, help="List, show and check method recipes.", rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(help="Name of a method, as in the list.")]
+
+
+@app.command("list")
+@guarded
+def list_() -> None:
+    """The method recipes, with their papers and what each needs from a cache.
+
+    Example: lightopd methods list
+    """
+    from lightopd.objectives.methods import list_methods, needs_lines
+    from lightopd.pipelines import RECIPES
+
+    rows = [
+        {"method": method.name, "paper": method.paper, "needs": "; ".join(needs_lines(method.needs))}
+        for method in list_methods(RECIPES / "methods")
+    ]
+    show_table(["method", "paper", "needs"], rows)
+
+
+@app.command()
+@guarded
+def show(name: Name) -> None:
+    """One method: what it does, what it needs, and its recipe.
+
+    Example: lightopd methods show lightning_opd
+    """
+    from lightopd.objectives.methods import find_method, needs_lines
+    from lightopd.pipelines import RECIPES
+
+    method = find_method(RECIPES / "methods", name)
+    typer.echo(f"{method.title} ({method.paper})\n{method.sentence}\n\nneeds:")
+    for line in needs_lines(method.needs):
+        typer.echo(f"  {line}")
+    recipe = method.path.read_text(encoding="utf-8").split("\n", 3)[-1].strip("\n")
+    typer.echo(f"\nlightopd train -c methods/{method.name} --cache CACHE --student STUDENT --out RUN\n\n{recipe}")
+
+
+@app.command()
+@guarded
+def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder.")]) -> None:
+    """Whether a cache can serve a method; what is missing, with the command that adds it.
+
+    Example: lightopd methods check vopd runs/cache
+    """
+    from lightopd.cache.store import open_cache
+    from lightopd.objectives.methods import check_method, find_method
+    from lightopd.objectives.validate import cache_facts
+    from lightopd.pipelines import RECIPES
+
+    method = find_method(RECIPES / "methods", name)
+    lacks, warnings = check_method(method, cache_facts(open_cache(cache), method.needs))
+    for line in warnings:
+        typer.echo(f"! {line}")
+    for line in lacks:
+        typer.echo(line)
+    if lacks:
+        raise typer.Exit(5)
+    typer.echo(f"{cache} can serve {name}")

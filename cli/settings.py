@@ -1,10 +1,14 @@
 """`lightopd config`: what can be set, and whether a file is right."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lightopd.cli import options
+from lightopd.cli.guard import guarded
+
+if TYPE_CHECKING:
+    from lightopd.schemas.base import StrictModel
 
 app = typer.Typer(no_args_is_help=True, help="Show or check configs.", rich_markup_mode=None)
 
@@ -12,6 +16,7 @@ Stage = Annotated[str, typer.Argument(help="sft, rollout, precompute, train, eva
 
 
 @app.command()
+@guarded
 def show(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
     """Every setting of a stage with its meaning; with -c, the resolved config as YAML.
 
@@ -26,6 +31,7 @@ def show(stage: Stage, config: options.Configs = None, sets: options.Sets = None
 
 
 @app.command()
+@guarded
 def check(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
     """Load a config and say whether it is right.
 
@@ -35,17 +41,17 @@ def check(stage: Stage, config: options.Configs = None, sets: options.Sets = Non
     typer.echo(f"{stage} config is right")
 
 
-def _model(stage: str):  # type: ignore[no-untyped-def]
+def _model(stage: str) -> "type[StrictModel]":
     from lightopd.errors import ConfigError
     from lightopd.schemas.run import STAGES, RunConfig
 
-    models = {**STAGES, "run": RunConfig}
+    models: dict[str, type[StrictModel]] = {**STAGES, "run": RunConfig}
     if stage not in models:
         raise ConfigError(f"no stage {stage!r}; the stages are {', '.join(models)}")
     return models[stage]
 
 
-def _load(stage: str, config: list[str] | None, sets: list[str] | None):  # type: ignore[no-untyped-def]
+def _load(stage: str, config: list[str] | None, sets: list[str] | None) -> "StrictModel":
     from lightopd.config import load_run, load_stage
     from lightopd.pipelines import RECIPES
 

@@ -7,20 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from lightopd.cli import options
+from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_report
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the app."""
-    for name, command in {
+    commands: dict[str, Callable[..., None]] = {
         "sft": sft,
         "rollout": rollout,
         "precompute": precompute,
         "train": train,
         "eval": evaluate,
         "run": run,
-    }.items():
-        app.command(name)(command)
+    }
+    for name, command in commands.items():
+        app.command(name)(guarded(command))
 
 
 def sft(

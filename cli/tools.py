@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
+from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_report, show_table
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the app."""
-    app.command("demo")(demo)
-    app.command("smollm2")(smollm2)
+    app.command("demo")(guarded(demo))
+    app.command("smollm2")(guarded(smollm2))
 
 
 def demo(
@@ -28,16 +29,17 @@ def demo(
     Example: lightopd demo tiny --out runs/demo
     """
     from lightopd.errors import ConfigError
+    from lightopd.pipelines import demo_smollm2, demo_tiny
 
     if name == "tiny":
-        from lightopd.pipelines.demo_tiny import run as run_demo
+        line = demo_tiny.run(
+            out, engine=engine, seed=seed, from_base=from_base, told=show_report, shown=_show_query
+        )
     elif name == "smollm2":
-        from lightopd.pipelines.demo_smollm2 import run as run_demo
+        line = demo_smollm2.run(out, engine=engine, seed=seed, told=show_report, shown=_show_query)
     else:
         raise ConfigError(f"no demo {name!r}; the demos are tiny and smollm2")
-    typer.echo(
-        run_demo(out, engine=engine, seed=seed, from_base=from_base, told=show_report, shown=_show_query)
-    )
+    typer.echo(line)
 
 
 def _show_query(name: str, rows: list[dict[str, Any]]) -> None:

@@ -53,10 +53,10 @@ def run(
         return estimate(config, source, tokens_per_s, load)
     with writing(config.cache):
         cache = copy_rollouts(source, config.cache) if config.rollouts else source
-        _score(config, cache, manifest, load)
+        tokens_per_s = _score(config, cache, manifest, load)
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
-        report = _report(config, open_cache(config.cache), started_s)
+        report = _report(config, open_cache(config.cache), tokens_per_s, started_s)
         save_report(report, folder)
     return report
 
@@ -66,8 +66,8 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
     limits = model_limits(config.teacher)
     if config.top_k > limits.vocabulary_size:
         raise ConfigError(
-            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {limits.vocabulary_size} tokens; "
-            f"ask for at most that many"
+            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has "
+            f"{limits.vocabulary_size} tokens; ask for at most that many"
         )
     teacher = fingerprint_model(config.teacher)
     tokenizer = load_tokenizer(config.teacher)
@@ -94,24 +94,29 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
     )
 
 
-def _score(config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, load: LoadEngine) -> None:
+def _score(
+    config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, load: LoadEngine
+) -> float | None:
+    """Score what is missing; response tokens per second, writing included, or None when nothing was."""
     folder = signal_folder(cache.path, config.signal)
     fingerprint, total = manifest.fingerprint(), cache.manifest.num_shards
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
-        return
+        return None
     engine = load(config.engine, config.teacher)
     try:
         noise = measure_noise(engine, read_sequences(cache, missing[0])[1])
         create_signal(cache, manifest.model_copy(update={"noise": noise}))
+        started_s = time.monotonic()
         progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
         for index in missing:
             _score_shard(config, cache, manifest, engine, index)
             progress.advance(tokens=cache.markers[index].tokens)
     finally:
         engine.close()
+    return sum(cache.markers[index].tokens for index in missing) / (time.monotonic() - started_s)
 
 
 def _score_shard(
@@ -128,7 +133,7 @@ def _score_shard(
     )
 
 
-def _report(config: PrecomputeConfig, cache: Cache, started_s: float) -> Report:
+def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, started_s: float) -> Report:
     signal = cache.signals[config.signal]
     seconds = time.monotonic() - started_s
     tokens = sum(marker.tokens for marker in cache.markers)
@@ -139,6 +144,7 @@ def _report(config: PrecomputeConfig, cache: Cache, started_s: float) -> Report:
         **gap_figures(cache, config.signal),
         "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
         "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
+        "tokens_per_s": tokens_per_s,
         "seconds": round(seconds, 2),
     }
     precision = precision_note(cache.manifest.precision, signal.manifest.precision)

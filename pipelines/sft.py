@@ -77,7 +77,7 @@ def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
 
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
-    """The student may end and format its answers otherwise, since it learns the teacher's ways; ids must agree."""
+    """Token ids must agree; the student's template and end ids need not, since it learns the teacher's."""
     teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
     taught = fingerprint_tokenizer(teacher, stop_ids(teacher, config.teacher))
     found = fingerprint_tokenizer(student, stop_ids(student, config.student))

@@ -42,6 +42,8 @@ class RunConfig(StageConfig):
     """Prompts of `sft` and `rollout`, unless their section names others."""
     eval_prompts: PromptsConfig | None = None
     """Held-out prompts; without them nothing is evaluated."""
+    eval_divergence: bool = False
+    """Also measure KL to the teacher, over the full vocabulary, before and after training."""
     sft: dict[str, Any] | None = None
     """Settings of the sft stage; left out, the student is taken as fine-tuned."""
     rollout: dict[str, Any] = Field({})
@@ -88,4 +90,5 @@ class RunConfig(StageConfig):
     def _evaluated(self, name: str, sampled_by: Any) -> dict[str, Any]:
         trained = {"path": str(self.out / "train" / "student")}
         model = {"eval_after": trained, "eval_teacher": self.teacher}.get(name, sampled_by)
-        return {"model": model}
+        measured = {"teacher": self.teacher} if self.eval_divergence and name != "eval_teacher" else {}
+        return {"model": model, **measured}

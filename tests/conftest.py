@@ -1,0 +1,51 @@
+"""Shared worlds: tiny models on disk, and a chain of stages run once over them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model, write_prompts
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_user_cache(tmp_path_factory):
+    """Fingerprints of tiny models stay out of the user's cache; one thread is fastest for them."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+    torch.set_num_threads(1)
+    yield
+    patch.undo()
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders of one small chain; read only, tests copy what they change."""
+
+    root: Path
+
+    def __getattr__(self, name):
+        return self.root / name
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Teacher, base, prompts.jsonl, sft/, cache/ with signal `teacher`; made by the stages themselves."""
+    from lightopd.config import load_stage
+    from lightopd.pipelines import precompute, rollout, sft
+
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "teacher", 0)
+    save_model(root / "base", 1, layers=1)
+    prompts = write_prompts(root / "prompts.jsonl", 12)
+    short = ["sampling.max_tokens=10", "shard_rollouts=6"]
+    tuning = ["finetune.steps=3", "finetune.batch_sequences=6"]
+    teacher, student = root / "teacher", root / "sft" / "student"
+    asked = {"teacher": teacher, "student": root / "base", "prompts": prompts, "out": root / "sft"}
+    sft.run(load_stage("sft", [], short + tuning, asked))
+    asked = {"student": student, "prompts": prompts, "cache": root / "cache"}
+    rollout.run(load_stage("rollout", [], [*short, "sampling.n=2"], asked))
+    precompute.run(
+        load_stage("precompute", [], [], {"cache": root / "cache", "teacher": teacher, "top_k": 4})
+    )
+    return World(root)
