@@ -45,7 +45,9 @@ def show(name: Name) -> None:
     for line in needs_lines(method.needs):
         typer.echo(f"  {line}")
     recipe = method.path.read_text(encoding="utf-8").split("\n", 3)[-1].strip("\n")
-    typer.echo(f"\nlightopd train -c methods/{method.name} --cache CACHE --student STUDENT --out RUN\n\n{recipe}")
+    typer.echo(
+        f"\nlightopd train -c methods/{method.name} --cache CACHE --student STUDENT --out RUN\n\n{recipe}"
+    )
 
 
 @app.command()

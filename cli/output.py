@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 def show_report(report: "Report", as_json: bool = False) -> None:
     """The report on stdout: one JSON line, or aligned lines for people."""
+    from lightopd.pipelines.folders import is_main
+
+    if not is_main():
+        return
     if as_json:
         typer.echo(report.as_json())
         return

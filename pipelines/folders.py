@@ -12,15 +12,28 @@ from lightopd.errors import OutputError
 from lightopd.schemas.base import StrictModel
 
 LOCK = ".lightopd.lock"
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_main() -> bool:
+    """Whether this is the first, or the only, process of a run; the others write nothing.
+
+    On several devices Lightning starts the same command once more for each, with its rank in the environment.
+    """
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    return rank == "0"
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however it ends.
+    """Hold the folder for the run's main process; the lock goes with the process, however it ends.
 
     Raises:
         OutputError: it cannot be made or written, the disk is full, or another process is writing in it.
     """
+    if not is_main():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,4 +69,5 @@ def cannot_write(folder: Path, error: OSError) -> OutputError:
 
 def save_config(config: StrictModel, stage: str, folder: Path) -> None:
     """Write the resolved config as `<stage>.yaml`; `lightopd <stage> -c` reads it back."""
-    (folder / f"{stage}.yaml").write_text(as_yaml(config), encoding="utf-8")
+    if is_main():
+        (folder / f"{stage}.yaml").write_text(as_yaml(config), encoding="utf-8")

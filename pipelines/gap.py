@@ -34,8 +34,8 @@ def verdict(gap_nats: float | None) -> str:
         return f"gap {gap_nats:.3f} nats/token is small: any recipe can be used"
     if gap_nats <= LARGE_NATS:
         return (
-            f"gap {gap_nats:.3f} nats/token is moderate: prefer -c methods/topk_reverse_kl or "
-            f"-c methods/capped_baseline over the plain sampled-token loss"
+            f"gap {gap_nats:.3f} nats/token is moderate: prefer -c methods/recommended_topk_reverse_kl or "
+            f"-c methods/recommended_baseline_ratio over the plain sampled-token loss"
         )
     return (
         f"gap {gap_nats:.3f} nats/token is large: fine-tune the student longer on this teacher's answers "

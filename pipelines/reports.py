@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from lightopd.pipelines.folders import is_main
 from lightopd.schemas.manifest import Override
 
 
@@ -32,7 +33,8 @@ class Report:
 
 def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
-    (folder / f"{report.stage}.report.json").write_text(report.as_json() + "\n", encoding="utf-8")
+    if is_main():
+        (folder / f"{report.stage}.report.json").write_text(report.as_json() + "\n", encoding="utf-8")
 
 
 def override_notes(overrides: Sequence[Override]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.checks import check_tokenizer
 from lightopd.engines.factory import load_engine
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
-from lightopd.pipelines.folders import save_config, writing
+from lightopd.pipelines.folders import is_main, save_config, writing
 from lightopd.pipelines.reports import Report, save_report
 from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
 from lightopd.schemas.configs import SftConfig
@@ -55,7 +55,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
         )
     with writing(config.out):
         save_config(config, "sft", config.out)
-        answers = open_cache(job.cache) if config.part == "finetune" else sample(prepare(job, teacher), load)
+        only_read = config.part == "finetune" or not is_main()
+        answers = open_cache(job.cache) if only_read else sample(prepare(job, teacher), load)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
             figures |= _finetune(config, answers)

@@ -37,22 +37,20 @@ ROLLOUTS = pa.schema(
 )
 
 
-def signal_schema(topk_dtype: str) -> pa.Schema:
-    """Schema of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
+SIGNALS = pa.schema(
+    [
+        pa.field("rollout_id", pa.string(), nullable=False),
+        pa.field("logprobs", list_of(pa.float32()), nullable=False),
+        pa.field("topk_counts", list_of(pa.int32()), nullable=False),
+        pa.field("topk_ids", list_of(pa.int32()), nullable=False),
+        pa.field("topk_logprobs", list_of(pa.float32()), nullable=False),
+        pa.field("tail_logprobs", list_of(pa.float32()), nullable=False),
+    ]
+)
+"""Columns of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
 
-    `topk_dtype` is `float16` or `float32`; `logprobs` and `tail_logprobs` are always float32.
-    """
-    value = {"float16": pa.float16(), "float32": pa.float32()}[topk_dtype]
-    return pa.schema(
-        [
-            pa.field("rollout_id", pa.string(), nullable=False),
-            pa.field("logprobs", list_of(pa.float32()), nullable=False),
-            pa.field("topk_counts", list_of(pa.int32()), nullable=False),
-            pa.field("topk_ids", list_of(pa.int32()), nullable=False),
-            pa.field("topk_logprobs", list_of(value), nullable=False),
-            pa.field("tail_logprobs", list_of(pa.float32()), nullable=False),
-        ]
-    )
+Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values; the column stays float32,
+which every reader knows, and the zero bits compress away."""
 
 
 SHARD_METADATA_KEYS = ("lightopd.schema_version", "lightopd.kind", "lightopd.fingerprint")

@@ -6,6 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.engines import EngineConfig as EngineConfig
+from lightopd.schemas.engines import HfEngine as HfEngine
+from lightopd.schemas.engines import ServerEngine as ServerEngine
+from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.objectives import ObjectiveConfig
 
 Allowed = Literal[
@@ -140,22 +144,6 @@ class SamplingConfig(StrictModel):
     """Longest response in tokens, the end token included."""
     seed: int = 0
     """Every rollout draws from its own stream, made from this seed, the prompt and the sample index."""
-
-
-class HfEngine(StrictModel):
-    """transformers in this process."""
-
-    kind: Literal["hf"] = "hf"
-    """Generate and score with transformers."""
-    device: str = "auto"
-    """`auto` takes CUDA where there is one; else a torch device such as `cpu` or `cuda:1`."""
-    batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens in one forward pass while scoring."""
-    generate_rollouts: int = Field(64, ge=1)
-    """Rollouts that are generated together."""
-
-
-EngineConfig = Annotated[HfEngine, Field()]
 
 
 class OptimizerConfig(StrictModel):
@@ -300,7 +288,7 @@ class PrecomputeConfig(StageConfig):
     min_probability: float = Field(0.0, ge=0.0, lt=1.0)
     """Drop top-k entries less likely than this; their probability moves to the tail."""
     topk_dtype: Literal["float16", "float32"] = "float16"
-    """Number format of the top-k log-probabilities on disk; sampled token and tail stay float32."""
+    """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
 

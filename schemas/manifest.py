@@ -186,7 +186,7 @@ class SignalManifest(StrictModel):
     min_probability: float = Field(0.0, ge=0)
     """Entries below this were left to the tail."""
     topk_dtype: Literal["float16", "float32"]
-    """Number format of the top-k on disk."""
+    """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     engine: EngineRecord | None

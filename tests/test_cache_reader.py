@@ -1,6 +1,7 @@
 """What the trainer reads is what was written, and damage is named."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,7 @@ def test_flat_columns_are_the_records_laid_end_to_end(tmp_path):
     for shard, rows in enumerate(rollouts):
         found = read_shard_columns(cache, shard)
         assert found.rollout_ids == tuple(row.rollout_id for row in rows)
-        assert found.user_prompt_ids == tuple(row.prompt_id for row in rows)
+        assert found.prompt_ids_by_user == tuple(row.prompt_id for row in rows)
         assert found.domains == tuple(row.domain for row in rows)
         assert found.offsets.tolist() == [0, *np.cumsum([len(row.response_ids) for row in rows])]
         assert found.prompt_offsets.tolist() == [0, *np.cumsum([len(row.prompt_ids) for row in rows])]
@@ -75,8 +76,6 @@ def test_the_topk_is_read_only_for_the_signals_that_want_it(tmp_path):
 
 
 def test_values_that_were_not_measured_are_none_and_a_missing_reward_is_nan(tmp_path):
-    from dataclasses import replace
-
     _, rollouts, _ = make_cache(tmp_path / "a", signals={})
     bare = [replace(row, logprobs=None, entropies=None, reward=None, domain=None) for row in rollouts[0]]
     found = read_shard_columns(write_rollouts(tmp_path / "b", [bare]), 0)

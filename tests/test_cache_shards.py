@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -41,6 +40,13 @@ def write(folder, index=0, table=None, fingerprint=FINGERPRINT, dropped=None):
     )
 
 
+def in_another_process(code):
+    imports = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_cache_shards as t"
+    )
+    return [sys.executable, "-c", f"{imports}\n{code}", str(Path(__file__).parent)]
+
+
 def test_a_written_shard_is_valid_and_its_marker_tells_rows_tokens_and_dropped(tmp_path):
     marker = write(tmp_path, dropped={"prompt longer than the context": 2})
     assert (marker.rows, marker.tokens) == (3, 14)
@@ -52,11 +58,7 @@ def test_a_written_shard_is_valid_and_its_marker_tells_rows_tokens_and_dropped(t
 
 def test_equal_tables_give_equal_bytes_in_another_process_too(tmp_path):
     write(tmp_path / "a")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_cache_shards as t; "
-        "t.write(Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b")], check=True)
+    subprocess.run([*in_another_process("t.write(Path(sys.argv[2]))"), str(tmp_path / "b")], check=True)
     for name in ("part-00000.parquet", "part-00000.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -123,12 +125,8 @@ def test_what_a_killed_writer_leaves_is_not_a_shard_and_the_next_write_clears_it
 
 
 def test_after_kill_nine_every_marker_belongs_to_a_whole_shard(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_cache_shards as t\n"
-        "table = t.small_table()\n"
-        "for index in range(100_000): t.write(Path(sys.argv[2]), index, table)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)])
+    code = "for index in range(100_000): t.write(Path(sys.argv[2]), index, t.small_table())"
+    process = subprocess.Popen([*in_another_process(code), str(tmp_path)])
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("part-*.json"))) < 5:
         assert time.monotonic() < deadline
@@ -142,13 +140,20 @@ def test_after_kill_nine_every_marker_belongs_to_a_whole_shard(tmp_path):
     assert parquet - len(markers) in (0, 1)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path):
     os.mkfifo(tmp_path / ".report.json.tmp")
-    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "report.json", b"{}")
-    timer.join()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(tmp_path / "report.json", b"{}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from lightopd.cache.tables import (
     table_to_scores,
 )
 from lightopd.errors import EngineError
-from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 
 
 def assert_same(found, wanted):
@@ -83,7 +83,7 @@ def test_float16_topk_is_the_nearest_half_and_the_other_columns_keep_every_bit()
 
 def test_an_empty_list_of_records_is_an_empty_table_of_the_right_schema():
     assert rollouts_to_table([]).schema.equals(ROLLOUTS)
-    assert scores_to_table([], [], "float16").schema.equals(signal_schema("float16"))
+    assert scores_to_table([], [], "float16").schema.equals(SIGNALS)
 
 
 def test_ids_above_sixteen_bits_survive():
@@ -182,7 +182,7 @@ def test_logprobs_for_only_some_rollouts_are_refused():
 
 
 def test_a_missing_score_is_refused():
-    with pytest.raises(EngineError, match="2 rollouts .* 1 scores"):
+    with pytest.raises(EngineError, match=r"2 rollouts .* 1 scores"):
         scores_to_table(
             ["a", "b"], [make_scores(np.random.default_rng(0), np.zeros(1, np.int32), 1)], "float16"
         )

@@ -1,4 +1,4 @@
-"""Tiny random models with a real tokenizer, for tests of the stages: Qwen3 blocks, one thread, milliseconds."""
+"""Tiny random models with a real tokenizer, for tests of the stages."""
 
 import json
 from pathlib import Path

@@ -28,7 +28,7 @@ from lightopd.cache.store import (
 from lightopd.cache.tables import flat_column, rollout_id, rollouts_to_table, scores_to_table, split_lists
 from lightopd.errors import InputError, OutputError
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, list_of, signal_schema
+from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, list_of
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
 from lightopd.schemas.records import Ids, Rollout, Scores
 
@@ -336,10 +336,9 @@ def _imported_signal(name: str, manifest: CacheManifest) -> SignalManifest:
 def _joined(cache: Cache, index: int) -> pa.Table:
     """A shard's rollouts with the columns of every signal beside them."""
     joined = read_columns(shard_path(rollouts_folder(cache.path), index), ROLLOUTS, ROLLOUTS.names)
-    for name, signal in cache.signals.items():
+    for name in cache.signals:
         path = shard_path(signal_folder(cache.path, name), index)
-        schema = signal_schema(signal.manifest.topk_dtype)
-        table = read_columns(path, schema, schema.names)
+        table = read_columns(path, SIGNALS, SIGNALS.names)
         check_rollout_ids(path, table.column("rollout_id"), joined.column("rollout_id"))
         for column in ("logprobs", "tail_logprobs"):
             joined = joined.append_column(f"{name}_{column}", table.column(column))
@@ -349,10 +348,10 @@ def _joined(cache: Cache, index: int) -> pa.Table:
 
 
 def _nested(table: pa.Table, column: str) -> pa.Array:
-    """Top-k entries as a list per token; float16 becomes float32."""
+    """Top-k entries as a list per token."""
     counts, offsets = flat_column(table.column("topk_counts"))
     values, _ = flat_column(table.column(column))
-    flat = pa.array(values.astype(np.int32 if column == "topk_ids" else np.float32))
+    flat = pa.array(values)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     inner = pa.ListArray.from_arrays(pa.array(starts), flat, type=list_of(flat.type))
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), inner, type=list_of(inner.type))

@@ -34,7 +34,7 @@ from lightopd.cache.store import (
 )
 from lightopd.errors import CacheError, ConfigError
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 
 INDEX = "index.duckdb"
@@ -215,7 +215,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
         "raw_signals",
         [f"{prefix}{file}" for file in signals],
         f"{name}, {place}",
-        signal_schema("float32"),
+        SIGNALS,
     )
     _table(
         connection,

@@ -18,7 +18,7 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, rollouts_folder, signal_folder
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.records import Bools, Floats, Ids
 
 Offsets = NDArray[np.int64]
@@ -51,7 +51,7 @@ class SignalColumns:
     topk_ids_C: Ids | None
     """Most likely first within a position."""
     topk_logprobs_C: Floats | None
-    """float32, whatever the format on disk."""
+    """float32; rounded to float16 values where the signal was written so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _signal_columns(
         raise CacheError(f"{cache.path} has no signal {name!r} loaded (loaded: {there})")
     path = shard_path(signal_folder(cache.path, name), shard)
     columns = ["rollout_id", "logprobs", *((*TOPK_COLUMNS, "tail_logprobs") if with_topk else ())]
-    table = read_columns(path, signal_schema(cache.signals[name].manifest.topk_dtype), columns)
+    table = read_columns(path, SIGNALS, columns)
     check_rollout_ids(path, table.column("rollout_id"), rollout_ids)
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)
@@ -199,7 +199,7 @@ def check_rollout_ids(path: Path, found: pa.ChunkedArray, wanted: pa.ChunkedArra
 
 
 def topk_columns(path: Path, table: pa.Table, offsets: Offsets) -> tuple[Offsets, Ids, Floats]:
-    """Offsets [N + 1] of the positions, ids [C] and float32 log-probabilities [C] of a signal's top-k."""
+    """Offsets [N + 1] of the positions, ids [C] and log-probabilities [C] of a signal's top-k."""
     counts, found = flat_column(table.column("topk_counts"))
     check_offsets(path, "topk_counts", found, offsets)
     topk_offsets = np.zeros(len(counts) + 1, dtype=np.int64)
@@ -208,7 +208,7 @@ def topk_columns(path: Path, table: pa.Table, offsets: Offsets) -> tuple[Offsets
     check_offsets(path, "topk_ids", found_ids, topk_offsets[offsets])
     logprobs, found_logprobs = flat_column(table.column("topk_logprobs"))
     check_offsets(path, "topk_logprobs", found_logprobs, topk_offsets[offsets])
-    return topk_offsets, ids, logprobs.astype(np.float32, copy=False)
+    return topk_offsets, ids, logprobs
 
 
 def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:

@@ -32,11 +32,23 @@ WRITE_OPTIONS: Mapping[str, Any] = {
     "write_statistics": True,
 }
 
-ROWS_PER_GROUP = 64
-"""Rollouts in one row group: what a reader must hold at least."""
+ROWS_PER_GROUP = 16
+TOKENS_PER_GROUP = 4096
+"""A row group has at least so many rows and, but for the last, about so many response tokens."""
 
-DICTIONARY_COLUMNS = ("origin", "domain", "finish_reason", "prompt_id", "topk_ids", "topk_counts", "turns")
-"""Columns whose values repeat; a dictionary makes the others larger or slower."""
+DICTIONARY_COLUMNS = ("origin", "domain", "finish_reason", "prompt_id", "topk_counts", "turns")
+"""Columns whose values repeat."""
+
+SPLIT_COLUMNS = (
+    "prompt_ids",
+    "response_ids",
+    "logprobs",
+    "entropies",
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logprobs",
+)
+"""Columns of numbers, written byte by byte (BYTE_STREAM_SPLIT): their high bytes repeat."""
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -96,8 +108,11 @@ def shard_bytes(table: pa.Table, *, kind: str, fingerprint: str) -> pa.Buffer:
     pq.write_table(
         table.replace_schema_metadata(metadata).combine_chunks(),
         sink,
-        row_group_size=ROWS_PER_GROUP,
+        row_group_size=max(
+            ROWS_PER_GROUP, TOKENS_PER_GROUP * table.num_rows // max(1, _response_tokens(table))
+        ),
         use_dictionary=_leaf_paths(table.schema, DICTIONARY_COLUMNS),
+        column_encoding=dict.fromkeys(_leaf_paths(table.schema, SPLIT_COLUMNS), "BYTE_STREAM_SPLIT"),
         **WRITE_OPTIONS,
     )
     return sink.getvalue()

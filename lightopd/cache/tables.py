@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lightopd.errors import CacheError, EngineError
-from lightopd.schemas.cache import ROLLOUTS, signal_schema
+from lightopd.errors import EngineError
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.records import Ids, Rollout, Scores
 
 MAX_LIST_VALUES = 2**31 - 1
@@ -51,7 +51,12 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
 
 
 def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[Scores], topk_dtype: str) -> pa.Table:
-    """Scores as a table in `signal_schema(topk_dtype)`; row i belongs to `rollout_ids[i]`.
+    """Scores as a table in the schema `SIGNALS`; row i belongs to `rollout_ids[i]`.
+
+    Args:
+        rollout_ids: of the rollouts, in the rows' order.
+        scores: one for each rollout.
+        topk_dtype: `float16` rounds the top-k log-probabilities to float16 values; `float32` keeps them.
 
     Raises:
         EngineError: a value is NaN or infinite (only a tail may be -inf: nothing lies outside the top-k),
@@ -63,14 +68,13 @@ def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[Scores], topk_d
         )
     for name, score in zip(rollout_ids, scores, strict=True):
         _check_scores(name, score)
-    schema = signal_schema(topk_dtype)
-    columns = [pa.array(list(rollout_ids), pa.string())]
-    columns += [
-        _list_array(field, [getattr(score, field.name) for score in scores]) for field in list(schema)[1:]
-    ]
-    table = pa.table(columns, schema=schema)
-    _check_fits(table, rollout_ids, scores)
-    return table
+    rows = {field.name: [getattr(score, field.name) for score in scores] for field in list(SIGNALS)[1:]}
+    if topk_dtype == "float16":
+        rows["topk_logprobs"] = [
+            _rounded(name, score) for name, score in zip(rollout_ids, scores, strict=True)
+        ]
+    columns = [_list_array(SIGNALS.field(name), values) for name, values in rows.items()]
+    return pa.table([pa.array(list(rollout_ids), pa.string()), *columns], schema=SIGNALS)
 
 
 def table_to_rollouts(table: pa.Table) -> list[Rollout]:
@@ -80,9 +84,8 @@ def table_to_rollouts(table: pa.Table) -> list[Rollout]:
 
 
 def table_to_scores(table: pa.Table) -> list[Scores]:
-    """Rows of a signal table as records, top-k log-probabilities as float32."""
+    """Rows of a `SIGNALS` table as records; arrays are read-only views into the table's buffers."""
     columns = {name: split_lists(table.column(name)) for name in table.column_names if name != "rollout_id"}
-    columns["topk_logprobs"] = [_as_float32(values) for values in columns["topk_logprobs"]]
     return [Scores(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
@@ -137,8 +140,7 @@ def _list_array(field: pa.Field, rows: Sequence[NDArray[Any]]) -> pa.ListArray:
         )
     dtype = field.type.value_type.to_pandas_dtype()
     values = np.concatenate(rows) if rows else np.zeros(0)
-    with np.errstate(over="ignore"):
-        flat = pa.array(values.astype(dtype, copy=False), field.type.value_type)
+    flat = pa.array(values.astype(dtype, copy=False), field.type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=field.type)
 
 
@@ -176,12 +178,12 @@ def _check_scores(name: str, scores: Scores) -> None:
         _refuse(name, "tail_logprobs", int(is_broken.argmax()), scores.tail_logprobs[is_broken.argmax()])
 
 
-def _check_fits(table: pa.Table, rollout_ids: Sequence[str], scores: Sequence[Scores]) -> None:
-    values, offsets = flat_column(table.column("topk_logprobs"))
-    if np.isfinite(values).all():
-        return
-    row = int(np.searchsorted(offsets, int((~np.isfinite(values)).argmax()), side="right")) - 1
-    _check_topk_finite(rollout_ids[row], scores[row], values[offsets[row] : offsets[row + 1]])
+def _rounded(name: str, scores: Scores) -> NDArray[np.float32]:
+    """Top-k log-probabilities at the nearest float16 values, as float32."""
+    with np.errstate(over="ignore"):
+        values = scores.topk_logprobs.astype(np.float16)
+    _check_topk_finite(name, scores, values)
+    return values.astype(np.float32)
 
 
 def _check_topk_finite(name: str, scores: Scores, values: NDArray[Any]) -> None:
@@ -207,11 +209,3 @@ def _refuse(name: str, column: str, position: int, value: Any) -> None:
 
 def _python_column(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
     return split_lists(column) if pa.types.is_list(field.type) else column.to_pylist()
-
-
-def _as_float32(values: NDArray[Any] | None) -> NDArray[np.float32]:
-    if values is None:
-        raise CacheError(
-            "a signal has a row without topk_logprobs; the shard is damaged, run `lightopd verify`"
-        )
-    return values.astype(np.float32)

@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
-from lightopd.cache.shards import ROWS_PER_GROUP, marker_path, read_marker, shard_path, why_invalid
+from lightopd.cache.shards import marker_path, read_marker, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, signal_schema
+from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+
+BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def _shard_findings(
         findings += _merged(file, faults)
     for signal in signals:
         folder = signal_folder(path, signal.name)
-        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), signal_schema(signal.topk_dtype))
+        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), SIGNALS)
         scores, own = _load(path, part, index)
         findings += own
         if scores is not None and rollouts is not None:
@@ -201,8 +203,8 @@ def _table_faults(table: pa.Table, part: _Part, index: int) -> Iterator[str]:
 
 
 def _blocks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    for start in range(0, table.num_rows, ROWS_PER_GROUP):
-        yield start, table.slice(start, ROWS_PER_GROUP)
+    for start in range(0, table.num_rows, BLOCK_ROWS):
+        yield start, table.slice(start, BLOCK_ROWS)
 
 
 def _shifted(faults: Iterator[Fault], start: int) -> Iterator[Fault]:

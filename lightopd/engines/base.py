@@ -5,7 +5,7 @@ B = sequences or prompts, R = response tokens of one of them, V = vocabulary; na
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Ids, Sample, Scores
+
+Tail = Literal["exact", "derived"]
+"""How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
 
 
 class Engine(Protocol):
@@ -27,6 +30,8 @@ class Engine(Protocol):
     """What runs the model, for the lineage."""
     precision: Precision
     """How the weights are run."""
+    tail: Tail
+    """What `Scores.tail_logprobs` are."""
 
     def generate(
         self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
@@ -75,6 +80,11 @@ def random_stream(seed: int, key: str) -> np.random.Generator:
     """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def row_seed(seed: int, key: str) -> int:
+    """Seed in 0 to 2^63 - 1 that depends on seed and key only, for libraries that draw by themselves."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8], "little") >> 1
 
 
 def check_prompts(

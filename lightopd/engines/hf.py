@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from lightopd.engines import hf_generate, hf_score
-from lightopd.engines.base import check_prompts, check_sequences
+from lightopd.engines.base import Tail, check_prompts, check_sequences
 from lightopd.engines.describe import describe_engine
 from lightopd.engines.hf_prefix import prompts_can_be_shared
 from lightopd.engines.models import (
@@ -33,6 +33,7 @@ class TransformersEngine:
         self.context_length = loaded.context_length
         self.record = record
         self.precision = precision
+        self.tail: Tail = "exact"
         self._loaded: LoadedModel | None = loaded
         self._settings = settings
         self._share_prompts = prompts_can_be_shared(loaded)

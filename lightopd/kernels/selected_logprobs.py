@@ -27,7 +27,7 @@ from lightopd.kernels.vocabulary_walk import (
 
 PADDING_ID = -1
 # Positions and vocabulary entries per tile. On CPU the two buffers of this size stay in the last-level cache
-# between operations, and products this large run at full speed; half or twice either size is within 5 percent.
+# between operations, and products this large run at full speed; half or twice a size is within 5 percent.
 CPU_TILE = (1024, 2048)
 # A GPU wants few launches of large products.
 CUDA_TILE = (2048, 16384)
@@ -40,7 +40,7 @@ class Selected:
     logprobs_NM: Tensor
     """Log-probability of each id asked for; 0.0 where the id is padding. Differentiable."""
     tail_logprobs_NS: Tensor
-    """Log of the mass outside each set, differentiable; minus infinity, with zero gradient, for an empty outside."""
+    """Log of the mass outside each set. Differentiable; minus infinity and zero gradient if there is none."""
     logsumexp_N: Tensor
     """Normaliser of the logits after softcap and temperature. Detached."""
     entropy_N: Tensor
@@ -173,8 +173,7 @@ def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Asked:
     slot_NM = torch.empty_like(ids_NM).scatter_(1, order_NM, is_new_NM.cumsum(1) - 1)
     ids_NU = torch.full_like(ids_NM, PADDING_ID).scatter_(1, slot_NM, ids_NM)
     # Ids that are not members are sent to one more slot, which is then dropped.
-    is_counted_NSM = member_NSM & ~is_padding_NM[:, None]
-    target_NSM = torch.where(is_counted_NSM, slot_NM[:, None], num_asked)
+    target_NSM = torch.where(member_NSM, slot_NM[:, None], num_asked)
     is_member = member_NSM.new_zeros((num_positions, member_NSM.shape[1], num_asked + 1))
     return _Asked(ids_NU, is_member.scatter_(2, target_NSM, True)[:, :, :num_asked], slot_NM, is_padding_NM)
 

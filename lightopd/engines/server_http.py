@@ -1,0 +1,147 @@
+"""Requests to vLLM servers: tried again, spread over several addresses; the API key is never shown."""
+
+import asyncio
+import json
+import logging
+import os
+import random
+from typing import Any
+
+import aiohttp
+
+from lightopd.errors import ConfigError, EngineError
+from lightopd.schemas.configs import ServerEngine
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+CONNECT_S = 10.0
+TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
+
+
+class ServerPool:
+    """Connections to one or several servers of the same model; use it from one event loop only."""
+
+    def __init__(self, engine: ServerEngine) -> None:
+        self.urls = engine.urls
+        self._attempts = engine.attempts
+        self._in_flight = dict.fromkeys(engine.urls, 0)
+        self._headers = _authorization(engine)
+        self._timeout = aiohttp.ClientTimeout(total=engine.timeout_s, sock_connect=CONNECT_S)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Close the connections; they open again when needed."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def get(self, url: str, path: str) -> Any:
+        """What one server says at a path, tried again as `post`."""
+        return await self._ask("GET", path, None, (url,))
+
+    async def post(self, path: str, body: dict[str, Any], url: str | None = None) -> Any:
+        """The answer of the server at `url`, or of the least busy one.
+
+        Refused and broken connections, time-outs, 429 and 5xx are tried again after growing pauses, on
+        another server where there is one.
+
+        Raises:
+            EngineError: the request was refused, or every try failed.
+        """
+        return await self._ask("POST", path, body, self.urls if url is None else (url,))
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, urls: tuple[str, ...]) -> Any:
+        failed, reason = "", ""
+        for attempt in range(self._attempts):
+            url = min((u for u in urls if u != failed or len(urls) == 1), key=self._in_flight.__getitem__)
+            self._in_flight[url] += 1
+            try:
+                return await self._once(method, url, path, body)
+            except _TryAgain as error:
+                failed, reason = url, f"{url}{path}: {error}"
+                pause_s = error.pause_s or _pause_s(attempt)
+            finally:
+                self._in_flight[url] -= 1
+            if attempt + 1 < self._attempts:
+                log.warning("%s; trying again in %.1f s", reason, pause_s)
+                await asyncio.sleep(pause_s)
+        raise EngineError(
+            f"no answer from {' or '.join(urls)} after {self._attempts} tries, last {reason}; start the "
+            f"server again and repeat the command: finished shards are kept"
+        )
+
+    async def _once(self, method: str, url: str, path: str, body: dict[str, Any] | None) -> Any:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(
+                connector=connector, headers=self._headers, timeout=self._timeout, trust_env=True
+            )
+        try:
+            async with self._session.request(method, url + path, json=body) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            raise _TryAgain("no answer in time") from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise _TryAgain(_first_line(str(error)) or type(error).__name__) from error
+        except aiohttp.ClientError as error:
+            raise EngineError(f"{url}{path}: {_first_line(str(error))}; check engine.urls") from error
+        if response.status in TRY_AGAIN:
+            raise _TryAgain(f"{response.status} {_message(content)}", _retry_after_s(response))
+        if response.status != 200:
+            hint = _hint(response.status)
+            raise EngineError(f"{url}{path} answered {response.status}: {_message(content)}{hint}")
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise EngineError(f"{url}{path} answered no JSON; check that it is a vLLM server") from error
+
+
+class _TryAgain(Exception):
+    """A failure that another try may mend."""
+
+    def __init__(self, message: str, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+def _authorization(engine: ServerEngine) -> dict[str, str]:
+    if engine.api_key_env is None:
+        return {}
+    key = os.environ.get(engine.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(
+            f"engine.api_key_env names {engine.api_key_env}, which is not set; put the server's API key there"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _pause_s(attempt: int) -> float:
+    """Twice as long after each try, and up to half of it less, so that many requests do not come at once."""
+    return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0))
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    asked = response.headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_PAUSE_S) if asked.isdigit() and int(asked) > 0 else None
+
+
+def _message(content: bytes) -> str:
+    """What a server says went wrong, in one line."""
+    text = content.decode("utf-8", "replace")
+    try:
+        plain = json.loads(text)
+        text = str(plain["error"]["message"] if "error" in plain else plain.get("detail", text))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return _first_line(text)
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return "; name the environment variable with its API key in engine.api_key_env"
+    return "; check that it is a vLLM server and engine.urls has no path of its own" if status == 404 else ""

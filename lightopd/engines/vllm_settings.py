@@ -1,0 +1,204 @@
+"""What vLLM is told: how to load a model, how to sample, how to score.
+
+vLLM is imported inside the functions that need it, after its environment is set.
+"""
+
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from lightopd.engines.describe import ModelLimits
+from lightopd.errors import ConfigError, InputError
+from lightopd.lineage import model_folder, read_json
+from lightopd.schemas.configs import ModelConfig, SamplingConfig, VllmEngine
+from lightopd.schemas.manifest import EngineRecord, Precision
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
+"""vLLM raises lower temperatures without a word, and refuses higher ones."""
+CPU_KV_CACHE_GIB = 2.0
+USUAL_NUM_SEQS = 256
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine is and what it can take."""
+
+    vocabulary_size: int
+    context_length: int
+    """Most tokens in prompt and response together."""
+    record: EngineRecord
+    precision: Precision
+
+
+def limits_of(engine: VllmEngine, model: ModelLimits, record: EngineRecord, precision: Precision) -> Limits:
+    """The engine's limits: the model's own, or a shorter context where one is set.
+
+    Raises:
+        ConfigError: the context that is set is longer than the model's.
+    """
+    if engine.max_model_len is not None and engine.max_model_len > model.context_length:
+        raise ConfigError(
+            f"engine.max_model_len is {engine.max_model_len}, the model's context is {model.context_length}; "
+            f"set that or less"
+        )
+    context_length = engine.max_model_len or model.context_length
+    return Limits(model.vocabulary_size, context_length, record, precision)
+
+
+def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> dict[str, Any]:
+    """Arguments of vLLM's engine.
+
+    The context has one token more than the model's: scoring a full one asks for one token that is drawn
+    and thrown away, and never run through the model. Prefix caching stays off, since cached prefixes have
+    returned stale log-probabilities (vllm#42019) and make a row depend on those before it.
+    """
+    arguments: dict[str, Any] = {
+        "model": str(model_folder(model).path),
+        "skip_tokenizer_init": True,
+        "trust_remote_code": model.trust_remote_code,
+        "load_format": "safetensors",
+        "generation_config": "vllm",
+        "dtype": limits.precision.dtype,
+        "seed": engine.seed,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
+        "data_parallel_size": engine.data_parallel_size,
+        "max_model_len": limits.context_length + 1,
+        "max_num_batched_tokens": engine.batch_tokens,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": False,
+        "max_logprobs": -1,
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+    }
+    if engine.batch_tokens < USUAL_NUM_SEQS:
+        arguments["max_num_seqs"] = engine.batch_tokens
+    if engine.quantization is not None:
+        arguments["quantization"] = engine.quantization
+    if model.adapter is not None:
+        arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(model)}
+    return arguments | _memory_arguments(engine) | _graph_arguments(engine)
+
+
+async def start(arguments: dict[str, Any]) -> Any:
+    """vLLM's asynchronous client; its engine runs in processes of its own."""
+    from vllm import AsyncEngineArgs, AsyncLLMEngine
+
+    return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+def prepare_environment() -> None:
+    """Environment of vLLM, before it is imported; what the user set stays.
+
+    Its log goes to stderr, since stdout is for results, and it sends no usage statistics. The CPU package
+    has no metadata under the name that vLLM looks for, so it must be told what it is.
+    """
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    }
+    if is_cpu_package():
+        defaults["VLLM_TARGET_DEVICE"] = "cpu"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def is_cpu_package() -> bool:
+    """Whether the installed vLLM is the one for CPUs."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def scoring_params(top_k: int) -> Any:
+    """Parameters of a scoring request: all prompt tokens given their predecessors, and one token drawn."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=top_k,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sampling_params(sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]) -> Any:
+    """Parameters of one rollout; only the given ids end it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed,
+        stop_token_ids=stop_ids,
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Refuse a temperature that vLLM would change.
+
+    Raises:
+        ConfigError: it is neither 0 nor in 0.01 to 2.
+    """
+    temperature = sampling.temperature
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise ConfigError(
+            f"sampling.temperature is {temperature:g}, vLLM takes 0 or {LEAST_TEMPERATURE} to "
+            f"{MOST_TEMPERATURE}; choose one of these, or engine hf"
+        )
+
+
+def adapter_request(model: ModelConfig) -> Any:
+    """vLLM's name for the adapter on top of the model, or None."""
+    if model.adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, str(model.adapter))
+
+
+def _lora_rank(model: ModelConfig) -> int:
+    """The smallest rank vLLM has room for that holds the adapter's."""
+    assert model.adapter is not None
+    rank = read_json(model.adapter / "adapter_config.json").get("r")
+    fitting = [each for each in LORA_RANKS if isinstance(rank, int) and each >= rank]
+    if not fitting:
+        raise InputError(
+            f"{model.adapter}/adapter_config.json has rank {rank!r}, vLLM takes up to {LORA_RANKS[-1]}; "
+            f"merge the adapter into the model"
+        )
+    return fitting[0]
+
+
+def _memory_arguments(engine: VllmEngine) -> dict[str, Any]:
+    """On a CPU vLLM would take most of the machine's memory, unless it is told how much."""
+    arguments: dict[str, Any] = {}
+    kv_cache_gib = engine.kv_cache_gib
+    if engine.gpu_memory_utilization is not None:
+        arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    elif kv_cache_gib is None and is_cpu_package() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        kv_cache_gib = CPU_KV_CACHE_GIB
+    if kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    return arguments
+
+
+def _graph_arguments(engine: VllmEngine) -> dict[str, Any]:
+    eager = is_cpu_package() if engine.eager is None else engine.eager
+    return {"enforce_eager": eager}

@@ -1,0 +1,85 @@
+"""What an objective reads: the cached side of a micro-batch, and the live student's side.
+
+R = rollouts in the micro-batch, N = their response tokens laid end to end, K = widest support of a
+signal; nats throughout. Padding entries of a support have id -1 and log-probability -inf.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTokens:
+    """One cached signal over the micro-batch."""
+
+    logprobs_N: Tensor
+    """float32, of the sampled token."""
+    topk_ids_NK: Tensor
+    """int64, most likely first, -1 where the support is shorter; K may be 0."""
+    topk_logprobs_NK: Tensor
+    """float32, -inf at padding."""
+    tail_logprobs_N: Tensor
+    """float32, log of the probability outside the support; -inf when nothing is outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTotals:
+    """Totals of the whole optimiser step, over every micro-batch and device; what losses are divided by."""
+
+    num_rollouts: int
+    """Rollouts with at least one trained token."""
+    num_tokens: int
+    """Trained tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """The cached side of a micro-batch."""
+
+    ids_N: Tensor
+    """int64, sampled tokens."""
+    row_N: Tensor
+    """int64, which of the R rollouts a token belongs to."""
+    index_N: Tensor
+    """int64, position within its response, from 0."""
+    is_trained_N: Tensor
+    """bool, the loss mask."""
+    turns_N: Tensor
+    """int64, assistant turn of the token, from 0."""
+    ref_logprobs_N: Tensor | None
+    """float32, of the sampled token under the student at rollout; None for an imported cache."""
+    ref_entropies_N: Tensor | None
+    """float32, of the student at rollout; None where it was not measured."""
+    signals: dict[str, SignalTokens]
+    """Cached signals by name, those the objective asked for."""
+    lengths_R: Tensor
+    """int64, trained tokens of each rollout."""
+    rewards_R: Tensor
+    """float32, NaN where there is none."""
+    is_truncated_R: Tensor
+    """bool."""
+    groups_R: Tensor
+    """int64, rollouts of one prompt share a number, unique over the cache."""
+    domains: tuple[str | None, ...]
+    """Domain tag of each rollout, R long."""
+    rollout_ids: tuple[str, ...]
+    """R long; named in errors."""
+    totals: BatchTotals
+    """Totals of the optimiser step this micro-batch is part of."""
+    prepared_R: dict[str, Tensor] = field(default_factory=dict)
+    """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentTokens:
+    """The live side: what the student being trained says now."""
+
+    logprobs_N: Tensor
+    """float32, of the sampled token; differentiable."""
+    entropies_N: Tensor
+    """float32, detached."""
+    topk_logprobs_NK: dict[str, Tensor]
+    """float32, on the support of each signal that was asked for; differentiable; 0 at padding."""
+    tail_logprobs_N: dict[str, Tensor]
+    """float32, log of the student's probability outside each support; differentiable."""

@@ -1,0 +1,101 @@
+"""What happens after a step: its row in metrics.csv, a checkpoint when one is due, a progress line."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from pydantic import JsonValue
+
+from lightopd.schemas.configs import FinetuneConfig, ModelConfig
+from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
+from lightopd.training.metrics import append_metrics
+from lightopd.training.module import StudentModule
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
+"""Seconds between progress lines, at least."""
+
+
+class MetricsFile(Callback):  # type: ignore[misc]
+    """Appends every step to metrics.csv."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """One row."""
+        if trainer.is_global_zero:
+            append_metrics(self.path, module.metrics)
+
+
+class Checkpoints(Callback):  # type: ignore[misc]
+    """Saves a checkpoint every `checkpoint_every` steps and after the last one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        student: ModelConfig,
+        finetune: FinetuneConfig,
+        recipe: dict[str, JsonValue],
+    ) -> None:
+        self.folder, self.student, self.finetune, self.recipe = folder, student, finetune, recipe
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Save when one is due; the other ranks wait."""
+        is_last = module.step == self.finetune.steps
+        if module.step % self.finetune.checkpoint_every and not is_last:
+            return
+        if trainer.is_global_zero:
+            state = TrainerState(step=module.step, recipe=self.recipe)
+            optimizer = module.optimizers(use_pl_optimizer=False)
+            path = save_checkpoint(self.folder, module.student, optimizer, self.student, state)
+            prune_checkpoints(self.folder, self.finetune.keep_checkpoints)
+            log.info("checkpoint %s", path)
+        trainer.strategy.barrier()
+
+
+class Progress(Callback):  # type: ignore[misc]
+    """A log line with rate and time left, at most every ten seconds."""
+
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps = steps
+        self.clock = clock
+        self._began_s = self._said_s = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, module: StudentModule) -> None:
+        """Start the clock."""
+        self._began_s = self._said_s = self.clock()
+        self._first_step = module.step
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Say how far the run is, when it is time to."""
+        now_s = self.clock()
+        if not trainer.is_global_zero or now_s - self._said_s < PROGRESS_S:
+            return
+        self._said_s = now_s
+        rate = (module.step - self._first_step) / (now_s - self._began_s)
+        log.info(
+            "step %d/%d, loss %.4g, %.3g steps/s, %.0f tokens/s, %.0f s left",
+            module.step,
+            self.steps,
+            module.metrics["loss"],
+            rate,
+            module.metrics["tokens_per_second"],
+            (self.steps - module.step) / rate,
+        )
+
+
+class Interruption(Callback):  # type: ignore[misc]
+    """Remembers Ctrl-C, which Lightning turns into an exit of the process."""
+
+    def __init__(self) -> None:
+        self.was_pressed = False
+
+    def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:
+        """Note the exception that ends the run."""
+        self.was_pressed = isinstance(exception, KeyboardInterrupt)

@@ -1,0 +1,231 @@
+"""Checkpoints: a Hugging Face folder with the optimiser's state and the run's identity beside the weights.
+
+`checkpoints/step-000050/` is complete or not there: it is written under a dot name, flushed and renamed.
+It can be loaded as a model like any other; a run that goes on from it is the same run, bit by bit.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lightopd.cache.shards import output_error
+from lightopd.errors import OutputError, TrainingError
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.manifest import STUDENT_LINEAGE
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+FOLDER_NAME = re.compile(r"step-(\d{6,})")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
+
+
+class TrainerState(StrictModel):
+    """`trainer_state.json`: which run a checkpoint belongs to, and where it stands."""
+
+    schema_version: int = 1
+    """Layout version of the checkpoint folder."""
+    step: int
+    """Optimiser steps done."""
+    recipe: dict[str, JsonValue]
+    """What decides the weights: cache content, student, objective, optimiser, batch and order."""
+    sizes_bytes: dict[str, int] = Field({})
+    """Size of every other file of the folder; a folder that lacks one is not whole."""
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    student: ModelConfig,
+    state: TrainerState,
+) -> Path:
+    """Write `folder/step-NNNNNN` whole or not at all, and return it.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        model: the student; its weights are stored in the number format they are trained in.
+        optimizer: over the parameters of `model`.
+        student: where tokenizer and generation settings are copied from.
+        state: step and identity of the run.
+
+    Raises:
+        OutputError: no space or no permission; older checkpoints are untouched.
+    """
+    final = folder / f"step-{state.step:06d}"
+    part = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        copy_companions(student, part)
+        model.save_pretrained(part)
+        save_file(_optimizer_tensors(model, optimizer), part / OPTIMIZER_FILE)
+        _write_state(part, state)
+        for file in part.rglob("*"):
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _flush(folder)
+    except OSError as error:
+        raise output_error(error, final, _size_bytes(model)) from error
+    except SafetensorError as error:
+        raise OutputError(
+            f"cannot write checkpoint {final} ({error}); earlier checkpoints are kept: free space, run again"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The whole checkpoint with the most steps, and its state; None when there is none.
+
+    A folder that is not whole is named in a warning and passed over.
+    """
+    for path in reversed(_checkpoints(folder)):
+        state = _whole_state(path)
+        if state is not None:
+            return path, state
+        log.warning("checkpoint %s is not whole and is passed over", path)
+    return None
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a killed run left half written."""
+    for path in [*folder.glob(".step-*.tmp"), *_checkpoints(folder)[:-keep]]:
+        shutil.rmtree(path)
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give a new optimiser the state that a checkpoint holds."""
+    tensors = load_file(path / OPTIMIZER_FILE)
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" in tensors:
+            optimizer.state[parameter] = {
+                "step": tensors[f"step/{name}"],
+                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+            }
+
+
+def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        TrainingError: names every setting that differs, with both values.
+    """
+    names = sorted({*state.recipe, *recipe})
+    differences = [
+        f"{name} is {_short(recipe.get(name))}, there it was {_short(state.recipe.get(name))}"
+        for name in names
+        if state.recipe.get(name) != recipe.get(name)
+    ]
+    if differences:
+        raise TrainingError(
+            f"checkpoint {path} belongs to another run: {'; '.join(differences)}; "
+            "set these back, or choose another out folder"
+        )
+
+
+def export_student(checkpoint: Path, student: Path) -> None:
+    """Copy a checkpoint's model to `student`, replacing what is there, whole or not at all.
+
+    Raises:
+        OutputError: no space or no permission; the checkpoint is untouched.
+    """
+    part, old = (student.with_name(f".{student.name}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(STATE_FILE, OPTIMIZER_FILE))
+        for file in part.rglob("*"):
+            _flush(file)
+        if student.exists():
+            student.rename(old)
+        part.rename(student)
+        _flush(student.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
+
+
+def copy_companions(student: ModelConfig, folder: Path) -> None:
+    """Copy what lies beside config and weights: tokenizer, chat template, generation settings."""
+    source = Path(student.path).expanduser()
+    if not source.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(student.path, revision=student.revision)
+        tokenizer.save_pretrained(folder)
+        return
+    for file in sorted(source.iterdir()):
+        is_hidden = file.name.startswith(".")
+        if file.is_file() and not is_hidden and file.name not in NOT_COPIED:
+            if not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+        elif file.name == "additional_chat_templates":
+            shutil.copytree(file, folder / file.name)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _write_state(part: Path, state: TrainerState) -> None:
+    sizes = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
+    whole = state.model_copy(update={"sizes_bytes": sizes})
+    text = json.dumps(whole.model_dump(mode="json"), indent=2, sort_keys=True)
+    (part / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _whole_state(path: Path) -> TrainerState | None:
+    try:
+        state = TrainerState.model_validate_json((path / STATE_FILE).read_bytes())
+        is_whole = all((path / name).stat().st_size == size for name, size in state.sizes_bytes.items())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return state if is_whole else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [(FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    numbered = [(int(match.group(1)), path) for match, path in found if match]
+    return [path for _, path in sorted(numbered)]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size_bytes(model: nn.Module) -> int:
+    """Weights and the two moments of Adam."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,96 @@
+"""What runs a model: transformers in this process, vLLM in this process, or a vLLM server elsewhere."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from lightopd.schemas.base import StrictModel
+
+
+class HfEngine(StrictModel):
+    """transformers in this process."""
+
+    kind: Literal["hf"] = "hf"
+    """Generate and score with transformers."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one; else a torch device such as `cpu` or `cuda:1`."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens in one forward pass while scoring."""
+    generate_rollouts: int = Field(64, ge=1)
+    """Rollouts that are generated together."""
+
+
+class VllmEngine(StrictModel):
+    """vLLM in this process; what is left out is vLLM's own choice."""
+
+    kind: Literal["vllm"] = "vllm"
+    """Generate and score with vLLM (extra `vllm`)."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share each layer."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Groups of GPUs that each hold a part of the layers."""
+    data_parallel_size: int = Field(1, ge=1)
+    """Copies of the model that work side by side."""
+    quantization: str | None = None
+    """Quantisation applied to the weights, such as `fp8`; left out, the model's own, if it has one."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of each GPU's memory that vLLM may take."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Memory for keys and values instead of that share; left out, 2 GiB on a CPU."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Most tokens in prompt and response together; left out, the model's context."""
+    batch_tokens: int = Field(2048, ge=32)
+    """Most tokens in one forward pass; its log-probabilities take about 8 bytes a token and vocabulary id."""
+    eager: bool | None = None
+    """Run without compiled graphs: starts sooner, runs slower; left out, so on a CPU only."""
+    seed: int = 0
+    """vLLM's own seed; rollouts draw from theirs, see `sampling.seed`."""
+
+
+class ServerEngine(StrictModel):
+    """A running vLLM server, or several that serve the same model."""
+
+    kind: Literal["server"] = "server"
+    """Generate and score on a vLLM server that is already running."""
+    urls: tuple[str, ...] = Field(min_length=1)
+    """Addresses such as `http://gpu-box:8000`; one, a list, or several with commas between."""
+    model: str | None = None
+    """Name the model is served under; left out, the only one that the server lists."""
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the API key; the key itself is never stored or logged."""
+    concurrency: int = Field(64, ge=1)
+    """Requests in flight on each server."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for one answer, in seconds."""
+    attempts: int = Field(6, ge=1)
+    """Tries of one request, with growing pauses, after refused connections, time-outs, 429 and 5xx."""
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_string_is_a_list(cls, urls: Any) -> Any:
+        return [url.strip() for url in urls.split(",")] if isinstance(urls, str) else urls
+
+    @field_validator("urls")
+    @classmethod
+    def _plain_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        plain = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
+        for url in plain:
+            if "@" in url:
+                raise ValueError("give the key through api_key_env, not inside an address")
+            if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
+                raise ValueError(f"{url!r} is not an address such as http://gpu-box:8000")
+        if len(set(plain)) < len(plain):
+            raise ValueError("an address is given twice")
+        return plain
+
+
+def _kind_is_hf_unless_given(value: Any) -> Any:
+    return {"kind": "hf", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+EngineConfig = Annotated[
+    HfEngine | VllmEngine | ServerEngine,
+    Field(discriminator="kind"),
+    BeforeValidator(_kind_is_hf_unless_given),
+]

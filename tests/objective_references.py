@@ -1,0 +1,462 @@
+"""Every recipe's loss straight from its equation, on full float64 distributions, in plain loops.
+
+Each function takes the world and the student's log-probabilities [N, V] and returns a scalar with gradient.
+Methods whose paper writes a clipped surrogate return that surrogate; their value differs from the trainer's
+-A log s, their gradient does not (`SURROGATES`).
+"""
+
+from collections.abc import Callable
+from hashlib import sha256
+from statistics import fmean, stdev
+
+import torch
+from objective_cases import World
+from torch import Tensor
+
+
+def sampled(world: World, logprobs_NV: Tensor, n: int) -> Tensor:
+    return logprobs_NV[n, world.ids_N[n]]
+
+
+def means(world: World, loss: Callable[[int], Tensor], rows: list[int] | None = None) -> list[Tensor]:
+    """Mean of a token's loss over the trained tokens of each rollout."""
+    chosen = range(world.size) if rows is None else rows
+    return [torch.stack([loss(n) for n in world.tokens(row)]).mean() for row in chosen]
+
+
+def batch_mean(world: World, loss: Callable[[int], Tensor], rows: list[int] | None = None) -> Tensor:
+    return torch.stack(means(world, loss, rows)).mean()
+
+
+def token_mean(world: World, loss: Callable[[int], Tensor]) -> Tensor:
+    return torch.stack([loss(n) for row in range(world.size) for n in world.tokens(row)]).mean()
+
+
+def kl(p_V: Tensor, q_V: Tensor) -> Tensor:
+    return (p_V.exp() * (p_V - q_V)).sum()
+
+
+def log_ratio(world: World, student_NV: Tensor, signal: str = "teacher") -> Callable[[int], Tensor]:
+    """A_t = sg[log T - log s] on the sampled token."""
+    return lambda n: (sampled(world, world.tables[signal], n) - sampled(world, student_NV, n)).detach()
+
+
+def ratio(world: World, student_NV: Tensor, n: int) -> Tensor:
+    """s / s0 on the sampled token, with gradient."""
+    return (sampled(world, student_NV, n) - sampled(world, world.tables["rollout_student"], n)).exp()
+
+
+def ppo(ratio_now: Tensor, advantage: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
+    objective = torch.minimum(ratio_now * advantage, ratio_now.clamp(1 - low, 1 + high) * advantage)
+    if dual is not None and advantage < 0:
+        objective = torch.maximum(objective, dual * advantage)
+    return -objective
+
+
+def opd(world: World, student_NV: Tensor, signal: str = "teacher", clip: float = float("inf")) -> Tensor:
+    advantage = log_ratio(world, student_NV, signal)
+    return batch_mean(world, lambda n: -advantage(n).clamp(-clip, clip) * sampled(world, student_NV, n))
+
+
+def lightning_opd(world: World, student_NV: Tensor) -> Tensor:
+    return opd(world, student_NV, clip=10.0)
+
+
+def extrapolated(factor: float, baseline: bool) -> Callable[[World, Tensor], Tensor]:
+    """A = lambda (log T - log B) - (log s - log B), minus E_s[A] over the vocabulary; weight min(s/s0, 5)."""
+
+    def reference(world: World, student_NV: Tensor) -> Tensor:
+        teacher_NV, base_NV = world.tables["teacher"], world.tables["reference"]
+        all_NV = (factor * (teacher_NV - base_NV) - (student_NV - base_NV)).detach()
+
+        def loss(n: int) -> Tensor:
+            advantage = sampled(world, all_NV, n)
+            if baseline:
+                advantage = advantage - (student_NV[n].exp() * all_NV[n]).sum().detach()
+            weight = ratio(world, student_NV, n).detach().clamp(max=5.0)
+            return -weight * advantage * sampled(world, student_NV, n)
+
+        return batch_mean(world, loss)
+
+    return reference
+
+
+def vopd(world: World, student_NV: Tensor) -> Tensor:
+    """A = log T - log s + KL(s || T)."""
+    advantage = log_ratio(world, student_NV)
+
+    def loss(n: int) -> Tensor:
+        value = kl(student_NV[n], world.tables["teacher"][n]).detach()
+        return -(advantage(n) + value) * sampled(world, student_NV, n)
+
+    return batch_mean(world, loss)
+
+
+def baseline_ratio(world: World, student_NV: Tensor) -> Tensor:
+    advantage = log_ratio(world, student_NV)
+
+    def loss(n: int) -> Tensor:
+        value = kl(student_NV[n], world.tables["teacher"][n]).detach()
+        weight = ratio(world, student_NV, n).detach().clamp(max=2.0)
+        return -weight * (advantage(n) + value).clamp(-10, 10) * sampled(world, student_NV, n)
+
+    return batch_mean(world, loss)
+
+
+def truncated_importance(world: World, student_NV: Tensor) -> Tensor:
+    advantage = log_ratio(world, student_NV)
+
+    def loss(n: int) -> Tensor:
+        weight = ratio(world, student_NV, n).detach().clamp(max=2.0)
+        return -weight * advantage(n).clamp(-10, 10) * sampled(world, student_NV, n)
+
+    return batch_mean(world, loss)
+
+
+def rollout_score(world: World, row: int) -> float:
+    """Mean log T - log s0 of a rollout."""
+    gap_NV = world.tables["teacher"] - world.tables["rollout_student"]
+    return fmean(float(sampled(world, gap_NV, n)) for n in world.tokens(row))
+
+
+def uni_opd(world: World, student_NV: Tensor) -> Tensor:
+    kept = balanced(world)
+    shift: dict[int, float] = {}
+    for group in set(world.groups):
+        rows = [row for row in kept if world.groups[row] == group]
+        right = [row for row in rows if world.rewards[row] >= 0.5]
+        wrong = [row for row in rows if world.rewards[row] < 0.5]
+        gap = float("inf")
+        if right and wrong:
+            scores = [fmean(rollout_score(world, r) for r in rows) for rows in (right, wrong)]
+            gap = scores[0] - scores[1]
+        d = max(0.0, 0.4 - gap)
+        shift |= {row: (d / 2 if row in right else -d / 2) for row in rows}
+    return uni_opd_loss(world, student_NV, kept, shift)
+
+
+def balanced(world: World) -> list[int]:
+    right = [row for row in range(world.size) if world.rewards[row] >= 0.5]
+    wrong = [row for row in range(world.size) if world.rewards[row] < 0.5]
+    fewer = min(len(right), len(wrong))
+    hashed = sorted(right, key=lambda row: sha256(world.names[row].encode()).hexdigest())
+    return sorted(hashed[:fewer] + wrong)
+
+
+def uni_opd_mask(world: World, student_NV: Tensor) -> Tensor:
+    """Groups of two: dropping one would lose an outcome, so all stay."""
+    return uni_opd_loss(world, student_NV, list(range(world.size)), {})
+
+
+def uni_opd_loss(world: World, student_NV: Tensor, kept: list[int], shift: dict[int, float]) -> Tensor:
+    advantage = log_ratio(world, student_NV)
+
+    def loss(n: int) -> Tensor:
+        is_near = advantage(n).abs() < 10
+        moved = advantage(n) + shift.get(int(world.row_N[n]), 0.0)
+        return is_near * ppo(ratio(world, student_NV, n), moved, 0.2, 0.28)
+
+    return batch_mean(world, loss, kept)
+
+
+def scope(sign: float) -> Callable[[World, Tensor], Tensor]:
+    """u ~ PPL_s0^(1/tau) over correct, v ~ PPL_T^(-1/tau) over incorrect rollouts of a group, mean one."""
+
+    def reference(world: World, student_NV: Tensor) -> Tensor:
+        advantage = log_ratio(world, student_NV)
+        total = torch.zeros((), dtype=torch.float64)
+        for group in set(world.groups):
+            members = [row for row in range(world.size) if world.groups[row] == group]
+            right = [row for row in members if world.rewards[row] >= 0.5]
+            wrong = [row for row in members if world.rewards[row] < 0.5]
+            for row in right:
+                scale = mean_one([perplexity(world, "rollout_student", r) ** sign for r in right])
+                nll = -sum(sampled(world, student_NV, n) for n in world.tokens(row))
+                total = total + scale[right.index(row)] * nll
+            for row in wrong:
+                scale = mean_one([1 / perplexity(world, "teacher", r) for r in wrong])
+                opd_sum = -sum(advantage(n) * sampled(world, student_NV, n) for n in world.tokens(row))
+                total = total + scale[wrong.index(row)] * opd_sum
+        return total / world.size
+
+    return reference
+
+
+def perplexity(world: World, signal: str, row: int) -> float:
+    logprobs = [sampled(world, world.tables[signal], n) for n in world.tokens(row)]
+    return float(torch.stack(logprobs).mean().neg().exp())
+
+
+def mean_one(values: list[float]) -> list[float]:
+    return [value / fmean(values) for value in values]
+
+
+def full_divergence(
+    name: str, signal: str = "teacher", rows: str | None = None
+) -> Callable[[World, Tensor], Tensor]:
+    def reference(world: World, student_NV: Tensor) -> Tensor:
+        chosen = [row for row in range(world.size) if rows in (None, world.origins[row])]
+        table_NV = world.tables[signal]
+        return batch_mean(world, lambda n: DIVERGENCES[name](table_NV[n], student_NV[n]), chosen)
+
+    return reference
+
+
+def jsd(t_V: Tensor, s_V: Tensor, beta: float = 0.5) -> Tensor:
+    m_V = (beta * t_V.exp() + (1 - beta) * s_V.exp()).log()
+    return beta * kl(t_V, m_V) + (1 - beta) * kl(s_V, m_V)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda t, s: kl(t, s),
+    "reverse_kl": lambda t, s: kl(s, t),
+    "jsd": jsd,
+    "skew_kl": lambda t, s: kl(t, (0.1 * t.exp() + 0.9 * s.exp()).log()),
+    "skew_reverse_kl": lambda t, s: kl(s, (0.1 * s.exp() + 0.9 * t.exp()).log()),
+    "tv": lambda t, s: (t.exp() - s.exp()).abs().sum() / 2,
+    "alpha": lambda t, s: ((t.exp() ** 0.5 * s.exp() ** 0.5).sum() - 1) / (0.5 * (0.5 - 1)),
+    "mix": lambda t, s: 0.3 * kl(s, t) + 0.7 * kl(t, s),
+}
+
+
+def tcod(world: World, student_NV: Tensor) -> Tensor:
+    """At the first step k = 1: turn 0 alone."""
+    advantage = log_ratio(world, student_NV)
+    total = []
+    for row in range(world.size):
+        shown = [n for n in world.tokens(row) if world.turns_N[n] < 1]
+        total.append(torch.stack([-advantage(n) * sampled(world, student_NV, n) for n in shown]).mean())
+    return torch.stack(total).mean()
+
+
+def renio(world: World, student_NV: Tensor) -> Tensor:
+    """Element-clipped forward KL times sg[w]: pivots l >= 0.8 of l = min(log s - log T, 2.5)."""
+    table_NV = world.tables["teacher"]
+    raw = []
+    for row in range(world.size):
+        gaps = [
+            min(float(sampled(world, student_NV.detach(), n) - sampled(world, table_NV, n)), 2.5)
+            for n in world.tokens(row)
+        ]
+        pivots = [gap for gap in gaps if gap >= 0.8]
+        raw.append(float(torch.tensor(fmean(pivots), dtype=torch.float64).exp()) if pivots else 1.0)
+    weights = [min(weight / fmean(raw), 10.0) for weight in raw]
+
+    def loss(n: int) -> Tensor:
+        return (table_NV[n].exp() * (table_NV[n] - student_NV[n])).clamp(max=0.05).sum()
+
+    return torch.stack([w * value for w, value in zip(weights, means(world, loss), strict=True)]).mean()
+
+
+def many_faces(world: World, student_NV: Tensor) -> Tensor:
+    """sum over K of s sg[log s - log T]; K = V here, see `test_objectives_divergences` for less."""
+    table_NV = world.tables["teacher"]
+    return batch_mean(world, lambda n: (student_NV[n].exp() * (student_NV[n] - table_NV[n]).detach()).sum())
+
+
+def extrapolation_cliff(world: World, student_NV: Tensor) -> Tensor:
+    return extrapolated(1.2, baseline=False)(world, student_NV)
+
+
+def prune_opd(world: World, student_NV: Tensor) -> Tensor:
+    """top_k 3, threshold 0.9, drop 0.2, as the test sets them: the rollouts here are short."""
+    advantage = log_ratio(world, student_NV)
+    weight: dict[int, float] = {}
+    for row in range(world.size):
+        bad = 0
+        for n in world.tokens(row):
+            own = set(world.tables["rollout_student"][n].topk(3).indices.tolist())
+            other = set(world.tables["teacher"][n].topk(3).indices.tolist())
+            bad += len(own & other) / 3 < 0.9
+            weight[n] = min(max(1 - 0.2 * bad, 0.0), 1.0)
+    return batch_mean(world, lambda n: -weight[n] * advantage(n) * sampled(world, student_NV, n))
+
+
+def tip(score: str) -> Callable[[World, Tensor], Tensor]:
+    def reference(world: World, student_NV: Tensor) -> Tensor:
+        table_NV = world.tables["teacher"]
+        total = []
+        for row in range(world.size):
+            tokens = world.tokens(row)
+            entropy = [float(-(student_NV[n].exp() * student_NV[n]).sum().detach()) for n in tokens]
+            wrong = [float(kl(student_NV[n], table_NV[n]).detach()) for n in tokens]
+            h, d = scaled(entropy), scaled(wrong)
+            useful = [a + b - a * b if score == "soft_or" else a for a, b in zip(h, d, strict=True)]
+            number = -(-len(tokens) // 2)
+            best = sorted(range(len(tokens)), key=lambda place: -useful[place])[:number]
+            total.append(torch.stack([kl(student_NV[tokens[p]], table_NV[tokens[p]]) for p in best]).mean())
+        return torch.stack(total).mean()
+
+    return reference
+
+
+def scaled(values: list[float]) -> list[float]:
+    """Min-max scaling after cutting at the 0.98 quantile, as torch.quantile interpolates it."""
+    high = float(torch.tensor(values, dtype=torch.float64).quantile(0.98))
+    low = min(values)
+    return [(min(value, high) - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def group_advantage(world: World) -> list[float]:
+    """(R - mean) / (std + 1e-6), unbiased deviation."""
+    result = []
+    for row in range(world.size):
+        own = [world.rewards[r] for r in range(world.size) if world.groups[r] == world.groups[row]]
+        result.append((world.rewards[row] - fmean(own)) / (stdev(own) + 1e-6))
+    return result
+
+
+def sod(world: World, student_NV: Tensor) -> Tensor:
+    """A = A_group + w_k (log T - log s), w_k the product over steps of the drift's ratio, PPO clip."""
+    gap_NV = world.tables["rollout_student"] - world.tables["teacher"]
+    advantage, reward = log_ratio(world, student_NV), group_advantage(world)
+    scale: dict[int, float] = {}
+    for row in range(world.size):
+        turns = sorted({int(world.turns_N[n]) for n in world.tokens(row)})
+        own = {turn: [n for n in world.tokens(row) if world.turns_N[n] == turn] for turn in turns}
+        drift = [fmean(abs(float(sampled(world, gap_NV, n))) for n in own[turn]) for turn in turns]
+        product = 1.0
+        for place, turn in enumerate(turns):
+            if place:
+                product *= (drift[place - 1] + 1e-6) / (drift[place] + 1e-6)
+            scale |= {n: min(product, 1.2) for n in own[turn]}
+
+    def loss(n: int) -> Tensor:
+        total = reward[int(world.row_N[n])] + scale[n] * advantage(n)
+        return ppo(ratio(world, student_NV, n), total, 0.2, 0.28)
+
+    return token_mean(world, loss)
+
+
+def dgrpo(world: World, student_NV: Tensor) -> Tensor:
+    """GRPO's clipped surrogate plus 0.1 times the exact reverse KL."""
+    reward = group_advantage(world)
+
+    def loss(n: int) -> Tensor:
+        advantage = torch.tensor(reward[int(world.row_N[n])], dtype=torch.float64)
+        surrogate = ppo(ratio(world, student_NV, n), advantage, 0.2, 0.2)
+        return surrogate + 0.1 * kl(student_NV[n], world.tables["teacher"][n])
+
+    return batch_mean(world, loss)
+
+
+def soda(world: World, student_NV: Tensor) -> Tensor:
+    """-log sigmoid(beta [log p/q_w (y+) - log p/q_w (y-)]), sequence sums, mean over pairs."""
+    losses = []
+    for group in set(world.groups):
+        gain = {}
+        for row in range(world.size):
+            if world.groups[row] == group:
+                gap_NV = student_NV - world.tables["warmup"]
+                gain[world.origins[row]] = torch.stack(
+                    [sampled(world, gap_NV, n) for n in world.tokens(row)]
+                ).sum()
+        losses.append(-torch.sigmoid(0.1 * (gain["teacher"] - gain["student"])).log())
+    return torch.stack(losses).mean()
+
+
+def video_opd(world: World, student_NV: Tensor) -> Tensor:
+    """Prompts with a teacher's score of 0.5 or more; all of them, since fewer than 2500."""
+    kept = [row for row in range(world.size) if world.teacher_rewards[row] >= 0.5]
+    advantage = log_ratio(world, student_NV)
+    return batch_mean(world, lambda n: -advantage(n) * sampled(world, student_NV, n), kept)
+
+
+def aligndistil(world: World, student_NV: Tensor) -> Tensor:
+    """(beta / alpha) KL(p || softmax(z_d + alpha (z_d - z_r))), alpha = 15 sum|p_d - p_r| + 1e-3."""
+    dpo_NV, reverse_NV = world.tables["dpo"], world.tables["reverse_dpo"]
+
+    def loss(n: int) -> Tensor:
+        alpha = 15 * (dpo_NV[n].exp() - reverse_NV[n].exp()).abs().sum() + 1e-3
+        target_V = (dpo_NV[n] + alpha * (dpo_NV[n] - reverse_NV[n])).log_softmax(-1)
+        return 0.1 / alpha * kl(student_NV[n], target_V)
+
+    return batch_mean(world, loss)
+
+
+def mgsd(world: World, student_NV: Tensor) -> Tensor:
+    advantage = log_ratio(world, student_NV, "privileged")
+    return token_mean(world, lambda n: ppo(ratio(world, student_NV, n), advantage(n), 0.2, 0.3, 3.0))
+
+
+def v_zero(world: World, student_NV: Tensor) -> Tensor:
+    """w = clip(1 + 0.5 a, 0, 2), a standardised by the population deviation of the group."""
+    gap_NV = world.tables["privileged"] - world.tables["negative"]
+    score = [fmean(float(sampled(world, gap_NV, n)) for n in world.tokens(r)) for r in range(world.size)]
+    advantage = log_ratio(world, student_NV, "privileged")
+    weights = []
+    for row in range(world.size):
+        own = torch.tensor(
+            [score[r] for r in range(world.size) if world.groups[r] == world.groups[row]], dtype=torch.float64
+        )
+        a = (score[row] - own.mean()) / (own.std(correction=0) + 1e-6)
+        weights.append((1 + 0.5 * a).clamp(0, 2))
+    per_rollout = means(
+        world, lambda n: ppo(ratio(world, student_NV, n), advantage(n).clamp(-10, 10), 0.2, 0.2)
+    )
+    return torch.stack([w * value for w, value in zip(weights, per_rollout, strict=True)]).mean()
+
+
+def raft(world: World, student_NV: Tensor) -> Tensor:
+    """L_SFT over teacher rows + T^2 KL of tempered distributions over student rows; lambda = 1 at first."""
+    teacher = [row for row in range(world.size) if world.origins[row] == "teacher"]
+    student = [row for row in range(world.size) if world.origins[row] == "student"]
+    table_NV = world.tables["privileged"]
+
+    def tempered(n: int) -> Tensor:
+        return 1.5**2 * kl((table_NV[n] / 1.5).log_softmax(-1), (student_NV[n] / 1.5).log_softmax(-1))
+
+    sft = batch_mean(world, lambda n: -sampled(world, student_NV, n), teacher)
+    return sft + batch_mean(world, tempered, student)
+
+
+REFERENCES: dict[str, Callable[[World, Tensor], Tensor]] = {
+    "lightning_opd": lightning_opd,
+    "effopd": opd,
+    "g_opd": extrapolated(0.8, baseline=False),
+    "g_opd_baseline": extrapolated(0.8, baseline=True),
+    "exopd": extrapolated(1.25, baseline=False),
+    "exopd_baseline": extrapolated(1.25, baseline=True),
+    "uni_opd": uni_opd,
+    "uni_opd_mask": uni_opd_mask,
+    "scope": scope(1.0),
+    "scope_code": scope(-1.0),
+    "vopd": vopd,
+    "f_forward_kl": full_divergence("forward_kl"),
+    "f_reverse_kl": full_divergence("reverse_kl"),
+    "f_jsd": full_divergence("jsd"),
+    "f_skew_kl": full_divergence("skew_kl"),
+    "f_skew_reverse_kl": full_divergence("skew_reverse_kl"),
+    "f_tv": full_divergence("tv"),
+    "f_alpha": full_divergence("alpha"),
+    "tcod": tcod,
+    "opsd": full_divergence("jsd", "privileged"),
+    "opsd_sampled": lambda world, student_NV: opd(world, student_NV, "privileged"),
+    "renio": renio,
+    "many_faces": many_faces,
+    "many_faces_renormalised": full_divergence("reverse_kl"),
+    "extrapolation_cliff": extrapolation_cliff,
+    "prune_opd": prune_opd,
+    "tip": tip("soft_or"),
+    "tip_entropy": tip("entropy"),
+    "sod": sod,
+    "dgrpo": dgrpo,
+    "soda": soda,
+    "video_opd": video_opd,
+    "aligndistil": aligndistil,
+    "mgsd": mgsd,
+    "v_zero": v_zero,
+    "raft": raft,
+    "decoupling_student_fkl": full_divergence("forward_kl", rows="student"),
+    "decoupling_student_rkl": full_divergence("reverse_kl", rows="student"),
+    "decoupling_teacher_fkl": full_divergence("forward_kl", rows="teacher"),
+    "decoupling_teacher_rkl": full_divergence("reverse_kl", rows="teacher"),
+    "decoupling_mix": full_divergence("mix"),
+    "decoupling_lengths": full_divergence("mix"),
+    "hy_embodied": full_divergence("forward_kl"),
+    "truncated_importance": truncated_importance,
+    "recommended_topk_reverse_kl": full_divergence("reverse_kl"),
+    "recommended_baseline_ratio": baseline_ratio,
+}
+
+SURROGATES = {"uni_opd", "uni_opd_mask", "sod", "dgrpo", "mgsd", "v_zero"}

@@ -1,0 +1,173 @@
+"""A tiny student, a tiny teacher, and caches that the student sampled and the teacher scored."""
+
+# T = positions of one rollout, V = vocabulary
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from lightopd.cache.shards import write_shard
+from lightopd.cache.store import create_cache, create_signal, open_cache, rollouts_folder, signal_folder
+from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
+from lightopd.schemas.records import Rollout, Scores
+
+VOCABULARY = 64
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def save_model(folder, model):
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps({"stand-in": True}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory):
+    """Qwen3 with a tied head, hidden size 32, two layers, 64 tokens."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)
+    return save_model(tmp_path_factory.mktemp("models") / "student", Qwen3ForCausalLM(config))
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    """Llama with an untied head over the same tokens."""
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
+
+
+@pytest.fixture(scope="session")
+def make_cache(student_folder, teacher):
+    """Function that writes a cache and opens it."""
+    student = Qwen3ForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()
+
+    def make(path, num_rollouts=22, per_shard=8, top_k=4, change=lambda rollout: rollout, **manifest):
+        rollouts = [make_rollout(student, index) for index in range(num_rollouts)]
+        scores = [score(teacher, rollout, top_k) for rollout in rollouts]
+        changed = [change(rollout) for rollout in rollouts]
+        return write_cache(Path(path), changed, scores, per_shard, top_k, **manifest)
+
+    return make
+
+
+def make_rollout(student, index):
+    """Random tokens of a random length, with the student's own log-probabilities; two a prompt."""
+    numbers = np.random.default_rng([index, 7])
+    prompt = np.random.default_rng(index // 2).integers(1, VOCABULARY, size=2 + index // 2 % 5)
+    prompt_ids = prompt.astype(np.int32)
+    response_ids = numbers.integers(1, VOCABULARY, size=int(numbers.integers(1, 14))).astype(np.int32)
+    logprobs_TV = response_logprobs(student, prompt_ids, response_ids)
+    mask = np.ones(len(response_ids), dtype=bool)
+    mask[2:4] = len(mask) < 6
+    return Rollout(
+        rollout_id=rollout_id(prompt_ids, response_ids, "student", index),
+        prompt_id=f"prompt-{index // 2}",
+        sample_index=index % 2,
+        origin="student",
+        domain="even" if index % 2 == 0 else None,
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        loss_mask=mask,
+        turns=np.where(np.arange(len(mask)) < 4, 0, 1).astype(np.int32),
+        logprobs=logprobs_TV[np.arange(len(mask)), response_ids],
+        entropies=-(np.exp(logprobs_TV) * logprobs_TV).sum(1),
+        finish_reason="stop",
+        truncated=index % 3 == 0,
+        answer=None,
+        reward=None if index % 4 == 0 else float(index % 2),
+        prompt_text=None,
+        response_text=None,
+    )
+
+
+@torch.no_grad()
+def response_logprobs(model, prompt_ids, response_ids):
+    """Log-probabilities [response tokens, V] by a plain forward pass of one sequence."""
+    ids = torch.from_numpy(np.concatenate([prompt_ids, response_ids])).long()[None]
+    logits_TV = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+    return logits_TV.float().log_softmax(-1).numpy()
+
+
+def score(model, rollout, top_k):
+    """The model's scores, with supports of uneven width."""
+    logprobs_TV = response_logprobs(model, rollout.prompt_ids, rollout.response_ids)
+    counts = np.minimum(top_k, 1 + np.arange(len(logprobs_TV)) % max(1, top_k)).astype(np.int32)
+    order_TV = np.argsort(-logprobs_TV, axis=1, kind="stable")
+    kept = [order[:count] for order, count in zip(order_TV, counts, strict=True)]
+    values = [row[ids] for row, ids in zip(logprobs_TV, kept, strict=True)]
+    tails = [np.log1p(-np.exp(value.astype(np.float64)).sum()) for value in values]
+    return Scores(
+        logprobs=logprobs_TV[np.arange(len(logprobs_TV)), rollout.response_ids],
+        topk_counts=counts,
+        topk_ids=np.concatenate(kept).astype(np.int32),
+        topk_logprobs=np.concatenate(values).astype(np.float32),
+        tail_logprobs=np.array(tails, dtype=np.float32),
+    )
+
+
+def write_cache(path, rollouts, scores, per_shard, top_k, origin="student", vocabulary_size=VOCABULARY):
+    starts = range(0, len(rollouts), per_shard)
+    manifest = CacheManifest(
+        schema_version=SCHEMA_VERSION,
+        lightopd_version="0",
+        origin=origin,
+        sampler=None,
+        precision=None,
+        sft=SftLineage(proof="unknown"),
+        tokenizer=None,
+        vocabulary_size=vocabulary_size,
+        sampling=None,
+        prompts="prompts",
+        num_prompts=len(rollouts),
+        shard_rollouts=per_shard,
+        num_shards=len(starts),
+        engine=None,
+    )
+    signal = SignalManifest(
+        schema_version=SCHEMA_VERSION,
+        name="teacher",
+        role="teacher",
+        rollouts=manifest.fingerprint(),
+        model=None,
+        precision=None,
+        tokenizer=None,
+        top_k=top_k,
+        topk_dtype="float32",
+        tail="exact",
+        engine=None,
+    )
+    create_cache(path, manifest)
+    create_signal(open_cache(path, incomplete=True), signal)
+    for index, start in enumerate(starts):
+        part, scored = rollouts[start : start + per_shard], scores[start : start + per_shard]
+        table = rollouts_to_table([replace(rollout, origin=origin) for rollout in part])
+        write_shard(rollouts_folder(path), index, table, kind="rollouts", fingerprint=manifest.fingerprint())
+        table = scores_to_table([rollout.rollout_id for rollout in part], scored, "float32")
+        folder = signal_folder(path, "teacher")
+        write_shard(folder, index, table, kind="signals/teacher", fingerprint=signal.fingerprint())
+    return open_cache(path)
