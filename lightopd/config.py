@@ -23,7 +23,7 @@ def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
     """
     path = _find(name, shipped)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a readable YAML file") from error
     except yaml.YAMLError as error:
@@ -33,6 +33,22 @@ def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}, not keys and values")
     return value
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML itself takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node whose keys differ."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _find(name: str, shipped: Path | None) -> Path:

@@ -41,7 +41,8 @@ def run(
     started_s = time.monotonic()
     teacher = out / "teacher"
     shutil.copytree(DEMO / "teacher", teacher, dirs_exist_ok=True)
-    config = load_run(["demo"], _settings(engine, seed, from_base), _models(out, from_base), RECIPES)
+    files = ["demo", "demo_from_base"] if from_base else ["demo"]
+    config = load_run(files, _settings(engine, seed), _models(out, from_base), RECIPES)
 
     def after_each(report: Report) -> None:
         told(report)
@@ -63,7 +64,7 @@ def run(
     )
 
 
-def _settings(engine: str | None, seed: int, from_base: bool) -> list[str]:
+def _settings(engine: str | None, seed: int) -> list[str]:
     sets = [f"prompts.seed={seed}", f"rollout.sampling.seed={seed}", f"train.seed={seed}"]
     if engine:
         sets += [f"{stage}.engine.kind={engine}" for stage in ("rollout", "precompute", "eval")]

@@ -3,11 +3,12 @@
 What it makes, each a Hugging Face folder in float32 with a character-level tokenizer:
 
 1. `teacher`: 0.86M parameters, trained on right running totals and on responses with one wrong
-   digit that go on correctly from there (see `lightopd.pipelines.tasks`).
+   digit that go on correctly from there (see `lightopd.tasks`).
 2. `base`: the student before any training, random weights from the seed.
-3. `student`: 0.36M parameters, `base` after SFT on 20,000 answers *sampled from the teacher*, so
+3. `student`: 0.36M parameters, `base` after SFT on 3,000 answers *sampled from the teacher*, so
    the model that wrote the SFT data is the model that later scores the student's rollouts. That
-   is the condition (teacher consistency) under which distillation is meant to work.
+   is the condition (teacher consistency) under which distillation is meant to work, and the
+   student's folder records it. Few answers leave the student something to learn from its own.
 
 Beside the weights of each lies `provenance.json`: how it was made, from which teacher file, and
 its accuracy on held-out prompts. The models are trained here by a plain loop and not by the
@@ -37,7 +38,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lightopd.pipelines.tasks import (
+from lightopd.lineage import fingerprint_model, write_student_lineage
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.manifest import SftLineage, StudentLineage
+from lightopd.tasks import (
     MAX_PROMPT_CHARS,
     MAX_RESPONSE_CHARS,
     corrupted_response,
@@ -57,7 +61,7 @@ SEQUENCE_TOKENS = MAX_PROMPT_CHARS + MAX_NEW_TOKENS
 IGNORED = -100
 
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_PEAK_LR, CORRUPTED_SHARE = 2500, 96, 3e-3, 0.3
-STUDENT_STEPS, STUDENT_BATCH, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 7000, 64, 2e-3, 20_000
+STUDENT_STEPS, STUDENT_BATCH, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 1800, 64, 2e-3, 3000
 NUM_HELD_OUT = 2000
 # One seed per use, added to the seed of the run: no two draws of prompts share a stream.
 SFT_SEED, HELD_OUT_SEED = 1, 2
@@ -130,6 +134,19 @@ def make_student(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> No
                 model, teacher, tokenizer, seed + HELD_OUT_SEED
             ),
         },
+    )
+    record_lineage(out)
+
+
+def record_lineage(out: Path) -> None:
+    """Write into the student's folder which teacher wrote its data."""
+    base, student, teacher = (
+        fingerprint_model(ModelConfig(path=str(out / name))).model_copy(update={"source": name})
+        for name in ("base", "student", "teacher")
+    )
+    sft = SftLineage(proof="recorded", teacher=teacher)
+    write_student_lineage(
+        out / "student", StudentLineage(student=student, base=base, sft=sft, made_by="make_tiny_models")
     )
 
 
@@ -321,6 +338,7 @@ def save(
     """Write weights, tokenizer and `provenance.json`: `facts`, the weights' hash and the versions."""
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_padding()  # set by the last padded batch, and saved with the tokenizer
     tokenizer.save_pretrained(folder)
     provenance = {
         "script": "lightopd.pipelines.make_tiny_models",

@@ -84,6 +84,7 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
     limits = model_limits(job.model)
     prompt_ids = [render_prompt(prompt, tokenizer, job.prompts) for prompt in prompts]
     _refuse_long_prompts(prompts, prompt_ids, limits.context_length, job.model)
+    pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
     engine, precision = describe_engine(job.engine, job.model)
     per_shard = max(1, job.shard_rollouts // job.sampling.n)
@@ -98,9 +99,7 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         vocabulary_size=limits.vocabulary_size,
         rendering={"render": job.prompts.render, "template_options": job.prompts.template_options},
         sampling=job.sampling,
-        prompts=canonical_hash(
-            [[p.prompt_id, ids.tolist()] for p, ids in zip(prompts, prompt_ids, strict=True)]
-        ),
+        prompts=canonical_hash([_content(prompt, ids) for prompt, ids in pairs] + [[job.keep_text]]),
         num_prompts=len(prompts),
         shard_rollouts=job.shard_rollouts,
         num_shards=-(-len(prompts) // per_shard),
@@ -108,6 +107,11 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         overrides=job.overrides,
     )
     return Prepared(job, prompts, prompt_ids, tokenizer, stops, sampler, manifest)
+
+
+def _content(prompt: Prompt, ids: Ids) -> list[Any]:
+    """What of a prompt decides the bytes of its rollouts: a corrected answer changes their rewards."""
+    return [prompt.prompt_id, ids.tolist(), prompt.answer, prompt.domain, prompt.verifier]
 
 
 def _refuse_long_prompts(

@@ -87,7 +87,7 @@ class FilePrompts(PromptRendering):
     path: Path
     """JSONL or Parquet with `prompt` or `messages`, and optionally `answer`, `id`, `domain`."""
     verifier: str = "exact"
-    """How a response is compared with `answer`: `exact`, `last_number`, `math_verify`, or `pkg.mod:function`."""
+    """How a response is judged: `exact`, `last_number`, `math_verify`, or a function `pkg.mod:function`."""
 
 
 class ReasoningGymPrompts(PromptRendering):
@@ -212,6 +212,10 @@ class FinetuneConfig(StrictModel):
     """Memory for decoded shards, for each device and loader process; a larger cache is shuffled window by window."""
     seed: int = Field(0, ge=0)
     """Seed of the order of rollouts."""
+    held_out: int = Field(0, ge=0)
+    """Rollouts kept out of training, whole prompts at a time; the divergence on them goes to `metrics.csv`."""
+    held_out_every: int = Field(10, ge=1)
+    """Steps between measurements on the rollouts held out; the last step always makes one."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)

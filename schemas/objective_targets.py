@@ -3,7 +3,7 @@
 Every part's config has a `kind`; `lightopd/objectives/registry.py` names the function behind each.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -67,9 +67,17 @@ class DistanceExtrapolation(StrictModel):
 Extrapolation = Annotated[ConstantExtrapolation | DistanceExtrapolation, Field(discriminator="kind")]
 
 
-class LogRatioTarget(StrictModel):
+class TargetConfig(StrictModel):
+    """What every target has."""
+
+    gives: ClassVar[Literal["advantage", "token_loss", "rollout_loss"]] = "token_loss"
+    """An advantage becomes the loss -A log s; a loss is differentiated as it stands."""
+
+
+class LogRatioTarget(TargetConfig):
     """Sampled-token advantage log T - log s, no gradient through it (arXiv 2604.13010)."""
 
+    gives: ClassVar[Literal["advantage"]] = "advantage"
     kind: Literal["log_ratio"] = "log_ratio"
     """loss = -A log s on the sampled token."""
     student: Literal["now", "rollout"] = "now"
@@ -78,23 +86,24 @@ class LogRatioTarget(StrictModel):
     """A is held within +-clip nats, after baseline and shifts; none leaves it as it is."""
 
 
-class RewardTarget(StrictModel):
+class RewardTarget(TargetConfig):
     """Reward against the mean of the prompt's rollouts, divided by their spread (GRPO)."""
 
+    gives: ClassVar[Literal["advantage"]] = "advantage"
     kind: Literal["reward"]
     """One advantage for all tokens of a rollout."""
     epsilon: float = Field(1e-6, gt=0)
     """Added to the standard deviation."""
 
 
-class MleTarget(StrictModel):
+class MleTarget(TargetConfig):
     """Maximum likelihood of the sampled tokens."""
 
     kind: Literal["mle"]
     """loss = -log s on the sampled token; needs no signal."""
 
 
-class EstimatorTarget(StrictModel):
+class EstimatorTarget(TargetConfig):
     """A sampled estimator of KL(s || T), back-propagated as it stands."""
 
     kind: Literal["estimator"]
@@ -114,7 +123,7 @@ class EstimatorTarget(StrictModel):
         return self
 
 
-class DivergenceTarget(StrictModel):
+class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
     kind: Literal["divergence"]
@@ -169,9 +178,10 @@ class DivergenceTarget(StrictModel):
         return self
 
 
-class PreferenceTarget(StrictModel):
+class PreferenceTarget(TargetConfig):
     """Teacher's answer preferred to the student's own (DPO; arXiv 2604.03873)."""
 
+    gives: ClassVar[Literal["rollout_loss"]] = "rollout_loss"
     kind: Literal["preference"]
     """loss = -log sigmoid(beta * margin) over a pair of rollouts, one by the teacher, one by the student."""
     reference: Signal = "reference"
@@ -180,7 +190,7 @@ class PreferenceTarget(StrictModel):
     """Strength of the preference; the paper's value is not known."""
 
 
-class CustomTarget(StrictModel):
+class CustomTarget(TargetConfig):
     """A function of your own: (batch, student, options) -> loss of each token, float32 [N]."""
 
     kind: Literal["custom"]

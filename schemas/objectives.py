@@ -19,7 +19,6 @@ from lightopd.schemas.objective_targets import (
     LogRatioTarget,
     MleTarget,
     PreferenceTarget,
-    RewardTarget,
     Signal,
     Target,
 )
@@ -103,7 +102,7 @@ class TermConfig(StrictModel):
 
     @model_validator(mode="after")
     def _parts_fit_the_target(self) -> "TermConfig":
-        is_advantage = isinstance(self.target, LogRatioTarget | RewardTarget)
+        is_advantage = self.target.gives == "advantage"
         clips = any(isinstance(weight, PpoClipWeight) for weight in self.token_weights)
         if not is_advantage and (self.baseline or self.advantage or clips):
             raise ValueError(

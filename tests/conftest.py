@@ -1,5 +1,6 @@
 """Shared worlds: tiny models on disk, and a chain of stages run once over them."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def _own_user_cache(tmp_path_factory):
     torch.set_num_threads(1)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_engines_end():
+    """vLLM's processes are started by the first test that needs them, and end with the session."""
+    yield
+    if "vllm_cases" in sys.modules:
+        sys.modules["vllm_cases"].close_shared()
 
 
 @dataclass(frozen=True)

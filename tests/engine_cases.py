@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
+from fake_vllm_server import FakeServer
+from tiny_models import tokenizer
 
 from lightopd.engines.base import Engine
 from lightopd.engines.fake import FakeEngine
 from lightopd.engines.hf import TransformersEngine, load_hf_engine
 from lightopd.engines.models import LoadedModel, context_length_of, head_of
-from lightopd.schemas.configs import HfEngine, ModelConfig
+from lightopd.engines.server import load_server_engine
+from lightopd.schemas.configs import HfEngine, ModelConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Sequence
 
@@ -100,6 +104,8 @@ class EngineCase:
     """Makes the engine; the folder is its own to write a model into."""
     floor_nats: float
     """Largest difference between two scorings of one token that counts as rounding."""
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    """Markers of what it needs."""
 
 
 def _build_fake(folder: Path) -> Engine:
@@ -112,7 +118,51 @@ def _build_hf(folder: Path) -> Engine:
     return load_hf_engine(small_batches, ModelConfig(path=str(folder)))
 
 
+def _build_server(folder: Path) -> Engine:
+    """The engine `server` over a server of the toy model."""
+    tiny_model("qwen3").save_pretrained(folder)
+    tokens = tokenizer()
+    tokens.save_pretrained(folder)
+    server = FakeServer(FakeEngine(seed=3, vocabulary_size=VOCABULARY, context_length=CONTEXT), tokens)
+    return Outliving(
+        load_server_engine(ServerEngine(urls=server.url), ModelConfig(path=str(folder))), server.stop
+    )
+
+
+def _build_vllm(folder: Path) -> Engine:
+    """One engine for the session: what starts it takes longer than all its tests."""
+    from vllm_cases import shared_engine
+
+    return Outliving(shared_engine(folder.parent), None)
+
+
+def _build_vllm_server(folder: Path) -> Engine:
+    from vllm_cases import shared_server
+
+    server = shared_server(folder.parent)
+    model = ModelConfig(path=str(folder.parent / "model"))
+    return load_server_engine(ServerEngine(urls=server.url), model)
+
+
+class Outliving:
+    """An engine whose `close` also stops what was started for it, or that outlives its tests with None."""
+
+    def __init__(self, engine: Engine, stop: Callable[[], None] | None) -> None:
+        self._engine, self._stop = engine, stop
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        if self._stop is not None:
+            self._engine.close()
+            self._stop()
+
+
 ENGINES = {
     "fake": EngineCase(_build_fake, floor_nats=1e-6),
     "hf": EngineCase(_build_hf, floor_nats=1e-5),
+    "server": EngineCase(_build_server, floor_nats=1e-6),
+    "vllm": EngineCase(_build_vllm, floor_nats=1e-5, marks=(pytest.mark.vllm,)),
+    "vllm server": EngineCase(_build_vllm_server, floor_nats=1e-5, marks=(pytest.mark.vllm,)),
 }

@@ -25,6 +25,7 @@ from lightopd.objectives.methods import (
     list_methods,
     methods_table,
     needs_lines,
+    reads_lines,
 )
 from lightopd.objectives.needs import needs
 from lightopd.objectives.prepare import prepare
@@ -108,11 +109,11 @@ def facts(signals: dict[str, int], *columns: str) -> CacheFacts:
 
 def test_a_missing_signal_is_named_with_the_command_that_adds_it():
     assert missing(ObjectiveConfig(), facts({})) == [
-        "no signal teacher (there: none); add it: lightopd precompute --cache CACHE --teacher MODEL --set "
-        "signal=teacher --top-k 0"
+        "no signal teacher (there: none); add it: lightopd precompute --cache CACHE --teacher MODEL "
+        "--signal teacher --top-k 0"
     ]
     (line,) = missing(recipe("exopd"), facts({"teacher": 32}, "ref_logprobs"))
-    assert line.endswith("--set signal=reference --set role=reference --top-k 0")
+    assert line.endswith("--signal reference --set role=reference --top-k 0")
 
 
 def test_a_signal_without_the_top_k_it_needs_is_named():
@@ -178,6 +179,12 @@ def test_a_real_cache_is_checked_by_its_manifests_and_columns(tmp_path):
         check_cache(recipe("scope"), small_cache(tmp_path / "unjudged", reward=None)[0])
 
 
+def test_a_function_that_cannot_be_imported_is_refused_before_training(tmp_path):
+    config = objective(target={"kind": "custom", "import_path": "no_such_module:loss"})
+    with pytest.raises(ConfigError, match="import_path no_such_module:loss cannot be loaded"):
+        check_cache(config, small_cache(tmp_path / "cache")[0])
+
+
 def test_a_view_holds_the_rows_of_its_shard(tmp_path):
     cache, shards = small_cache(tmp_path / "cache")
     views = list(cache_views(cache, needs(ObjectiveConfig())))
@@ -232,6 +239,15 @@ def test_methods_are_listed_shown_and_checked():
     assert (len(lacking), len(warned)) == (1, 1)
     with pytest.raises(ConfigError, match=r"no method exodp; there are: aligndistil"):
         find_method(METHODS, "exodp")
+
+
+def test_every_part_says_which_student_it_reads():
+    assert reads_lines(recipe("uni_opd")) == [
+        "the student now: log_ratio, log_ratio_cut, ppo_clip",
+        "the student at rollout: margin, balance_outcomes",
+    ]
+    frozen = objective(target={"student": "rollout"}, token_weights=["ppo_clip"])
+    assert reads_lines(frozen) == ["the student now: ppo_clip", "the student at rollout: log_ratio"]
 
 
 def test_the_table_of_methods_has_a_row_for_each():

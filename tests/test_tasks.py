@@ -4,9 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-from lightopd.pipelines import tasks
 
-DEMO = Path(tasks.__file__).parent / "demo"
+from lightopd import tasks
+
+DEMO = Path(__file__).parents[1] / "pipelines" / "demo"
 
 
 def test_a_seed_gives_the_same_prompts_and_a_shorter_list_is_a_prefix():

@@ -13,15 +13,14 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 import pyarrow as pa
 
+from lightopd.cache.fence import ReadOnlyFolder
 from lightopd.cache.shards import output_error, shard_path
 from lightopd.cache.store import (
     Cache,
@@ -134,47 +133,6 @@ def named_query(name: str) -> str:
         raise ConfigError(f"there is no query {name!r}; there are: {', '.join(named_queries())}")
     text: str = file.read_text()
     return text
-
-
-class ReadOnlyFolder(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """`cache://`: files below one folder, for reading; links that lead out of it are refused."""
-
-    protocol = "cache"
-    cachable = False
-
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        self.root: Path = root.resolve()
-
-    def _inside(self, path: str) -> Path:
-        inner: str = self._strip_protocol(path)
-        found: Path = (self.root / inner.lstrip("/")).resolve()
-        if not found.is_relative_to(self.root):
-            raise PermissionError(f"{path} lies outside the cache folder")
-        return found
-
-    def _entry(self, path: Path) -> dict[str, Any]:
-        kind = "directory" if path.is_dir() else "file"
-        return {"name": str(path.relative_to(self.root)), "size": path.stat().st_size, "type": kind}
-
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        found = self._inside(path)
-        entries = [self._entry(item) for item in (sorted(found.iterdir()) if found.is_dir() else [found])]
-        return entries if detail else [entry["name"] for entry in entries]
-
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
-        return self._entry(self._inside(path))
-
-    def exists(self, path: str, **_: Any) -> bool:
-        return self._inside(path).exists()
-
-    def modified(self, path: str) -> datetime:
-        return datetime.fromtimestamp(self._inside(path).stat().st_mtime, UTC)
-
-    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
-        if mode != "rb":
-            raise PermissionError("a cache is opened for reading only")
-        return self._inside(path).open("rb")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 R = response tokens, K = top-k, M = K + 1 entries of a position (its own token, then the K most likely).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,19 +15,18 @@ from lightopd.engines.describe import precision_of
 from lightopd.engines.hf_score import empty_scores
 from lightopd.engines.server_http import ServerPool
 from lightopd.engines.server_probe import Served, check_top_k, probe, served_model
+from lightopd.engines.server_rows import number, response_rows
 from lightopd.engines.vllm_settings import check_sampling
 from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
-from lightopd.schemas.records import Floats, Ids, Sample, Scores
+from lightopd.schemas.records import Ids, Sample, Scores
 
 ENTRY_BYTES = 512
 """Memory of one log-probability while an answer is read: its JSON text and the Python objects of it."""
 IN_FLIGHT_BYTES = 1 << 30
 """Memory for answers that were asked for and are not yet packed."""
-LEAST_LOGPROB = -9999.0
-"""What a server writes for minus infinity, which JSON does not have."""
 
 
 class ServerClient:
@@ -62,7 +60,7 @@ class ServerClient:
             seed = row_seed(sampling.seed, keys[index])
             choice = await self._complete(name, prompts[index], _drawing(sampling, limit, seed, stops))
             logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            ids, values = choice.get("token_ids") or [], [_number(value) for value in logprobs]
+            ids, values = choice.get("token_ids") or [], [number(value) for value in logprobs]
             return sample_of(
                 name, ids, values, choice.get("finish_reason"), limit, stops, self.vocabulary_size
             )
@@ -88,7 +86,7 @@ class ServerClient:
             sequence, name = sequences[filled[place]], f"sequence {filled[place]}"
             ids = np.concatenate([sequence.prompt_ids, sequence.response_ids])
             choice = await self._complete(name, ids, _scoring(top_k))
-            rows = _response_rows(name, choice.get("prompt_logprobs"), sequence, top_k)
+            rows = response_rows(name, choice.get("prompt_logprobs"), sequence, top_k)
             return scores_of(name, sequence.response_ids, *rows, min_probability, self.vocabulary_size)
 
         lengths = [len(sequences[i].prompt_ids) + len(sequences[i].response_ids) for i in filled]
@@ -185,37 +183,3 @@ def _scoring(top_k: int) -> dict[str, Any]:
         "return_token_ids": True,
         "add_special_tokens": False,
     }
-
-
-def _response_rows(
-    name: str, positions: list[dict[str, Any] | None] | None, sequence: records.Sequence, top_k: int
-) -> tuple[Ids, Floats]:
-    """Ids and log-probabilities [R, M] of the response out of a server's dictionaries by token id.
-
-    A position has K entries where its own token is among the K most likely, and K + 1 where it is not.
-    """
-    first, length = len(sequence.prompt_ids), len(sequence.prompt_ids) + len(sequence.response_ids)
-    if positions is None or len(positions) != length:
-        raise EngineError(
-            f"{name} has {length} tokens and came back with {len(positions or ())} log-probabilities"
-        )
-    ids_RM = np.empty((length - first, top_k + 1), dtype=np.int32)
-    logprobs_RM = np.empty((length - first, top_k + 1), dtype=np.float32)
-    for row, (own_id, entries) in enumerate(zip(sequence.response_ids, positions[first:], strict=True)):
-        own = (entries or {}).get(str(own_id))
-        others = [] if entries is None else [key for key in entries if key != str(own_id)]
-        if own is None or entries is None or len(others) not in (top_k, top_k - 1):
-            raise EngineError(
-                f"{name}: the server gave {len(others)} log-probabilities beside that of token {own_id} at "
-                f"response position {row}, {top_k} were asked for; start it with --max-logprobs {top_k}"
-            )
-        topk = others if len(others) == top_k else [*others, str(own_id)]
-        ids_RM[row] = [int(own_id), *map(int, topk)]
-        logprobs_RM[row] = [_number(own["logprob"]), *(_number(entries[key]["logprob"]) for key in topk)]
-    return ids_RM, logprobs_RM
-
-
-def _number(value: float | None) -> float:
-    if value is None:
-        return math.nan
-    return -math.inf if value <= LEAST_LOGPROB else float(value)

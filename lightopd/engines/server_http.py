@@ -47,7 +47,8 @@ class ServerPool:
         another server where there is one.
 
         Raises:
-            EngineError: the request was refused, or every try failed.
+            EngineError: the request was refused.
+            NoAnswerError: every try failed.
         """
         return await self._ask("POST", path, body, self.urls if url is None else (url,))
 
@@ -66,7 +67,7 @@ class ServerPool:
             if attempt + 1 < self._attempts:
                 log.warning("%s; trying again in %.1f s", reason, pause_s)
                 await asyncio.sleep(pause_s)
-        raise EngineError(
+        raise NoAnswerError(
             f"no answer from {' or '.join(urls)} after {self._attempts} tries, last {reason}; start the "
             f"server again and repeat the command: finished shards are kept"
         )
@@ -95,6 +96,10 @@ class ServerPool:
             return json.loads(content)
         except ValueError as error:
             raise EngineError(f"{url}{path} answered no JSON; check that it is a vLLM server") from error
+
+
+class NoAnswerError(EngineError):
+    """Every try of a request failed."""
 
 
 class _TryAgain(Exception):

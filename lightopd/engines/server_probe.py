@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from lightopd.engines.describe import model_limits
-from lightopd.engines.server_http import ServerPool
+from lightopd.engines.server_http import NoAnswerError, ServerPool
+from lightopd.engines.server_rows import response_rows
 from lightopd.errors import EngineError, InputError
 from lightopd.lineage import fingerprint_model
+from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord
 from lightopd.tokens import load_tokenizer
@@ -88,25 +90,24 @@ async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> S
 
 
 async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
-    """Refuse servers that give fewer log-probabilities than are asked for.
+    """Refuse servers that give fewer log-probabilities than are asked for; silent ones are passed over.
 
     Raises:
         EngineError: names the server.
     """
+    pair = records.Sequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
     for url in pool.urls:
         try:
-            choice = await _complete(pool, url, name, [0, 0], {"prompt_logprobs": top_k})
+            asked = {"temperature": 0.0, "prompt_logprobs": top_k}
+            choice = await _complete(pool, url, name, [0, 0], asked)
+            response_rows("a pair of tokens", choice.get("prompt_logprobs"), pair, top_k)
+        except NoAnswerError:
+            log.warning("%s does not answer; the other servers take its work", url)
         except EngineError as error:
             raise EngineError(
                 f"{url} does not give {top_k} log-probabilities ({error}); start it with --max-logprobs "
                 f"{top_k} or more, or lower top_k"
             ) from error
-        found = len((choice.get("prompt_logprobs") or [{}])[-1] or {})
-        if found < top_k:
-            raise EngineError(
-                f"{url} gives {found} log-probabilities where {top_k} were asked for; start it with "
-                f"--max-logprobs {top_k} or more, or lower top_k"
-            )
 
 
 async def _card(pool: ServerPool, url: str, name: str | None) -> Card:

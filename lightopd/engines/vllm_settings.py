@@ -3,8 +3,10 @@
 vLLM is imported inside the functions that need it, after its environment is set.
 """
 
+import contextlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +88,8 @@ async def start(arguments: dict[str, Any]) -> Any:
     """vLLM's asynchronous client; its engine runs in processes of its own."""
     from vllm import AsyncEngineArgs, AsyncLLMEngine
 
-    return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
+    with _nothing_compiled() if arguments["enforce_eager"] else contextlib.nullcontext():
+        return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
 
 
 def prepare_environment() -> None:
@@ -96,7 +99,7 @@ def prepare_environment() -> None:
     has no metadata under the name that vLLM looks for, so it must be told what it is.
     """
     defaults = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
@@ -197,6 +200,19 @@ def _memory_arguments(engine: VllmEngine) -> dict[str, Any]:
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     return arguments
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Processes begun in the block compile nothing: eager vLLM still compiles a helper, for half a minute."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def _graph_arguments(engine: VllmEngine) -> dict[str, Any]:

@@ -260,12 +260,16 @@ def _empty_gradients(inputs: Inputs, walk: Walk, wanted: tuple[bool, bool, bool]
 
 
 def _tile_sums(totals: Gradients, tile: slice, walk: Walk) -> Gradients:
-    """The totals of hidden, and zeros for one tile of the others in the dtype of sums."""
-    _, weight_VD, bias_V = totals
-    return totals._replace(
-        weight_VD=None if weight_VD is None else torch.zeros_like(weight_VD[tile], dtype=walk.dtype),
-        bias_V=None if bias_V is None else torch.zeros_like(bias_V[tile], dtype=walk.dtype),
-    )
+    """The totals of hidden, and zeros in the dtype of sums for one tile of the others."""
+
+    def zeros(total: Tensor | None) -> Tensor | None:
+        if total is None:
+            return None
+        if total.dtype == walk.dtype:
+            return total[tile].zero_()
+        return torch.zeros_like(total[tile], dtype=walk.dtype)
+
+    return totals._replace(weight_VD=zeros(totals.weight_VD), bias_V=zeros(totals.bias_V))
 
 
 def _add_products(
@@ -280,7 +284,7 @@ def _add_products(
 
 
 def _store_tile(totals: Gradients, sums: Gradients, tile: slice) -> None:
-    if totals.weight_VD is not None and sums.weight_VD is not None:
-        totals.weight_VD[tile] = sums.weight_VD
-    if totals.bias_V is not None and sums.bias_V is not None:
-        totals.bias_V[tile] = sums.bias_V
+    """Round the sums of a tile to the dtype of its input; sums in that dtype are already in place."""
+    for total, part in ((totals.weight_VD, sums.weight_VD), (totals.bias_V, sums.bias_V)):
+        if total is not None and part is not None and total.dtype != part.dtype:
+            total[tile] = part

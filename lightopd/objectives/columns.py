@@ -69,14 +69,12 @@ def outcome_gap(
 ) -> Floats:
     """Score of correct minus score of incorrect rollouts of each group; NaN where an outcome is missing."""
     groups = int(group_R.max()) + 1
-    high_G, low_G = np.full(groups, np.nan), np.full(groups, np.nan)
-    for number in range(groups) if gap == "min_max" else ():
-        inside_R = group_R == number
-        if (inside_R & correct_R).any() and (inside_R & incorrect_R).any():
-            high_G[number] = score_R[inside_R & correct_R].min()
-            low_G[number] = score_R[inside_R & incorrect_R].max()
     if gap == "min_max":
-        return high_G - low_G
+        lowest_G, highest_G = np.full(groups, np.inf), np.full(groups, -np.inf)
+        np.minimum.at(lowest_G, group_R[correct_R], score_R[correct_R])
+        np.maximum.at(highest_G, group_R[incorrect_R], score_R[incorrect_R])
+        has_both_G = np.isfinite(lowest_G) & np.isfinite(highest_G)
+        return np.where(has_both_G, lowest_G - highest_G, np.nan)
     with np.errstate(invalid="ignore"):
         means = [
             np.bincount(group_R, score_R * is_one_R, groups) / np.bincount(group_R, is_one_R, groups)

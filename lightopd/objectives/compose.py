@@ -101,7 +101,7 @@ def _term_loss(
     if scene.teacher is not None:
         gap_N = scene.teacher.logprobs_N - student.logprobs_N.detach()
         metrics["log_ratio"] = token_mean(gap_N, is_counted_N)
-    if PARTS[type(term.target)].gives == "rollout_loss":
+    if term.target.gives == "rollout_loss":
         loss_R = _apply(term.target, scene) * (batch.lengths_R > 0) / max(batch.totals.num_rollouts, 1)
     else:
         loss_N, weight_N = _token_losses(scene, metrics, is_counted_N)
@@ -113,7 +113,7 @@ def _token_losses(scene: Scene, metrics: Metrics, is_counted_N: Tensor) -> tuple
     """Loss and weight of each token, [N] each; the weights carry no gradient."""
     term, student = scene.term, scene.student
     advantage_N = None
-    if PARTS[type(term.target)].gives == "advantage":
+    if term.target.gives == "advantage":
         advantage_N = _advantage(scene, metrics, is_counted_N)
         loss_N = -advantage_N * student.logprobs_N
     else:

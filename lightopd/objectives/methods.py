@@ -10,8 +10,9 @@ from typing import Any
 
 from lightopd.config import build, read_yaml
 from lightopd.errors import ConfigError
-from lightopd.objectives.needs import needs
+from lightopd.objectives.needs import needs, parts_of
 from lightopd.objectives.parts import Needs
+from lightopd.objectives.registry import PARTS
 from lightopd.objectives.validate import CacheFacts, missing, warnings_of
 from lightopd.schemas.objectives import ObjectiveConfig
 
@@ -80,6 +81,20 @@ def needs_lines(wanted: Needs) -> list[str]:
     lines += ["a pass over the cache before the first step"] * wanted.prepared
     lines += ["a second forward pass at each step"] * wanted.statistics
     return lines or ["nothing beyond the rollouts"]
+
+
+def reads_lines(objective: ObjectiveConfig) -> list[str]:
+    """Which student each part reads, one line for each of the two: now, and at rollout."""
+    parts = [part for term in objective.terms for part in parts_of(term)] + list(objective.select)
+    lines = []
+    for student, words in (("now", "the student now"), ("rollout", "the student at rollout")):
+        kinds = dict.fromkeys(part.kind for part in parts if _reads(part) == student)
+        lines += [f"{words}: {', '.join(kinds)}"] if kinds else []
+    return lines
+
+
+def _reads(part: Any) -> str:
+    return str(getattr(part, "student", PARTS[type(part)].student))
 
 
 def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str]]:

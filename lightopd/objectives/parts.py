@@ -126,8 +126,6 @@ class Part:
     """Which student it reads: the live one, the one that sampled, or none."""
     needs: NeedsOf = needs_nothing
     """What it reads beyond the live student's log-probability of the sampled token."""
-    gives: Literal["advantage", "token_loss", "rollout_loss", "factor"] = "factor"
-    """What its values are."""
     column: Callable[..., Any] | None = None
     """(config, term, table, is_seen_R) -> a column over the whole cache, made by `prepare`."""
     measures: Callable[..., Any] | None = None

@@ -9,21 +9,18 @@ from lightopd.schemas import objective_weights as w
 
 PARTS: dict[type[Any], Part] = {
     # targets
-    t.LogRatioTarget: Part(targets.log_ratio, "now", targets.needs_log_ratio, gives="advantage"),
-    t.RewardTarget: Part(
-        targets.reward, "none", advantages.needs_rewards, gives="advantage", column=columns.group_reward
-    ),
-    t.MleTarget: Part(targets.mle, "now", gives="token_loss"),
-    t.EstimatorTarget: Part(targets.estimator, "now", teacher.needs_teacher, gives="token_loss"),
-    t.DivergenceTarget: Part(targets.divergence_target, "now", teacher.needs_support, gives="token_loss"),
+    t.LogRatioTarget: Part(targets.log_ratio, "now", targets.needs_log_ratio),
+    t.RewardTarget: Part(targets.reward, "none", advantages.needs_rewards, column=columns.group_reward),
+    t.MleTarget: Part(targets.mle, "now"),
+    t.EstimatorTarget: Part(targets.estimator, "now", teacher.needs_teacher),
+    t.DivergenceTarget: Part(targets.divergence_target, "now", teacher.needs_support),
     t.PreferenceTarget: Part(
         targets.preference,
         "now",
         targets.needs_preference,
-        gives="rollout_loss",
         column=columns.preferred,
     ),
-    t.CustomTarget: Part(targets.custom, "now", targets.needs_custom, gives="token_loss"),
+    t.CustomTarget: Part(targets.custom, "now", targets.needs_custom),
     # router and extrapolation: built into the teacher, see teacher.py
     t.DomainRouter: Part(None, "none", teacher.needs_teacher),
     t.ConstantExtrapolation: Part(

@@ -30,8 +30,8 @@ def select_margin(config: MarginSelection, table: RolloutTable) -> Bools:
     """
     score_R = table.measures[f"mean {config.signal}"] - table.measures["mean ref"]
     keep_R, group_R = np.ones(len(score_R), bool), group_numbers(table)
-    for number in range(int(group_R.max()) + 1):
-        members = np.flatnonzero(group_R == number)
+    by_group = np.argsort(group_R, kind="stable")
+    for members in np.split(by_group, np.cumsum(np.bincount(group_R))[:-1]):
         correct = sorted(members[table.is_correct_R[members]], key=lambda row: score_R[row])
         incorrect = sorted(members[table.is_incorrect_R[members]], key=lambda row: -score_R[row])
         if correct and incorrect:
@@ -109,8 +109,9 @@ def select_teacher_validated(config: TeacherValidatedSelection, table: RolloutTa
     with np.errstate(invalid="ignore", divide="ignore"):
         lead_G = teacher_G - total_G / judged_G
         valid = np.flatnonzero((teacher_G >= config.min_teacher) & np.isfinite(lead_G))
-    names = [min(table.rollout_ids[group_R == group]) for group in valid]
-    valid = valid[np.argsort(np.asarray(names, np.str_), kind="stable")]
+    by_id = np.argsort(table.rollout_ids, kind="stable")
+    rank_G = np.unique(group_R[by_id], return_index=True)[1]  # place of a group's lowest rollout id
+    valid = valid[np.argsort(rank_G[valid], kind="stable")]
     chosen = valid[choose_by_lead(config, lead_G[valid])] if len(valid) else valid
     return np.isin(group_R, chosen)
 

@@ -3,6 +3,7 @@
 N = tokens, R = rollouts, P = pairs of rollouts; nats.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -106,16 +107,9 @@ def custom(config: CustomTarget, scene: Scene) -> Tensor:
     """The loss of each token by a function of the user's, [N].
 
     Raises:
-        ConfigError: the function does not exist or does not return one finite-shaped value a token.
+        ConfigError: the function does not exist, or does not return one value for each token.
     """
-    module, _, name = config.import_path.partition(":")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"objective's import_path {config.import_path} cannot be loaded: {error}"
-        ) from error
-    loss_N = function(scene.batch, scene.student, dict(config.options))
+    loss_N = load_custom(config)(scene.batch, scene.student, dict(config.options))
     if not isinstance(loss_N, Tensor) or loss_N.shape != scene.student.logprobs_N.shape:
         found = tuple(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
         wanted = tuple(scene.student.logprobs_N.shape)
@@ -123,6 +117,23 @@ def custom(config: CustomTarget, scene: Scene) -> Tensor:
             f"{config.import_path} must return a tensor {wanted}, one loss a token; found {found}"
         )
     return loss_N
+
+
+def load_custom(config: CustomTarget) -> Callable[..., object]:
+    """The user's function.
+
+    Raises:
+        ConfigError: its module or it does not exist.
+    """
+    module, _, name = config.import_path.partition(":")
+    try:
+        function: Callable[..., object] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"import_path {config.import_path} cannot be loaded ({error}); check the name, and that the "
+            f"module can be imported from here"
+        ) from error
+    return function
 
 
 def needs_custom(config: CustomTarget, term: TermConfig) -> Needs:

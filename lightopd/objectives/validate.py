@@ -15,8 +15,9 @@ from lightopd.cache.store import Cache, rollouts_folder
 from lightopd.errors import CacheError
 from lightopd.objectives.needs import needs
 from lightopd.objectives.parts import Needs
+from lightopd.objectives.targets import load_custom
 from lightopd.schemas.cache import ROLLOUTS
-from lightopd.schemas.objective_targets import ConstantExtrapolation, LogRatioTarget
+from lightopd.schemas.objective_targets import ConstantExtrapolation, CustomTarget, LogRatioTarget
 from lightopd.schemas.objective_weights import DriftFadeWeight
 from lightopd.schemas.objectives import ObjectiveConfig, TermConfig
 
@@ -71,7 +72,11 @@ def check_cache(config: ObjectiveConfig, cache: Cache) -> None:
 
     Raises:
         CacheError: one line that names everything missing, each with the command that adds it.
+        ConfigError: a function of the user's own cannot be imported.
     """
+    for term in config.terms:
+        if isinstance(term.target, CustomTarget):
+            load_custom(term.target)
     lines = missing(config, cache_facts(cache, needs(config)))
     if lines:
         raise CacheError(f"{cache.path} cannot serve this objective: {'; '.join(lines)}")
@@ -101,7 +106,7 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     if name in facts.signals and facts.signals[name] >= size:
         return None
     role = "" if name in _teachers(config) else " --set role=reference"
-    command = f"lightopd precompute --cache {facts.path} --teacher MODEL --set signal={{}}{role}"
+    command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
     if name not in facts.signals:
         there = ", ".join(f"{known} (top {k})" for known, k in facts.signals.items()) or "none"

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if module.step % self.finetune.checkpoint_every and not is_last:
             return
         if trainer.is_global_zero:
-            state = TrainerState(step=module.step, recipe=self.recipe)
+            state = TrainerState(step=module.step, recipe=self.recipe, objective=asdict(module.state))
             optimizer = module.optimizers(use_pl_optimizer=False)
-            path = save_checkpoint(self.folder, module.student, optimizer, self.student, state)
+            path = save_checkpoint(self.folder, module.student, optimizer, self.student, state, module.anchor)
             prune_checkpoints(self.folder, self.finetune.keep_checkpoints)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()

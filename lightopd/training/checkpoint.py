@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+ANCHOR_FILE = "jump_anchor.safetensors"
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
@@ -44,6 +45,8 @@ class TrainerState(StrictModel):
     """Optimiser steps done."""
     recipe: dict[str, JsonValue]
     """What decides the weights: cache content, student, objective, optimiser, batch and order."""
+    objective: dict[str, JsonValue] = Field({})
+    """State of the objective: curriculum and running means."""
     sizes_bytes: dict[str, int] = Field({})
     """Size of every other file of the folder; a folder that lacks one is not whole."""
 
@@ -54,6 +57,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     student: ModelConfig,
     state: TrainerState,
+    anchor: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all, and return it.
 
@@ -63,6 +67,7 @@ def save_checkpoint(
         optimizer: over the parameters of `model`.
         student: where tokenizer and generation settings are copied from.
         state: step and identity of the run.
+        anchor: weights that the next jump starts from, where the objective jumps.
 
     Raises:
         OutputError: no space or no permission; older checkpoints are untouched.
@@ -75,6 +80,8 @@ def save_checkpoint(
         copy_companions(student, part)
         model.save_pretrained(part)
         save_file(_optimizer_tensors(model, optimizer), part / OPTIMIZER_FILE)
+        if anchor is not None:
+            save_file({name: tensor.contiguous() for name, tensor in anchor.items()}, part / ANCHOR_FILE)
         _write_state(part, state)
         for file in part.rglob("*"):
             _flush(file)
@@ -123,6 +130,12 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
             }
 
 
+def load_anchor(path: Path) -> dict[str, Tensor] | None:
+    """The weights that jumps start from; None in a checkpoint without them."""
+    file = path / ANCHOR_FILE
+    return load_file(file) if file.is_file() else None
+
+
 def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
     """Refuse to go on from a checkpoint of another run.
 
@@ -152,7 +165,9 @@ def export_student(checkpoint: Path, student: Path) -> None:
     try:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(STATE_FILE, OPTIMIZER_FILE))
+        shutil.copytree(
+            checkpoint, part, ignore=shutil.ignore_patterns(STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE)
+        )
         for file in part.rglob("*"):
             _flush(file)
         if student.exists():

@@ -118,10 +118,9 @@ def gather(store: ShardStore, index: CacheIndex, entries: NDArray[np.int64], tot
 
 
 def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
-    """Cut every response to the tokens that a curriculum shows, a prefix of it; totals are left as they are."""
+    """Cut every response to the prefix that a curriculum shows; totals are left as they are."""
     ends = np.cumsum(rows.responses_R)
     seen = np.concatenate([[0], np.cumsum(is_visible_N, dtype=np.int64)])
-    optional = {"logprobs_N": rows.logprobs_N, "entropies_N": rows.entropies_N}
     return replace(
         rows,
         responses_R=seen[ends] - seen[ends - rows.responses_R],
@@ -129,7 +128,8 @@ def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
         loss_mask_N=rows.loss_mask_N[is_visible_N],
         turns_N=rows.turns_N[is_visible_N],
         signals={name: _show_signal(signal, is_visible_N) for name, signal in rows.signals.items()},
-        **{name: None if column is None else column[is_visible_N] for name, column in optional.items()},
+        logprobs_N=None if rows.logprobs_N is None else rows.logprobs_N[is_visible_N],
+        entropies_N=None if rows.entropies_N is None else rows.entropies_N[is_visible_N],
     )
 
 
@@ -185,9 +185,7 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             domains=rows.domains,
             rollout_ids=rows.rollout_ids,
             totals=rows.totals,
-            prepared_R={
-                name: torch.from_numpy(values).to(device) for name, values in rows.prepared.items()
-            },
+            prepared_R={name: torch.from_numpy(values).to(device) for name, values in rows.prepared.items()},
         ),
         num_tokens=len(rows.prompt_ids_P) + len(rows.response_ids_N),
     )

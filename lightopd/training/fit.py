@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,33 @@ from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from lightopd.cache.shards import output_error
-from lightopd.cache.store import Cache, content_id
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.engines.models import check_head, context_length_of, load_model
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.lineage import fingerprint_model
 from lightopd.objectives.needs import needs
 from lightopd.objectives.parts import Needs
-from lightopd.objectives.validate import check_cache
+from lightopd.objectives.state import ObjectiveState
+from lightopd.objectives.validate import check_cache, warnings_of
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FinetuneConfig, ModelConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress
-from lightopd.training.checkpoint import check_same_run, export_student, newest_checkpoint
+from lightopd.training.checkpoint import (
+    TrainerState,
+    check_same_run,
+    export_student,
+    load_anchor,
+    newest_checkpoint,
+)
 from lightopd.training.data import CacheData
+from lightopd.training.held_out import HeldOut, held_out_objective
 from lightopd.training.metrics import keep_metrics, read_metrics
-from lightopd.training.module import StudentModule, prepare_student
-from lightopd.training.plan import GIB, CacheIndex, make_plan
-from lightopd.training.shards import ShardStore, check_shards, index_cache
+from lightopd.training.module import Start, StudentModule
+from lightopd.training.plan import GIB, check_lengths, make_plan
+from lightopd.training.selection import Selected, select_rollouts
+from lightopd.training.shards import ShardStore, check_shards
+from lightopd.training.student import prepare_student
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +64,7 @@ DECIDES_NOTHING = (
     "nodes",
     "strategy",
     "loader_workers",
+    "held_out_every",
     "checkpoint_every",
     "keep_checkpoints",
     "loggers",
@@ -80,6 +91,8 @@ class FitResult:
     """The first step that passed a staleness limit."""
     rollouts_left_out: int | None
     """Rollouts without a trained token; None when the run was finished before."""
+    notes: tuple[str, ...]
+    """What the objective dropped from the cache, and its warnings; empty when the run was finished before."""
     is_main: bool
     """False in the helper processes of a run on several devices, which must write nothing."""
 
@@ -121,14 +134,15 @@ def fit(
         staleness: limits of the drift from the student at rollout; None for answers of a teacher.
 
     Raises:
-        ConfigError: a logger's package is missing, or the batch cannot be dealt to the devices.
+        ConfigError: a logger's package is missing, the batch cannot be dealt to the devices, or the
+            objective jumps and nothing is held out.
         CacheError: a signal is missing, a shard is damaged or changes during the run.
         TrainingError: a checkpoint of another run, a rollout that does not fit, a loss that is not finite.
         OutputError: no space or no permission; the last checkpoint is kept.
         KeyboardInterrupt: after a clean stop; the last checkpoint is kept.
     """
     asked = needs(objective)
-    _check_supported(objective, asked)
+    _check_jump(objective, finetune)
     check_cache(objective, cache)
     _check_origin(cache, asked)
     recipe = _recipe(cache, student, finetune, objective, asked)
@@ -136,36 +150,59 @@ def fit(
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
-    done = 0 if found is None else found[1].step
-    if done > finetune.steps:
+    start = _start(*found) if found else Start()
+    if start.step > finetune.steps:
         raise TrainingError(
-            f"{out} has a checkpoint of step {done}, and steps is {finetune.steps}; set steps to {done} or "
-            "more, or choose another out folder"
+            f"{out} has a checkpoint of step {start.step}, and steps is {finetune.steps}; set steps to "
+            f"{start.step} or more, or choose another out folder"
         )
-    left_out = _train(run, found[0] if found else None, done) if done < finetune.steps else None
+    selected = _train(run, start) if start.step < finetune.steps else None
     is_main = rank_zero_only.rank == 0
     if is_main:
         _export(out)
-    return _result(out, finetune.steps, left_out, is_main)
+    return _result(out, finetune.steps, selected, is_main)
 
 
-def _train(run: _Run, checkpoint: Path | None, done: int) -> int:
-    """Train from step `done` to the end; returns how many rollouts have nothing to train on."""
-    loggers = _loggers(run, done)
-    index, data = _open_data(run, done)
+def _start(checkpoint: Path, state: TrainerState) -> Start:
+    objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
+    return Start(state.step, checkpoint, objective, load_anchor(checkpoint))
+
+
+def _train(run: _Run, start: Start) -> Selected:
+    """Train from where the run stands to the end; returns which rollouts were trained on."""
+    loggers = _loggers(run, start.step)
+    selected, store = _open_data(run)
+    held_out = _hold_out(run, selected, store)
     module = StudentModule(
-        _load_student(run, checkpoint, index),
+        _load_student(run, start.checkpoint, selected),
         run.objective,
-        run.asked.supports,
+        run.asked,
         run.finetune,
         limits=run.limits,
-        step=done,
-        checkpoint=checkpoint,
+        held_out=held_out,
+        start=start,
     )
-    _make_room(run.out, done)
-    log.info("training on %d rollouts, steps %d to %d", len(index.row_P), done + 1, run.finetune.steps)
-    _fit_quietly(run, module, data, loggers)
-    return index.num_left_out
+    _make_room(run.out, start.step)
+    _say(warnings_of(run.objective), selected.notes)
+    index = selected.trained
+    log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
+    _fit_quietly(run, module, CacheData(store, index, run.finetune, start.step), loggers)
+    return selected
+
+
+def _say(warnings_found: Sequence[str], notes: Sequence[str]) -> None:
+    if rank_zero_only.rank == 0:
+        for line in warnings_found:
+            log.warning("%s", line)
+        for line in notes:
+            log.info("%s", line)
+
+
+def _hold_out(run: _Run, selected: Selected, store: ShardStore) -> HeldOut | None:
+    if selected.held_out is None:
+        return None
+    objective = held_out_objective(run.objective, run.asked)
+    return HeldOut(selected.held_out, store, objective, run.finetune.micro_batch_tokens)
 
 
 def _make_room(out: Path, done: int) -> None:
@@ -179,25 +216,29 @@ def _make_room(out: Path, done: int) -> None:
         raise output_error(error, out / "metrics.csv", 0) from error
 
 
-def _open_data(run: _Run, done: int) -> tuple[CacheIndex, CacheData]:
+def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
     signals, topk = run.asked.signals, run.asked.topk
     stamps = check_shards(run.cache, signals)
-    index = index_cache(run.cache, signals, topk)
+    selected = select_rollouts(run.cache, run.objective, run.asked, run.finetune.held_out)
+    index = selected.trained
+    for some in (index, selected.held_out) if selected.held_out else (index,):
+        check_lengths(some, run.finetune.micro_batch_tokens)
     make_plan(index, run.finetune, 0, run.finetune.devices * run.finetune.nodes)
     if index.num_left_out:
         log.info("%d rollouts have no trained token and are left out", index.num_left_out)
     limit = int(run.finetune.shuffle_gib * GIB)
-    store = ShardStore(run.cache, signals, topk, stamps, index.bytes_S, limit)
-    return index, CacheData(store, index, run.finetune, done)
+    return selected, ShardStore(run.cache, signals, topk, stamps, index.bytes_S, limit)
 
 
-def _load_student(run: _Run, checkpoint: Path | None, index: CacheIndex) -> PreTrainedModel:
+def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> PreTrainedModel:
     changes: dict[str, Any] = {"dtype": "float32"}
     if checkpoint is not None:
         changes |= {"path": str(checkpoint), "revision": None, "adapter": None}
     model = load_model(run.student.model_copy(update=changes), "cpu")
     check_head(model)
-    width, longest = model.get_output_embeddings().weight.shape[0], int(index.lengths_P.max())
+    indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
+    longest = max(int(index.lengths_P.max()) for index in indexes)
+    width = model.get_output_embeddings().weight.shape[0]
     if run.cache.manifest.vocabulary_size > width:
         raise TrainingError(
             f"the cache has token ids up to {run.cache.manifest.vocabulary_size - 1}, {run.student.path} has "
@@ -263,6 +304,7 @@ def _recipe(
     return {
         "cache": content_id(cache, asked.signals),
         "student": fingerprint_model(student).identity,
+        **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in asked.answers},
         **_flat(finetune.model_dump(mode="json", include=decisive)),
         **_flat(objective.model_dump(mode="json"), "objective."),
     }
@@ -275,19 +317,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, JsonValue]:
     return flat
 
 
-def _check_supported(objective: ObjectiveConfig, asked: Needs) -> None:
-    """Refuse what this trainer does not do, rather than train on another loss than was asked for."""
-    unsupported = {
-        "select, rows, average_over, or a part that reads the whole cache": asked.prepared,
-        "rollout weights over the step": asked.statistics,
-        "pairs of rollouts in one micro-batch": asked.together,
-        "curriculum or balance": asked.state,
-        "jump": objective.jump is not None,
-        "teacher rewards": bool(asked.answers),
-    }
-    found = [name for name, is_asked in unsupported.items() if is_asked]
-    if found:
-        raise ConfigError(f"the trainer does not support this objective: {'; '.join(found)}; leave it out")
+def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
+    if objective.jump is not None and not finetune.held_out:
+        raise ConfigError(
+            "the objective jumps while a score on held-out rollouts improves, and held_out is 0; "
+            "set held_out to 50 or more"
+        )
 
 
 def _check_origin(cache: Cache, asked: Needs) -> None:
@@ -321,7 +356,7 @@ def _export(out: Path) -> None:
     export_student(found[0], out / "student")
 
 
-def _result(out: Path, steps: int, left_out: int | None, is_main: bool) -> FitResult:
+def _result(out: Path, steps: int, selected: Selected | None, is_main: bool) -> FitResult:
     rows = read_metrics(out / "metrics.csv")
     stale = [int(row["step"]) for row in rows if row.get("stale")]
     return FitResult(
@@ -331,7 +366,8 @@ def _result(out: Path, steps: int, left_out: int | None, is_main: bool) -> FitRe
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
         first_stale_step=stale[0] if stale else None,
-        rollouts_left_out=left_out,
+        rollouts_left_out=None if selected is None else selected.trained.num_left_out,
+        notes=() if selected is None else selected.notes,
         is_main=is_main,
     )
 

@@ -5,41 +5,60 @@ totals of the whole step, so gradients add up to those of one large batch, whate
 own head never runs; only response positions reach the output layer, through `selected_logprobs`.
 """
 
-# B = rollouts in a micro-batch, T = their padded length, N = their response tokens, D = hidden size
-# K = widest support of a signal, M = ids asked per position, S = supports
-
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightopd.engines.models import Head, head_of, last_hidden
 from lightopd.errors import LightopdError, TrainingError
-from lightopd.kernels.selected_logprobs import selected_logprobs
-from lightopd.objectives.batch import RolloutBatch, StudentTokens
-from lightopd.objectives.compose import compute_loss
+from lightopd.objectives.batch import BatchTotals
+from lightopd.objectives.callbacks import anchor_of, is_jump_step, jump
+from lightopd.objectives.compose import collect_statistics, compute_loss
+from lightopd.objectives.parts import Needs
+from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.configs import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.checkpoint import load_optimizer
-from lightopd.training.data import Microbatch, Rows, collate
+from lightopd.training.data import Rows, collate, count_totals, index_in_response, show
+from lightopd.training.held_out import HeldOut, held_out_loss
+from lightopd.training.messages import no_memory, not_finite
 from lightopd.training.metrics import global_sums
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from lightopd.training.staleness import Sums, drift_metrics, drift_sums, exceeded_limits
+from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
+from lightopd.training.student import student_sums, student_tokens
 
 log = logging.getLogger(__name__)
 
 STALE = "step %d: the cache is stale: %s; roll out again from the current student"
 NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
 """Sums that are logged under another name, or not as means."""
-NAMED_ROLLOUTS = 8
-"""Rollouts that an error names one by one."""
+NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
+"""How torch's CPU allocator says it, in a plain RuntimeError."""
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run stands before its first step, or goes on."""
+
+    step: int = 0
+    """Optimiser steps already done."""
+    checkpoint: Path | None = None
+    """Folder whose optimiser state is loaded before the first step."""
+    state: ObjectiveState = field(default_factory=ObjectiveState)
+    """Of the objective."""
+    anchor: dict[str, Tensor] | None = None
+    """Weights that jumps start from; None for those of the student now."""
 
 
 class StudentModule(LightningModule):  # type: ignore[misc]
@@ -48,35 +67,39 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in float32 and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        supports: signals on whose top-k the student is evaluated.
+        asked: what it needs.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
-        step: optimiser steps already done.
-        checkpoint: folder whose optimiser state is loaded before the first step.
+        held_out: rollouts that the student is measured on; None for none.
+        start: where the run goes on.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
         objective: ObjectiveConfig,
-        supports: Sequence[str],
+        asked: Needs,
         finetune: FinetuneConfig,
         *,
         limits: StalenessLimits | None = None,
-        step: int = 0,
-        checkpoint: Path | None = None,
+        held_out: HeldOut | None = None,
+        start: Start = Start(),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.supports = tuple(supports)
+        self.asked = asked
         self.finetune = finetune
         self.limits = limits
-        self.step = step
-        self.checkpoint = checkpoint
+        self.held_out = held_out
+        self.step = start.step
+        self.state = start.state
+        self.anchor = start.anchor
+        self.checkpoint = start.checkpoint
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
+        self._held_out_rows: list[Rows] = []
         self._step_began_s = 0.0
         self._has_warned = False
 
@@ -85,9 +108,13 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return make_optimizer(self.student, self.finetune.optimizer)
 
     def on_train_start(self) -> None:
-        """Load the optimiser's state, where there is one, and start the clock."""
+        """Load the optimiser's state, where there is one, read what is held out, and start the clock."""
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, self.student, self.optimizers(use_pl_optimizer=False))
+        if self.held_out is not None:
+            self._held_out_rows = self.held_out.rows(self.global_rank, self.trainer.world_size)
+        if self.objective.jump is not None and self.anchor is None:
+            self.anchor = self._anchor()
         self._step_began_s = time.monotonic()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -107,29 +134,61 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         optimizer = self.optimizers()
         rate = learning_rate(self.finetune.optimizer, self.step, self.finetune.steps)
         set_learning_rate(optimizer, rate)
-        last = len(micro_batches) - 1
-        sums = [self._backward(rows, is_last=index == last) for index, rows in enumerate(micro_batches)]
-        totals = global_sums(sums, lambda flat: self.trainer.strategy.reduce(flat, reduce_op="sum"))
-        self._refuse_non_finite(totals["loss"][0], sums, micro_batches)
+        shown = self._shown(micro_batches)
+        statistics = self._statistics(shown)
+        last = len(shown) - 1
+        sums = [self._backward(rows, statistics, is_last=index == last) for index, rows in enumerate(shown)]
+        totals = global_sums(sums, self._reduce)
+        self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
-            raise TrainingError(_not_finite(f"gradient norm ({norm})", self.step, micro_batches))
+            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, shown))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._publish(totals, norm, rate)
+        means = {name: _mean(name, *pair) for name, pair in totals.items()}
+        self.state = advance(self.objective, self.state, means)
+        measured = {**self._jump(), **self._measure()}
+        self._publish(means, totals["tokens"][0], {**measured, "grad_norm": norm, "lr": rate})
 
-    def _backward(self, rows: Rows, *, is_last: bool) -> Sums:
+    def _shown(self, micro_batches: list[Rows]) -> list[Rows]:
+        """What the curriculum shows of the step, with totals counted over all ranks."""
+        if self.objective.curriculum is None:
+            return micro_batches
+        shown = [
+            show(rows, visible_tokens(self.objective, self.state, index_in_response(rows), turns_N))
+            for rows, turns_N in ((rows, rows.turns_N.astype(np.int64)) for rows in micro_batches)
+        ]
+        counts = torch.tensor(count_totals(shown), dtype=torch.int64, device=self.device)
+        totals = BatchTotals(*(int(count) for count in self._reduce(counts)))
+        return [replace(rows, totals=totals) for rows in shown]
+
+    def _statistics(self, micro_batches: Sequence[Rows]) -> Statistics:
+        """Sums over the whole step that the loss needs beforehand, from a pass without gradient."""
+        if not self.asked.statistics:
+            return {}
+        sums = []
+        with torch.no_grad():
+            for rows in micro_batches:
+                with self._memory_named(rows):
+                    batch = collate(rows, self.device)
+                    student = student_tokens(self.student, batch, self.asked.supports)
+                    sums.append(collect_statistics(self.objective, batch.rollouts, student))
+        found = global_sums(sums, self._reduce)
+        return {
+            name: (torch.tensor(total, device=self.device), torch.tensor(weight, device=self.device))
+            for name, (total, weight) in found.items()
+        }
+
+    def _backward(self, rows: Rows, statistics: Statistics, *, is_last: bool) -> Sums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
-        try:
+        with self._memory_named(rows):
             batch = collate(rows, self.device)
-            student = student_tokens(self.student, batch, self.supports)
-            loss = compute_loss(self.objective, batch.rollouts, student)
+            student = student_tokens(self.student, batch, self.asked.supports)
+            loss = compute_loss(self.objective, batch.rollouts, student, statistics, self.state)
             with nullcontext() if is_last else self._without_sync():
                 # DDP takes the mean over ranks, and the ranks' losses are shares of one sum.
                 self.manual_backward(loss.value * self.trainer.world_size)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(_no_memory(rows, self.finetune)) from error
         value = loss.value.detach()
         one = value.new_ones(())
         return {
@@ -138,6 +197,53 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "loss": (value, one),
             "tokens": (one * batch.num_tokens, one),
         }
+
+    def _jump(self) -> dict[str, float]:
+        """Jump along the update at the steps where the objective does, and say how far."""
+        if self.objective.jump is None:
+            return {}
+        if not is_jump_step(self.objective.jump, self.step):
+            return {"jump": 0}
+        assert self.anchor is not None
+        parameters = dict(self.student.named_parameters())
+        found = jump(self.objective.jump, parameters, self.anchor, lambda: -self._held_out_loss())
+        self.anchor = self._anchor()
+        return {"jump": found.accepted}
+
+    def _anchor(self) -> dict[str, Tensor]:
+        # On the host: it is read once in many steps, and is as large as most of the model.
+        return {
+            name: tensor.cpu() for name, tensor in anchor_of(dict(self.student.named_parameters())).items()
+        }
+
+    def _measure(self) -> dict[str, float]:
+        """The held-out loss when it is due, NaN between, nothing where nothing is held out."""
+        if self.held_out is None:
+            return {}
+        is_due = self.step % self.finetune.held_out_every == 0 or self.step == self.finetune.steps
+        return {"held_out": self._held_out_loss() if is_due else float("nan")}
+
+    def _held_out_loss(self) -> float:
+        assert self.held_out is not None
+        return held_out_loss(
+            self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
+        )
+
+    def _reduce(self, flat: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        total: Tensor = self.trainer.strategy.reduce(flat, reduce_op="sum")
+        return total
+
+    @contextmanager
+    def _memory_named(self, rows: Rows) -> Iterator[None]:
+        """Turn a lack of memory into the numbers to change."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_memory = isinstance(error, torch.OutOfMemoryError)
+            if not is_memory and not any(words in str(error) for words in NO_CPU_MEMORY):
+                raise
+            raise TrainingError(no_memory(rows, self.finetune)) from error
 
     def _without_sync(self) -> AbstractContextManager[Any]:
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
@@ -149,21 +255,18 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
         bad = [rows for rows, is_finite in zip(micro_batches, values, strict=True) if not is_finite]
-        raise TrainingError(_not_finite(f"loss ({loss})", self.step, bad))
+        raise TrainingError(not_finite(f"loss ({loss})", self.step, bad))
 
-    def _publish(self, totals: dict[str, tuple[float, float]], norm: float, rate: float) -> None:
+    def _publish(self, means: Mapping[str, float], tokens: float, others: Mapping[str, float]) -> None:
         """Make the step's metrics and hand them to Lightning's loggers."""
         now = time.monotonic()
         seconds, self._step_began_s = now - self._step_began_s, now
-        means = {name: _mean(name, *pair) for name, pair in totals.items()}
-        tokens = totals["tokens"][0]
         self.metrics = {
             "step": self.step,
             "loss": means["loss"],
             **{name: mean for name, mean in means.items() if name not in NOT_LOGGED},
             **self._drift(means),
-            "grad_norm": norm,
-            "lr": rate,
+            **others,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
@@ -171,7 +274,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         for logger in self.trainer.loggers:
             logger.log_metrics(self.metrics, step=self.step)
 
-    def _drift(self, means: dict[str, float]) -> dict[str, float]:
+    def _drift(self, means: Mapping[str, float]) -> dict[str, float]:
         """The step's drift, and whether it passes the limits; says so the first time."""
         if "w" not in means:
             return {}
@@ -183,111 +286,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return {**drift, "stale": int(bool(passed))}
 
 
-def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Put a loaded student into the state it is trained in.
-
-    Dropout is switched off: w and the advantage compare this student with log-probabilities that were
-    measured without it.
-    """
-    student.train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    if gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    return student
-
-
-def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
-    """What the student says now about every response token, with gradients."""
-    # Rows are padded on the right and attention is causal: no response position can see padding, so no
-    # mask is needed, and without one the fastest attention kernels apply.
-    hidden_BTD = last_hidden(student, input_ids=batch.input_ids_BT, use_cache=False)
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
-    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
-
-
-def evaluate_tokens(
-    hidden_ND: Tensor, head: Head, rollouts: RolloutBatch, supports: Sequence[str]
-) -> StudentTokens:
-    """Log-probabilities of sampled tokens and of the supports' tokens, and the mass outside each support.
-
-    Args:
-        hidden_ND: last hidden state before each response token, any float dtype.
-        head: the student's output layer.
-        rollouts: the cached side.
-        supports: names of the signals whose top-k is asked for.
-    """
-    blocks = [rollouts.ids_N[:, None], *(rollouts.signals[name].topk_ids_NK for name in supports)]
-    widths = [block.shape[1] for block in blocks]
-    ids_NM = torch.cat(blocks, dim=1)
-    selected = selected_logprobs(
-        hidden_ND,
-        _like_hidden(head.weight_VD, hidden_ND),
-        ids_NM,
-        member_NSM=_members(ids_NM, widths),
-        bias_V=head.bias_V,
-        softcap=head.softcap,
-        temperature=head.temperature,
-    )
-    sampled_N1, *on_supports = torch.split(selected.logprobs_NM, widths, dim=1)
-    return StudentTokens(
-        logprobs_N=sampled_N1.squeeze(1),
-        entropies_N=selected.entropy_N,
-        topk_logprobs_NK=dict(zip(supports, on_supports, strict=True)),
-        tail_logprobs_N=dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True)),
-    )
-
-
-def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> Sums:
-    """The student's entropy and its drift from the one at rollout, as sums over the trained tokens."""
-    mask_N = rollouts.is_trained_N.double()
-    sums: Sums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
-    if rollouts.ref_logprobs_N is not None:
-        sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.is_trained_N)
-    return sums
-
-
 def _mean(name: str, total: float, weight: float) -> float:
     """Mean of a metric; losses are sums already."""
     if name == "loss" or name.endswith("/loss"):
         return total
     return total / weight if weight else float("nan")
-
-
-def _members(ids_NM: Tensor, widths: Sequence[int]) -> Tensor | None:
-    """bool [N, S, M]: the columns that belong to each support; None when there is none."""
-    if len(widths) == 1:
-        return None
-    block_M = torch.repeat_interleave(torch.tensor(widths)).to(ids_NM.device)
-    support_S1 = torch.arange(1, len(widths), device=ids_NM.device)[:, None]
-    return (block_M == support_S1).expand(len(ids_NM), -1, -1)
-
-
-def _like_hidden(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:
-    """The head in the hidden states' format on a GPU, where half-precision products are much faster."""
-    return weight_VD.to(hidden_ND.dtype) if hidden_ND.is_cuda else weight_VD
-
-
-def _not_finite(what: str, step: int, micro_batches: Sequence[Rows]) -> str:
-    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
-    named = ", ".join(ids[:NAMED_ROLLOUTS]) or "those of another device"
-    more = f" and {len(ids) - NAMED_ROLLOUTS} more" if len(ids) > NAMED_ROLLOUTS else ""
-    return (
-        f"the {what} of step {step + 1} is not finite; rollouts in it: {named}{more}; look at them with "
-        "`lightopd sql`, or lower the learning rate; the last checkpoint is kept"
-    )
-
-
-def _no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
-    longest = int((rows.prompts_R + rows.responses_R).max())
-    padded = longest * len(rows.rollout_ids)
-    remedies = [f"lower micro_batch_tokens (now {finetune.micro_batch_tokens}, at least {longest})"]
-    if not finetune.gradient_checkpointing:
-        remedies.append("set gradient_checkpointing to true")
-    if finetune.precision == "32-true":
-        remedies.append("set precision to bf16-mixed")
-    return f"no memory for a micro-batch of {padded} padded tokens; {', or '.join(remedies)}"

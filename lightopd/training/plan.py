@@ -129,17 +129,7 @@ def make_plan(index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size
             f"the cache has no rollout with a trained token ({index.num_left_out} without one); "
             "roll out again, and look at the loss masks if there should be some"
         )
-    longest = int(np.argmax(index.lengths_P))
-    length = int(index.lengths_P[longest])
-    needed = length * index.group_size
-    if needed > finetune.micro_batch_tokens:
-        together = f", {index.group_size} rollouts stay together" if index.group_size > 1 else ""
-        raise TrainingError(
-            f"row {index.row_P[longest]} of rollout shard {index.shard_P[longest]} has {length} tokens "
-            f"({index.prompts_P[longest]} prompt, {index.responses_P[longest]} response){together}, and "
-            f"micro_batch_tokens is {finetune.micro_batch_tokens}; set micro_batch_tokens to {needed} or "
-            "more, or roll out with a smaller max_tokens"
-        )
+    check_lengths(index, finetune.micro_batch_tokens)
     return TrainingPlan(
         index=index,
         batch_sequences=finetune.batch_sequences,
@@ -149,6 +139,25 @@ def make_plan(index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size
         rank=rank,
         world_size=world_size,
     )
+
+
+def check_lengths(index: CacheIndex, micro_batch_tokens: int) -> None:
+    """Refuse a rollout, or a group that stays together, that no micro-batch can hold.
+
+    Raises:
+        TrainingError: names row, shard and the number to change.
+    """
+    longest = int(np.argmax(index.lengths_P))
+    length = int(index.lengths_P[longest])
+    needed = length * index.group_size
+    if needed > micro_batch_tokens:
+        together = f", {index.group_size} rollouts stay together" if index.group_size > 1 else ""
+        raise TrainingError(
+            f"row {index.row_P[longest]} of rollout shard {index.shard_P[longest]} has {length} tokens "
+            f"({index.prompts_P[longest]} prompt, {index.responses_P[longest]} response){together}, and "
+            f"micro_batch_tokens is {micro_batch_tokens}; set micro_batch_tokens to {needed} or "
+            "more, or roll out with a smaller max_tokens"
+        )
 
 
 def epoch_order(index: CacheIndex, seed: int, epoch: int, window_bytes: int) -> Integers:

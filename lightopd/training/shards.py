@@ -80,7 +80,7 @@ def index_cache(
         prompts_P=prompts_P[is_kept_P],
         responses_P=responses_P[is_kept_P],
         trained_P=trained_P[is_kept_P],
-        groups_P=groups_P[is_kept_P],
+        groups_P=groups_P[is_kept_P].astype(np.int64),
         bytes_S=bytes_S,
         num_left_out=int((~has_tokens_P).sum()),
         columns={} if prepared is None else {n: c[is_kept_P] for n, c in prepared.columns.items()},

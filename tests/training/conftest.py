@@ -130,7 +130,10 @@ def score(model, rollout, top_k):
     )
 
 
-def write_cache(path, rollouts, scores, per_shard, top_k, origin="student", vocabulary_size=VOCABULARY):
+def write_cache(
+    path, rollouts, scores, per_shard, top_k, origin="student", vocabulary_size=VOCABULARY, rows_origin=None
+):
+    """Write rollouts and scores: a list for the signal `teacher`, or a dict of lists."""
     starts = range(0, len(rollouts), per_shard)
     manifest = CacheManifest(
         schema_version=SCHEMA_VERSION,
@@ -148,9 +151,22 @@ def write_cache(path, rollouts, scores, per_shard, top_k, origin="student", voca
         num_shards=len(starts),
         engine=None,
     )
+    create_cache(path, manifest)
+    own = rollouts if rows_origin == "kept" else [replace(rollout, origin=origin) for rollout in rollouts]
+    for index, start in enumerate(starts):
+        table = rollouts_to_table(own[start : start + per_shard])
+        write_shard(rollouts_folder(path), index, table, kind="rollouts", fingerprint=manifest.fingerprint())
+    signals = scores if isinstance(scores, dict) else {"teacher": scores}
+    for name, scored in signals.items():
+        write_signal(path, manifest, name, rollouts, scored, top_k)
+    return open_cache(path)
+
+
+def write_signal(path, manifest, name, rollouts, scores, top_k):
+    per_shard = manifest.shard_rollouts
     signal = SignalManifest(
         schema_version=SCHEMA_VERSION,
-        name="teacher",
+        name=name,
         role="teacher",
         rollouts=manifest.fingerprint(),
         model=None,
@@ -161,13 +177,80 @@ def write_cache(path, rollouts, scores, per_shard, top_k, origin="student", voca
         tail="exact",
         engine=None,
     )
-    create_cache(path, manifest)
     create_signal(open_cache(path, incomplete=True), signal)
-    for index, start in enumerate(starts):
-        part, scored = rollouts[start : start + per_shard], scores[start : start + per_shard]
-        table = rollouts_to_table([replace(rollout, origin=origin) for rollout in part])
-        write_shard(rollouts_folder(path), index, table, kind="rollouts", fingerprint=manifest.fingerprint())
-        table = scores_to_table([rollout.rollout_id for rollout in part], scored, "float32")
-        folder = signal_folder(path, "teacher")
-        write_shard(folder, index, table, kind="signals/teacher", fingerprint=signal.fingerprint())
-    return open_cache(path)
+    for index, start in enumerate(range(0, len(rollouts), per_shard)):
+        part = rollouts[start : start + per_shard]
+        ids = [rollout.rollout_id for rollout in part]
+        table = scores_to_table(ids, scores[start : start + per_shard], "float32")
+        kind, fingerprint = f"signals/{name}", signal.fingerprint()
+        write_shard(signal_folder(path, name), index, table, kind=kind, fingerprint=fingerprint)
+
+
+@pytest.fixture(scope="session")
+def wide_caches(student_folder, tmp_path_factory):
+    """Three caches with every signal and column that a shipped recipe reads, sampled by the student.
+
+    `plain` has four rollouts of each of six prompts; `pairs` has a teacher's and a student's answer to each of
+    twelve; `answers` has the teacher's own graded answers to the prompts of `plain`.
+    """
+    folder = tmp_path_factory.mktemp("wide")
+    student = Qwen3ForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()
+    models = {"rollout_student": student, "warmup": student}
+    for seed, name in enumerate(SIGNALS, start=1):
+        torch.manual_seed(seed)
+        models[name] = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
+    plain = [sampled(student, index // 4, index, student) for index in range(24)]
+    writers = {"teacher": models["teacher"], "student": student}
+    pairs = [
+        replace(sampled(writers[origin], prompt, index, student), origin=origin)
+        for prompt in range(12)
+        for index, origin in enumerate(writers)
+    ]
+    answers = [
+        replace(sampled(models["teacher"], prompt, prompt, student), reward=1.0) for prompt in range(6)
+    ]
+
+    def write(name, rollouts, **settings):
+        scores = {signal: [score(model, one, 16) for one in rollouts] for signal, model in models.items()}
+        # As precompute stores it by default; the student itself, so that every divergence from it is zero.
+        scores["rounded"] = [
+            replace(one, topk_logprobs=one.topk_logprobs.astype(np.float16).astype(np.float32))
+            for one in scores["rollout_student"]
+        ]
+        return write_cache(folder / name, rollouts, scores, 8, 16, **settings)
+
+    return {
+        "plain": write("plain", plain),
+        "pairs": write("pairs", pairs, origin="imported", rows_origin="kept"),
+        "answers": write_cache(folder / "answers", answers, {}, 8, 0, origin="teacher"),
+    }
+
+
+SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")
+
+
+@torch.no_grad()
+def sampled(writer, prompt, index, student):
+    """Eight tokens drawn from `writer` after a prompt of three, in two turns, with a reward and a domain."""
+    draw = torch.Generator().manual_seed(1000 * prompt + index)
+    prompt_ids = np.random.default_rng(prompt).integers(1, VOCABULARY, size=3).astype(np.int32)
+    ids_BT = torch.from_numpy(prompt_ids).long()[None]
+    for _ in range(8):
+        probabilities = writer(input_ids=ids_BT, use_cache=False).logits[0, -1].softmax(-1)
+        ids_BT = torch.cat([ids_BT, torch.multinomial(probabilities, 1, generator=draw)[None]], dim=1)
+    response_ids = ids_BT[0, 3:].numpy().astype(np.int32)
+    logprobs_TV = response_logprobs(student, prompt_ids, response_ids)
+    return replace(
+        make_rollout(student, index),
+        rollout_id=rollout_id(prompt_ids, response_ids, "student", 1000 * prompt + index),
+        prompt_id=f"prompt-{prompt}",
+        sample_index=index,
+        domain=("math", "code", None)[prompt % 3],
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        loss_mask=np.ones(8, dtype=bool),
+        turns=(np.arange(8) // 4).astype(np.int32),
+        logprobs=logprobs_TV[np.arange(8), response_ids],
+        entropies=-(np.exp(logprobs_TV) * logprobs_TV).sum(1),
+        reward=float((index + prompt) % 3 != 0),
+    )

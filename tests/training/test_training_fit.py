@@ -308,9 +308,9 @@ def test_an_out_folder_that_cannot_be_made_is_refused(train, tmp_path):
         train("file/out")
 
 
-def test_an_objective_that_the_trainer_cannot_do_is_refused(train):
-    with pytest.raises(ConfigError, match="does not support this objective: select, rows"):
-        train(objective={"rows": "correct"})
+def test_a_jump_without_rollouts_to_score_it_is_refused(train):
+    with pytest.raises(ConfigError, match="held_out is 0; set held_out to 50 or more"):
+        train(objective={"jump": {}})
 
 
 def test_a_shard_that_changes_during_the_run_stops_it(train, cache, tmp_path):

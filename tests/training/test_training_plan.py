@@ -19,6 +19,7 @@ def make_index(num_rollouts=10, per_shard=4, bytes_per_shard=100, longest=9):
         prompts_P=np.full(num_rollouts, 3, dtype=np.int32),
         responses_P=responses,
         trained_P=responses,
+        groups_P=places.astype(np.int64) // 2,
         bytes_S=np.full(-(-num_rollouts // per_shard), bytes_per_shard, dtype=np.int64),
     )
 

@@ -1,0 +1,32 @@
+"""What the trainer says when a step cannot be done."""
+
+from collections.abc import Sequence
+
+from lightopd.schemas.configs import FinetuneConfig
+from lightopd.training.data import Rows
+
+NAMED_ROLLOUTS = 8
+"""Rollouts that an error names one by one."""
+
+
+def not_finite(what: str, step: int, micro_batches: Sequence[Rows]) -> str:
+    """A number that must be finite is not; names the rollouts it was made from."""
+    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
+    named = ", ".join(ids[:NAMED_ROLLOUTS]) or "those of another device"
+    more = f" and {len(ids) - NAMED_ROLLOUTS} more" if len(ids) > NAMED_ROLLOUTS else ""
+    return (
+        f"the {what} of step {step + 1} is not finite; rollouts in it: {named}{more}; look at them with "
+        "`lightopd sql`, or lower the learning rate; the last checkpoint is kept"
+    )
+
+
+def no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
+    """A micro-batch is larger than memory; names the settings that make it smaller."""
+    longest = int((rows.prompts_R + rows.responses_R).max())
+    padded = longest * len(rows.rollout_ids)
+    remedies = [f"lower micro_batch_tokens (now {finetune.micro_batch_tokens}, at least {longest})"]
+    if not finetune.gradient_checkpointing:
+        remedies.append("set gradient_checkpointing to true")
+    if finetune.precision == "32-true":
+        remedies.append("set precision to bf16-mixed")
+    return f"no memory for a micro-batch of {padded} padded tokens; {', or '.join(remedies)}"
