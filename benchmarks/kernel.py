@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HIDDEN_SIZE = 576
 NUM_ROUNDS = 3
 PEER_CHUNK = 256
-# Time per logit hardly depends on the number of positions; memory does, so it is always taken at the same one.
+# Time per logit hardly depends on the number of positions. Memory does, so it is taken at one number for all.
 TIMED_POSITIONS = {49_152: 1024, 151_936: 256}
 MEMORY_POSITIONS = 1024
 TIME_GOAL = {"dense": 1.3, "chunked_cross_entropy": 1.05}

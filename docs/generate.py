@@ -20,8 +20,8 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         "",
-        "Every setting of every stage, as `lightopd config show STAGE` prints it. A setting is written in YAML",
-        "(`-c FILE`), as `--set a.b=1`, or as a flag where the command has one; later ones win in that order.",
+        "Every setting of every stage, as `lightopd config show STAGE` prints it. A setting is written in",
+        "YAML (`-c FILE`), as `--set a.b=1`, or as a flag where the command has one; later ones win.",
     ]
     for name, model in {**STAGES, "run": RunConfig}.items():
         parts += ["", f"## {name}", "", "```", describe(model), "```"]

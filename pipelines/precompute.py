@@ -8,15 +8,16 @@ second teacher or a reference model is added later without touching what is ther
 """
 
 import time
+from collections.abc import Sequence
 
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
 from lightopd.checks import check_teacher, check_tokenizer, precision_note
 from lightopd.engines.base import Engine
-from lightopd.engines.describe import describe_engine, model_limits
+from lightopd.engines.describe import describe_engine, model_limits, tail_of
 from lightopd.engines.factory import load_engine
-from lightopd.engines.noise import measure_noise
+from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.copying import copy_rollouts
@@ -29,7 +30,9 @@ from lightopd.pipelines.sampling import LoadEngine
 from lightopd.pipelines.sequences import read_sequences
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
-from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest
+from lightopd.schemas.manifest import SIGNAL_MANIFEST, NoiseFloor, SignalManifest
+from lightopd.schemas.records import Floats
+from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.tokens import load_tokenizer, stop_ids
 
 
@@ -88,7 +91,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
         top_k=config.top_k,
         min_probability=config.min_probability,
         topk_dtype=config.topk_dtype,
-        tail="exact",
+        tail=tail_of(config.engine),
         engine=engine,
         overrides=overrides,
     )
@@ -105,10 +108,12 @@ def _score(
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
         return None
+    checked = read_sequences(cache, missing[0])[1]
+    reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     engine = load(config.engine, config.teacher)
     try:
-        noise = measure_noise(engine, read_sequences(cache, missing[0])[1])
-        create_signal(cache, manifest.model_copy(update={"noise": noise}))
+        measured = _measured(config, engine, checked, reference)
+        create_signal(cache, manifest.model_copy(update=measured))
         started_s = time.monotonic()
         progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
         for index in missing:
@@ -117,6 +122,19 @@ def _score(
     finally:
         engine.close()
     return sum(cache.markers[index].tokens for index in missing) / (time.monotonic() - started_s)
+
+
+def _measured(
+    config: PrecomputeConfig, engine: Engine, sequences: Sequence[TokenSequence], reference: Sequence[Floats]
+) -> dict[str, NoiseFloor]:
+    """Noise of the engine, and its distance from a reference if there is one; refused beyond the limit."""
+    found = {"noise": measure_noise(engine, sequences)}
+    refuse_noise(found["noise"], config.max_noise_nats, "two scorings of the same tokens by this engine")
+    if reference:
+        scored = [scores.logprobs for scores in engine.score(sequences[: len(reference)], 0)]
+        found["cross_check"] = compare(reference, scored)
+        refuse_noise(found["cross_check"], config.max_noise_nats, "this engine and transformers in float32")
+    return found
 
 
 def _score_shard(
@@ -144,6 +162,7 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
         **gap_figures(cache, config.signal),
         "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
         "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
+        **_cross_check_figures(signal.manifest.cross_check),
         "tokens_per_s": tokens_per_s,
         "seconds": round(seconds, 2),
     }
@@ -156,3 +175,9 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     return Report(
         "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
     )
+
+
+def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:
+    if found is None:
+        return {}
+    return {"cross_check_mean_nats": found.mean_nats, "cross_check_max_nats": found.max_nats}

@@ -209,11 +209,11 @@ class FinetuneConfig(StrictModel):
     loader_workers: int = Field(0, ge=0)
     """Processes that read the cache ahead of the trainer."""
     shuffle_gib: float = Field(2.0, gt=0)
-    """Memory for decoded shards, for each device and loader process; a larger cache is shuffled window by window."""
+    """Memory for decoded shards in each device or loader process; a larger cache is shuffled by windows."""
     seed: int = Field(0, ge=0)
     """Seed of the order of rollouts."""
     held_out: int = Field(0, ge=0)
-    """Rollouts kept out of training, whole prompts at a time; the divergence on them goes to `metrics.csv`."""
+    """Rollouts kept out of training, in whole prompts; the divergence on them goes to `metrics.csv`."""
     held_out_every: int = Field(10, ge=1)
     """Steps between measurements on the rollouts held out; the last step always makes one."""
     checkpoint_every: int = Field(50, ge=1)
@@ -295,6 +295,10 @@ class PrecomputeConfig(StageConfig):
     """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
+    max_noise_nats: float = Field(0.05, gt=0)
+    """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
+    cross_check: int = Field(0, ge=0)
+    """Also compare so many rollouts with transformers in float32, held to the same limit."""
 
     @model_validator(mode="after")
     def _rollouts_are_another_folder(self) -> "PrecomputeConfig":

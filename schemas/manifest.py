@@ -193,6 +193,8 @@ class SignalManifest(StrictModel):
     """What ran it."""
     noise: NoiseFloor | None = None
     """The engine's own run-to-run noise, measured before scoring."""
+    cross_check: NoiseFloor | None = None
+    """Differences from transformers in float32, where they were asked for."""
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the rollouts' included."""
 
@@ -221,7 +223,7 @@ class ShardMarker(StrictModel):
 def compared_fields(manifest: StrictModel) -> dict[str, Any]:
     """What a fingerprint hashes: every field but paths, versions and measured noise."""
     plain: dict[str, Any] = manifest.model_dump(mode="json")
-    for volatile in ("lightopd_version", "noise"):
+    for volatile in ("lightopd_version", "noise", "cross_check"):
         plain.pop(volatile, None)
     compared: dict[str, Any] = _without_sources(plain)
     return compared

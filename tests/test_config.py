@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from lightopd.config import as_yaml, build, describe, load_run, load_stage, merged, parse_set, read_yaml
 from lightopd.errors import ConfigError
 from lightopd.schemas.base import StrictModel

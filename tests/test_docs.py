@@ -18,7 +18,9 @@ def generator():
 
 
 def test_the_page_of_settings_is_what_the_configs_say():
-    assert (ROOT / "docs" / "configuration.md").read_text() == generator().configuration(), "python docs/generate.py"
+    assert (ROOT / "docs" / "configuration.md").read_text() == generator().configuration(), (
+        "python docs/generate.py"
+    )
 
 
 def test_the_readmes_table_of_methods_is_what_the_recipes_say():

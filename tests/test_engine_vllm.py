@@ -86,7 +86,7 @@ def test_the_noise_of_float32_is_rounding(engine):
 
 
 def test_vllm_draws_from_the_models_distribution(engine, reference):
-    """2,000 first tokens after one prompt: their frequencies are the probabilities, within five deviations."""
+    """2,000 first tokens after one prompt come as often as they should, within five deviations."""
     prompt = np.array([3, 40, 7], dtype=np.int32)
     count = 2000
     samples = engine.generate(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from objective_cases import METHODS
 
-from lightopd.config import build
+from lightopd.config import build, read_yaml
+from lightopd.errors import ConfigError
 from lightopd.objectives.methods import Method, list_methods
 from lightopd.schemas.configs import TrainConfig
 
@@ -39,20 +40,12 @@ def test_a_recipe_is_a_part_of_a_train_config(method):
     assert {"steps", "batch_sequences", "optimizer"} <= method.settings.keys()
 
 
-@each_method
-def test_a_recipe_says_no_key_twice(method):
-    """YAML takes the last of two equal keys without a word."""
-
-    class Strict(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        assert len(keys) == len(set(keys)), keys
-        return dict(loader.construct_pairs(node, deep=True))
-
-    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    yaml.load(method.path.read_text(encoding="utf-8"), Loader=Strict)
+@pytest.mark.parametrize("text", ["steps: 1\nsteps: 2\n", "objective:\n  target: mle\n  target: reward\n"])
+def test_a_key_or_part_given_twice_is_refused_with_its_line(tmp_path, text):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"key '(steps|target)' is given twice.* line [23]"):
+        read_yaml(str(path))
 
 
 @each_method

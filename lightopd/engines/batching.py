@@ -23,7 +23,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     for end in range(1, len(order) + 1):
         while first < end - 1 and (end - first) * longest[first] > batch_tokens:
             first += 1
-        # Places where the batch that ends here may start; the latest first, so that earlier batches are fuller.
+        # Places where the batch that ends here may start, the latest first: earlier batches are fuller then.
         places = np.arange(end - 1, first - 1, -1)
         totals = costs[places] + (end - places) * longest[places]
         best = int(totals.argmin())

@@ -99,8 +99,8 @@ def load_model(model: ModelConfig, device: torch.device | str) -> PreTrainedMode
         InputError: no such folder, no safetensors weights, weights missing or of other shapes.
         ConfigError: an adapter is asked for and peft is not installed.
     """
-    # A sure prediction leaves probabilities below 1e-38, and a CPU works on such denormal numbers many times
-    # slower; as zero they change nothing. Threads inherit the setting, so it precedes the first parallel work.
+    # A sure prediction leaves probabilities below 1e-38; many CPUs are far slower on such denormal numbers;
+    # as zero they change nothing. Threads inherit the setting, so it precedes the first parallel work.
     torch.set_flush_denormal(True)
     with _quiet_transformers():
         loaded = _read_model(model)

@@ -1,0 +1,139 @@
+"""Tokens per second of scoring with the vllm engine, shard written, against vLLM's own passes.
+
+    python benchmarks/scoring_vllm.py
+
+prints one JSON line per figure: ours, against, ratio (ours / against) and the goal for that ratio, on a
+random Llama with the width, heads and vocabulary of SmolLM2-135M and fewer layers, in float32, top-64.
+
+Ours is `engine.score` with packing, compressing and writing of the shard. Against it stand vLLM's prompt
+log-probabilities of the same sequences in its flat form, and as dictionaries, both thrown away. All three
+use one loaded vLLM and take turns; a ratio is the median over the rounds of the ratio within a round. Tokens
+are response tokens, seconds are wall-clock: vLLM works in processes of its own.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightopd.cache.shards import write_shard
+from lightopd.cache.tables import scores_to_table
+from lightopd.engines.concurrency import run_all
+from lightopd.engines.vllm import ENTRY_BYTES, IN_FLIGHT_BYTES, VllmInProcess, load_vllm_engine
+from lightopd.engines.vllm_settings import scoring_params
+from lightopd.schemas import records
+from lightopd.schemas.configs import ModelConfig, VllmEngine
+
+TOP_K = 64
+VOCABULARY = 49_152
+CONTEXT = 1024
+NUM_LAYERS = 4
+NUM_SEQUENCES = 64
+NUM_ROUNDS = 5
+
+
+def save_model(folder: Path) -> ModelConfig:
+    """SmolLM2-135M with fewer layers and random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def make_sequences() -> list[records.Sequence]:
+    """Short prompts, and responses of very mixed length (log-normal, median 60 tokens, at most 400)."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(60), 0.8, NUM_SEQUENCES), 1, 400).astype(int)
+
+    def ids(length: int) -> records.Ids:
+        return random.integers(0, VOCABULARY, length).astype(np.int32)
+
+    return [records.Sequence(ids(int(random.integers(10, 40))), ids(int(length))) for length in lengths]
+
+
+def score_and_write(engine: VllmInProcess, sequences: Sequence[records.Sequence], folder: Path) -> None:
+    """What `precompute` does with one shard."""
+    scores = engine.score(sequences, TOP_K)
+    table = scores_to_table([str(index) for index in range(len(sequences))], scores, "float16")
+    write_shard(folder, 0, table, kind="signals/teacher", fingerprint="benchmark")
+
+
+def bare_pass(engine: VllmInProcess, sequences: Sequence[records.Sequence], is_flat: bool) -> None:
+    """vLLM's prompt log-probabilities, thrown away as they come."""
+    params = scoring_params(TOP_K)
+    params.flat_logprobs = is_flat
+
+    async def ask(index: int) -> None:
+        pair = sequences[index]
+        await engine._answer(np.concatenate([pair.prompt_ids, pair.response_ids]), params)
+
+    lengths = [len(pair.prompt_ids) + len(pair.response_ids) for pair in sequences]
+    sizes = [ENTRY_BYTES * (TOP_K + 1) * length for length in lengths]
+    engine._loop.run(run_all(ask, sizes, IN_FLIGHT_BYTES))
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    started_s = time.perf_counter()
+    run()
+    return time.perf_counter() - started_s
+
+
+def measure(engine: VllmInProcess, folder: Path) -> dict[str, list[float]]:
+    """Response tokens per second of each contender, round by round."""
+    sequences = make_sequences()
+    tokens = sum(len(pair.response_ids) for pair in sequences)
+    contenders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: score_and_write(engine, sequences, folder),
+        "flat": lambda: bare_pass(engine, sequences, True),
+        "dict": lambda: bare_pass(engine, sequences, False),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_index in range(NUM_ROUNDS + 1):
+        for name, run in contenders.items():
+            rate = tokens / seconds_of(run)
+            if round_index:  # the first round warms up
+                rates[name].append(rate)
+    return rates
+
+
+def main() -> None:
+    """Print the figures."""
+    with tempfile.TemporaryDirectory() as name:
+        model = save_model(Path(name) / "model")
+        (Path(name) / "shards").mkdir()
+        engine = load_vllm_engine(VllmEngine(kv_cache_gib=1.0), model)
+        try:
+            rates = measure(engine, Path(name) / "shards")
+        finally:
+            engine.close()
+    for against, goal in (("flat", 0.95), ("dict", None)):
+        pairs = zip(rates["ours"], rates[against], strict=True)
+        figure = {
+            "figure": f"precompute, shard written / vLLM's own {against} prompt log-probabilities",
+            "ours_tokens_per_s": round(statistics.median(rates["ours"]), 1),
+            "against_tokens_per_s": round(statistics.median(rates[against]), 1),
+            "ratio": round(statistics.median(ours / theirs for ours, theirs in pairs), 3),
+            "goal": goal,
+            "version": engine.record.version,
+        }
+        print(json.dumps(figure))
+
+
+if __name__ == "__main__":
+    main()
