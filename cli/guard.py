@@ -6,7 +6,7 @@ from typing import ParamSpec
 
 import typer
 
-from lightopd.errors import LightopdError
+from lightopd.errors import LightopdError, OutputError
 
 Arguments = ParamSpec("Arguments")
 
@@ -23,6 +23,10 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except LightopdError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            named = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {named}{error.strerror or error}", err=True)
+            raise typer.Exit(OutputError.exit_code) from error
         except KeyboardInterrupt:
             typer.echo("stopped; run the same command again to go on, finished work is kept", err=True)
             raise typer.Exit(INTERRUPTED) from None

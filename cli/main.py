@@ -45,7 +45,7 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lightopd")
-    logger.handlers[:] = [handler]
+    logger.handlers = [handler]
     logger.propagate = False
 
 

@@ -25,5 +25,8 @@ Prompts = Annotated[str | None, typer.Option("--prompts", help="JSONL or Parquet
 Cache = Annotated[str | None, typer.Option("--cache", help="Cache folder.")]
 Rollouts = Annotated[str | None, typer.Option("--rollouts", help="Cache folder to take the rollouts from.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
-Engine = Annotated[str | None, typer.Option("--engine", help="Engine kind.")]
+Engine = Annotated[str | None, typer.Option("--engine", help="Engine kind: hf, vllm or server.")]
+Server = Annotated[
+    list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
+]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]

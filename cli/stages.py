@@ -33,6 +33,7 @@ def sft(
     prompts: options.Prompts = None,
     out: options.Out = None,
     engine: options.Engine = None,
+    server: options.Server = None,
     part: Annotated[str | None, typer.Option("--part", help="both, answers or finetune.")] = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
@@ -43,7 +44,7 @@ def sft(
     Example: lightopd sft --teacher T --student BASE --prompts prompts.jsonl --out runs/sft
     """
     flags = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "part": part}
-    _run_stage("sft", config, sets, {**flags, **_common(engine, allow)}, as_json, dry_run=dry_run)
+    _run_stage("sft", config, sets, {**flags, **_common(engine, server, allow)}, as_json, dry_run=dry_run)
 
 
 def rollout(
@@ -58,6 +59,7 @@ def rollout(
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
     engine: options.Engine = None,
+    server: options.Server = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -69,7 +71,12 @@ def rollout(
     flags = {"student": student, "prompts": prompts, "cache": cache, "sft_teacher": sft_teacher}
     sampling = {"sampling": {"n": n}} if n is not None else {}
     _run_stage(
-        "rollout", config, sets, {**flags, **sampling, **_common(engine, allow)}, as_json, dry_run=dry_run
+        "rollout",
+        config,
+        sets,
+        {**flags, **sampling, **_common(engine, server, allow)},
+        as_json,
+        dry_run=dry_run,
     )
 
 
@@ -83,7 +90,12 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    cross_check: Annotated[
+        int | None,
+        typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
+    ] = None,
     engine: options.Engine = None,
+    server: options.Server = None,
     allow: options.Allow = None,
     rate: Annotated[
         float | None, typer.Option("--rate", help="With --dry-run: tokens per second, instead of measuring.")
@@ -96,11 +108,12 @@ def precompute(
     Example: lightopd precompute --cache runs/cache --teacher T --top-k 32
     """
     flags = {"cache": cache, "rollouts": rollouts, "teacher": teacher, "signal": signal, "top_k": top_k}
+    flags["cross_check"] = cross_check
     _run_stage(
         "precompute",
         config,
         sets,
-        {**flags, **_common(engine, allow)},
+        {**flags, **_common(engine, server, allow)},
         as_json,
         dry_run=dry_run,
         tokens_per_s=rate,
@@ -143,6 +156,7 @@ def evaluate(
     out: options.Out = None,
     teacher: options.Teacher = None,
     engine: options.Engine = None,
+    server: options.Server = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -151,7 +165,7 @@ def evaluate(
     Example: lightopd eval --model runs/train/student --prompts heldout.jsonl --out runs/eval
     """
     flags = {"model": model, "prompts": prompts, "out": out, "teacher": teacher}
-    _run_stage("eval", config, sets, {**flags, **_common(engine, None)}, as_json, dry_run=dry_run)
+    _run_stage("eval", config, sets, {**flags, **_common(engine, server, None)}, as_json, dry_run=dry_run)
 
 
 def run(
@@ -178,8 +192,9 @@ def run(
     show_report(report, as_json)
 
 
-def _common(engine: str | None, allow: list[str] | None) -> dict[str, Any]:
-    return {"engine": {"kind": engine} if engine else None, "allow": allow or None}
+def _common(engine: str | None, server: list[str] | None, allow: list[str] | None) -> dict[str, Any]:
+    chosen = {"kind": "server", "urls": server} if server else {"kind": engine} if engine else None
+    return {"engine": chosen, "allow": allow or None}
 
 
 def _run_stage(
@@ -193,7 +208,10 @@ def _run_stage(
     from lightopd.config import load_stage
     from lightopd.pipelines import RECIPES
 
-    loaded = load_stage(stage, files or [], sets or [], flags, RECIPES)
+    # The kind comes before the settings of that kind, which would be lost when it changed after them.
+    chosen = flags.get("engine") or {}
+    kind = [f"engine.kind={chosen['kind']}"] if chosen else []
+    loaded = load_stage(stage, files or [], [*kind, *(sets or [])], flags, RECIPES)
     show_report(_runner(stage)(loaded, **arguments), as_json)
 
 

@@ -70,13 +70,20 @@ def _find(name: str, shipped: Path | None) -> Path:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top, mapping by mapping; a changed `kind` replaces the whole mapping."""
+    """`base` with `over` laid on top, mapping by mapping.
+
+    A changed `kind` replaces the whole mapping; a plain path laid over a mapping with a `path` changes the
+    path and keeps the other settings.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             same_kind = value.get("kind", old.get("kind")) == old.get("kind")
             result[key] = merged(old, value) if same_kind else value
+        elif isinstance(old, Mapping) and "path" in old and isinstance(value, str | Path):
+            own = ("revision", "adapter")  # of the folder that was named before
+            result[key] = {**{k: v for k, v in old.items() if k not in own}, "path": str(value)}
         else:
             result[key] = value
     return result

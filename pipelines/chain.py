@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightopd.config import as_yaml, build
+from lightopd.config import build
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
-from lightopd.pipelines.folders import writing
+from lightopd.pipelines.folders import save_config, writing
 from lightopd.pipelines.reports import Report, save_report
 from lightopd.schemas.run import STAGES, RunConfig
 
@@ -41,7 +41,7 @@ def run(
         _, stage, settings = config.chain()[0]
         return RUNNERS[stage](build(STAGES[stage], settings), dry_run=True)
     with writing(config.out):
-        (config.out / "run.yaml").write_text(as_yaml(config), encoding="utf-8")
+        save_config(config, "run", config.out, only_first=True)
         reports = {}
         for name, stage, settings in config.chain():
             if stage == "train":
@@ -49,6 +49,7 @@ def run(
             reports[name] = RUNNERS[stage](build(STAGES[stage], settings))
             told(reports[name])
         report = Report("run", str(config.out), _summary(reports), seconds=time.monotonic() - started_s)
+        save_config(config, "run", config.out)
         save_report(report, config.out)
     return report
 

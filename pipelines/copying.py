@@ -1,9 +1,8 @@
 """Rollouts of one cache copied into another, byte for byte and checked."""
 
-import shutil
 from pathlib import Path
 
-from lightopd.cache.shards import marker_path, shard_path, valid_shard
+from lightopd.cache.shards import marker_path, shard_path, valid_shard, write_atomically
 from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder
 from lightopd.errors import CacheError
 
@@ -24,6 +23,10 @@ def copy_rollouts(source: Cache, path: Path) -> Cache:
             continue
         if valid_shard(old, shard, fingerprint) is None:
             raise CacheError(f"{shard_path(old, shard)} does not match its checksum; copy or make it again")
-        shutil.copyfile(shard_path(old, shard), shard_path(new, shard))
-        shutil.copyfile(marker_path(old, shard), marker_path(new, shard))
+        for file in (shard_path, marker_path):
+            write_atomically(file(new, shard), file(old, shard).read_bytes())
+        if valid_shard(new, shard, fingerprint) is None:
+            raise CacheError(
+                f"{shard_path(new, shard)} does not match its checksum after the copy; copy again"
+            )
     return open_cache(path, signals=())

@@ -53,6 +53,7 @@ def run(
         convert_gguf(find_smollm2(), teacher)
         half_depth_student(teacher, base)
     sets = [f"{section}.sampling.seed={seed}" for section in ("sft", "rollout")]
+    sets += [f"prompts.seed={seed}", f"sft.finetune.seed={seed}", f"train.seed={seed}"]
     sets += [f"{stage}.engine.kind={engine}" for stage in ("sft", "rollout", "precompute") if engine]
     config = load_run(
         ["smollm2"], sets, {"out": str(out), "teacher": str(teacher), "student": str(base)}, RECIPES

@@ -8,15 +8,18 @@ from typing import Any
 
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
+from lightopd.checks import check_tokenizer
 from lightopd.engines.factory import load_engine
 from lightopd.errors import ConfigError
 from lightopd.evaluation import accuracy, divergence
+from lightopd.lineage import fingerprint_tokenizer
 from lightopd.pipelines.folders import save_config, writing
 from lightopd.pipelines.reports import Report, save_report
 from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
 from lightopd.pipelines.sequences import read_sequences
-from lightopd.schemas.configs import EvalConfig, HfEngine
+from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
 from lightopd.schemas.manifest import SftLineage
+from lightopd.tokens import load_tokenizer, stop_ids
 
 
 def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
@@ -31,8 +34,8 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         count = len(prepared.prompts) * config.sampling.n
         return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
     with writing(config.out):
-        save_config(config, "eval", config.out)
         answers = sample(prepared, load)
+        save_config(config, "eval", config.out)
         figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
         figures |= sampling_figures(answers, started_s)
         report = Report("eval", str(config.out), figures, seconds=time.monotonic() - started_s)
@@ -71,6 +74,17 @@ def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
         return {}
     if not isinstance(config.engine, HfEngine):
         raise ConfigError("KL to a teacher needs both models in this process: set engine.kind to hf")
+    _one_vocabulary(config.teacher, answers)
     sequences = [s for shard in answers.shards for s in read_sequences(answers, shard)[1]]
     measured = divergence(config.model, config.teacher, sequences, config.engine)
     return {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}
+
+
+def _one_vocabulary(teacher: ModelConfig, answers: Cache) -> None:
+    """KL compares the probabilities of ids, so the ids must mean the same tokens; templates do not matter."""
+    tokenizer = load_tokenizer(teacher)
+    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, teacher))
+    cached = answers.manifest.tokenizer
+    if cached is not None:
+        aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
+        check_tokenizer(cached, aligned, (), "eval")

@@ -12,7 +12,7 @@ from lightopd.errors import OutputError
 from lightopd.schemas.base import StrictModel
 
 LOCK = ".lightopd.lock"
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+RANKS = ("RANK", "LOCAL_RANK")
 
 
 def is_main() -> bool:
@@ -20,8 +20,16 @@ def is_main() -> bool:
 
     On several devices Lightning starts the same command once more for each, with its rank in the environment.
     """
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return rank == "0"
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
+    if rank is None and os.environ.get("SLURM_NTASKS", "1") != "1":
+        rank = os.environ.get("SLURM_PROCID")
+    return rank in (None, "0")
+
+
+def leave_unless(is_main: bool) -> None:
+    """End a helper process of a run on several devices; its work is done when the training is."""
+    if not is_main:
+        raise SystemExit(0)
 
 
 @contextlib.contextmanager
@@ -67,7 +75,10 @@ def cannot_write(folder: Path, error: OSError) -> OutputError:
     )
 
 
-def save_config(config: StrictModel, stage: str, folder: Path) -> None:
-    """Write the resolved config as `<stage>.yaml`; `lightopd <stage> -c` reads it back."""
-    if is_main():
+def save_config(config: StrictModel, stage: str, folder: Path, *, only_first: bool = False) -> None:
+    """Write the resolved config as `<stage>.yaml`; `lightopd <stage> -c` reads it back.
+
+    With `only_first` one that is there stays: the run may yet be refused, and the folder is another run's.
+    """
+    if is_main() and not (only_first and (folder / f"{stage}.yaml").exists()):
         (folder / f"{stage}.yaml").write_text(as_yaml(config), encoding="utf-8")

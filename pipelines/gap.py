@@ -4,6 +4,7 @@ from typing import Any
 
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
+from lightopd.schemas.configs import SamplingConfig
 
 SMALL_NATS = 0.05
 LARGE_NATS = 0.2
@@ -22,7 +23,7 @@ def gap_figures(cache: Cache, signal: str) -> dict[str, Any]:
     return {str(key): value for key, value in row.items()}
 
 
-def verdict(gap_nats: float | None) -> str:
+def verdict(gap_nats: float | None, sampling: SamplingConfig | None) -> str:
     """One sentence on which objective the gap allows.
 
     The limits come from the trials behind docs/decisions/0002-demo-objective.md: at 0.045 nats per token
@@ -30,6 +31,11 @@ def verdict(gap_nats: float | None) -> str:
     """
     if gap_nats is None:
         return "gap unknown: the rollouts carry no student log-probabilities, so drift cannot be measured"
+    if sampling is None or sampling.temperature != 1 or sampling.top_p != 1:
+        return (
+            f"gap {gap_nats:.3f} nats/token is no KL divergence, since the rollouts were not sampled at "
+            "temperature 1 and top_p 1; compare it between caches only"
+        )
     if gap_nats <= SMALL_NATS:
         return f"gap {gap_nats:.3f} nats/token is small: any recipe can be used"
     if gap_nats <= LARGE_NATS:

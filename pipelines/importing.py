@@ -14,7 +14,7 @@ from lightopd.tokens import load_tokenizer, render_prompt
 
 UNKNOWN = (
     "lineage unknown: the file says neither which teacher wrote the student's data nor which student "
-    "sampled; training on it needs --allow student-mismatch"
+    "sampled; training on it needs --allow teacher-mismatch, student-mismatch and tokenizer-mismatch"
 )
 
 

@@ -10,6 +10,7 @@ second teacher or a reference model is added later without touching what is ther
 import time
 from collections.abc import Sequence
 
+from lightopd.cache.index import build_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
@@ -59,7 +60,8 @@ def run(
         tokens_per_s = _score(config, cache, manifest, load)
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
-        report = _report(config, open_cache(config.cache), tokens_per_s, started_s)
+        report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
+        build_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
 
@@ -168,7 +170,7 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     }
     precision = precision_note(cache.manifest.precision, signal.manifest.precision)
     notes = (
-        *([verdict(figures["gap_nats"])] if config.role == "teacher" else []),
+        *([verdict(figures["gap_nats"], cache.manifest.sampling)] if config.role == "teacher" else []),
         *([precision] if precision else []),
         *override_notes(signal.manifest.overrides),
     )

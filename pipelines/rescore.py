@@ -19,7 +19,7 @@ from lightopd.lineage import fingerprint_model
 from lightopd.pipelines.reports import Report
 from lightopd.pipelines.sampling import LoadEngine
 from lightopd.pipelines.sequences import read_sequences
-from lightopd.schemas.configs import ModelConfig, PrecomputeConfig
+from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import NoiseFloor
 from lightopd.schemas.records import Floats
 
@@ -64,11 +64,14 @@ def rescore(
 
 
 def _score_again(cache: Cache, signal: str, count: int, engine: Engine) -> tuple[list[Floats], list[Floats]]:
-    per_shard = -(-count // len(cache.shards))
     cached: list[Floats] = []
     again: list[Floats] = []
-    for shard in cache.shards:
-        sequences = read_sequences(cache, shard)[1][: min(per_shard, count - len(cached))]
+    num_shards = len(cache.shards)
+    for place, shard in enumerate(cache.shards):
+        share = count * (place + 1) // num_shards - count * place // num_shards
+        if share == 0:
+            continue
+        sequences = read_sequences(cache, shard)[1][:share]
         again += [scores.logprobs for scores in engine.score(sequences, 0)]
         cached += _cached_logprobs(cache, signal, shard, sequences)
     return cached, again
@@ -95,8 +98,7 @@ def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeCo
     """The settings the signal was made with, as `precompute` left them beside it."""
     config = build(PrecomputeConfig, read_yaml(str(signal_folder(cache.path, signal) / "precompute.yaml")))
     if teacher is not None:
-        moved = ModelConfig(path=teacher, dtype=config.teacher.dtype, attention=config.teacher.attention)
-        config = config.model_copy(update={"teacher": moved})
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": teacher})})
     made_by = cache.signals[signal].manifest.model
     if made_by is None or fingerprint_model(config.teacher).identity != made_by.identity:
         raise CacheError(

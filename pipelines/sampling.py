@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightopd import __version__
-from lightopd.cache.index import query
+from lightopd.cache.index import build_index, query
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table
@@ -84,6 +84,7 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
     limits = model_limits(job.model)
     prompt_ids = [render_prompt(prompt, tokenizer, job.prompts) for prompt in prompts]
     _refuse_long_prompts(prompts, prompt_ids, limits.context_length, job.model)
+    _refuse_equal_prompts(prompts, prompt_ids)
     pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
     engine, precision = describe_engine(job.engine, job.model)
@@ -127,6 +128,18 @@ def _refuse_long_prompts(
             raise InputError(f"prompt {row} (id {prompt.prompt_id}) has no tokens; give it text or remove it")
 
 
+def _refuse_equal_prompts(prompts: Sequence[Prompt], prompt_ids: Sequence[Ids]) -> None:
+    """Rollouts are keyed by content: equal prompts would make rows that cannot be told apart."""
+    seen: dict[bytes, int] = {}
+    for row, ids in enumerate(prompt_ids):
+        first = seen.setdefault(ids.tobytes(), row)
+        if first != row:
+            raise InputError(
+                f"prompt {row + 1} (id {prompts[row].prompt_id}) has the same tokens as prompt {first + 1} "
+                f"(id {prompts[first].prompt_id}); remove one, and raise sampling.n for more rollouts"
+            )
+
+
 def sample(prepared: Prepared, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
     job, manifest = prepared.job, prepared.manifest
@@ -151,7 +164,9 @@ def sample(prepared: Prepared, load: LoadEngine) -> Cache:
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
-    return open_cache(job.cache)
+    cache = open_cache(job.cache, signals=())
+    build_index(open_cache(job.cache, incomplete=True))
+    return cache
 
 
 def _sample_shard(prepared: Prepared, engine: Engine, index: int) -> list[Rollout]:

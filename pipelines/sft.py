@@ -11,13 +11,20 @@ import json
 import time
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.checks import check_tokenizer
 from lightopd.engines.factory import load_engine
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
-from lightopd.pipelines.folders import is_main, save_config, writing
+from lightopd.pipelines.folders import is_main, leave_unless, save_config, writing
 from lightopd.pipelines.reports import Report, save_report
-from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
+from lightopd.pipelines.sampling import (
+    LoadEngine,
+    Prepared,
+    SamplingJob,
+    prepare,
+    sample,
+    sampling_figures,
+)
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
 from lightopd.schemas.objectives import MLE_OBJECTIVE
@@ -54,9 +61,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
             "sft", str(config.out), {"answers": count, "steps": config.finetune.steps}, notes=("dry run",)
         )
     with writing(config.out):
+        answers = _answers(config, prepare(job, teacher), load)
         save_config(config, "sft", config.out)
-        only_read = config.part == "finetune" or not is_main()
-        answers = open_cache(job.cache) if only_read else sample(prepare(job, teacher), load)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
             figures |= _finetune(config, answers)
@@ -65,12 +71,22 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     return report
 
 
+def _answers(config: SftConfig, prepared: Prepared, load: LoadEngine) -> Cache:
+    """The teacher's answers: sampled, or those that are there when they were made under these settings."""
+    path = prepared.job.cache
+    if config.part != "finetune" and is_main():
+        return sample(prepared, load)
+    answers = open_cache(path)
+    create_cache(path, prepared.manifest)  # refuses answers of another teacher, prompts or settings
+    return answers
+
+
 def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
     base = fingerprint_model(config.student)
     result = fit(answers, config.student, config.out, config.finetune, MLE_OBJECTIVE)
-    if result.is_main:
-        _take_over_tokenizer(config, result.student)
-        _write_lineage(config, answers, base, result.student)
+    leave_unless(result.is_main)
+    _take_over_tokenizer(config, result.student)
+    _write_lineage(config, answers, base, result.student)
     return {
         "finetune_steps": result.steps,
         **{f"finetune_{key}": value for key, value in result.metrics.items()},

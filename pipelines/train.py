@@ -9,12 +9,12 @@ its checks or lacks what the objective needs. The trained student is a plain Hug
 import time
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache
-from lightopd.checks import check_student, check_tokenizer
+from lightopd.cache.store import Cache, content_id, open_cache, signal_names
+from lightopd.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
 from lightopd.objectives.needs import needs
-from lightopd.objectives.validate import check_cache
-from lightopd.pipelines.folders import save_config, writing
+from lightopd.objectives.validate import check_cache, teachers_of
+from lightopd.pipelines.folders import leave_unless, save_config, writing
 from lightopd.pipelines.reports import Report, override_notes, save_report
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
@@ -29,24 +29,34 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         LineageError, CacheError, TrainingError, OutputError: see their messages; checkpoints stay.
     """
     started_s = time.monotonic()
-    cache = open_cache(config.cache)
+    cache = open_cache(config.cache, signals=_signals_there(config))
     student = fingerprint_model(config.student)
     overrides = cache.manifest.overrides + _checked(config, cache, student)
     if dry_run:
         return _plan(config, cache)
     with writing(config.out):
-        save_config(config, "train", config.out)
+        save_config(config, "train", config.out, only_first=True)
         result = fit(cache, config.student, config.out, config, config.objective, staleness=config.staleness)
+        leave_unless(result.is_main)
         report = _report(config, result, overrides, started_s)
-        if result.is_main:
-            _write_lineage(config, cache, student, overrides, result.student)
-            save_report(report, config.out)
+        _write_lineage(config, cache, student, overrides, result.student)
+        save_config(config, "train", config.out)
+        save_report(report, config.out)
     return report
+
+
+def _signals_there(config: TrainConfig) -> list[str]:
+    """Signals the objective reads and the cache has; another signal may still be in the making."""
+    return [name for name in needs(config.objective).signals if name in signal_names(config.cache)]
 
 
 def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:
     check_cache(config.objective, cache)
     overrides = check_student(cache.manifest.sampler, student, config.allow, "train")
+    for name in teachers_of(config.objective):
+        signal = cache.signals[name].manifest
+        if signal.role != "teacher":  # precompute did not hold it to teacher consistency
+            overrides += check_teacher(cache.manifest.sft, signal.model, config.allow, "train")
     tokenizer = load_tokenizer(config.student)
     found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.student))
     return overrides + check_tokenizer(cache.manifest.tokenizer, found, config.allow, "train")
@@ -107,6 +117,6 @@ def _report(
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*stale, *override_notes(overrides)),
+        notes=(*stale, *result.notes, *result.notes, *override_notes(overrides)),
         seconds=seconds,
     )

@@ -61,7 +61,7 @@ class ServerEngine(StrictModel):
     """Environment variable that holds the API key; the key itself is never stored or logged."""
     concurrency: int = Field(64, ge=1)
     """Requests in flight on each server."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(1800.0, gt=0)
     """Longest wait for one answer, in seconds."""
     attempts: int = Field(6, ge=1)
     """Tries of one request, with growing pauses, after refused connections, time-outs, 429 and 5xx."""

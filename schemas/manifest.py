@@ -158,7 +158,7 @@ class CacheManifest(StrictModel):
     """Refusals set aside so far, the student's included."""
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the bytes of the shards; paths and versions left out."""
+        """Hash of everything that decides the bytes of the shards; paths and lightopd's version left out."""
         return _fingerprint(self)
 
 
@@ -199,7 +199,7 @@ class SignalManifest(StrictModel):
     """Refusals set aside so far, the rollouts' included."""
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the bytes of the shards; paths, versions and noise left out."""
+        """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""
         return _fingerprint(self)
 
 

@@ -277,7 +277,7 @@ class EmaBalance(StrictModel):
     follower: str
     """Term that is scaled."""
     decay: float = Field(0.9, ge=0, lt=1)
-    """Of the running means, which are corrected for their start."""
+    """Of the running means, which begin at zero; that cancels in their ratio."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to the denominator."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -54,8 +54,6 @@ class RunConfig(StageConfig):
     """Settings of the train stage."""
     eval: dict[str, Any] = Field({})
     """Settings of the evaluations before and after training, and of the teacher."""
-
-    SECTIONS: ClassVar[tuple[str, ...]] = tuple(STAGES)
 
     _prompts = field_validator("prompts", "eval_prompts", mode="before")(as_prompts)
 

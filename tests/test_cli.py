@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,10 @@ COMMANDS = sorted(
 @pytest.fixture
 def lightopd(monkeypatch, capsys):
     """Call the command in this process: exit code, stdout, stderr."""
+
+    logger = logging.getLogger("lightopd")
+    monkeypatch.setattr(logger, "handlers", [])  # the command's handler goes with the test's stderr
+    monkeypatch.setattr(logger, "propagate", True)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["lightopd", *map(str, arguments)])

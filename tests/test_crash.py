@@ -26,11 +26,12 @@ def start(*arguments):
 
 
 def kill_when(process, condition):
-    """End the process without warning as soon as the condition holds; it may also finish before."""
+    """End the process without warning as soon as the condition holds; its exit code, -9 if killed."""
     while process.poll() is None and not condition():
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    return process.returncode
 
 
 def finish(*arguments):
@@ -50,10 +51,12 @@ def test_precompute_killed_after_any_shard_gives_the_same_bytes(world, tmp_path,
     signal_folder = tmp_path / "cache" / "signals" / "teacher"
     shutil.rmtree(signal_folder)
     arguments = ["precompute", "--cache", tmp_path / "cache", "--teacher", world.teacher, "--top-k", 4]
-    kill_when(start(*arguments), (signal_folder / f"part-{shard:05d}.parquet").exists)
-    assert (signal_folder / f"part-{shard:05d}.parquet").exists()
+    code = kill_when(start(*arguments), (signal_folder / f"part-{shard:05d}.parquet").exists)
+    assert code == -signal.SIGKILL or shard == 3
+    finished = {path: path.stat().st_mtime_ns for path in signal_folder.glob("part-*.json")}
     finish(*arguments)
     assert shards_of(signal_folder) == wanted
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}, "a finished shard was made again"
     assert not list(signal_folder.glob(".*tmp*"))
 
 

@@ -8,7 +8,10 @@ import pytest
 from engine_cases import CONTEXT, VOCABULARY, random_sequences, tiny_model
 from fake_vllm_server import FakeServer
 from tiny_models import tokenizer
+from typer.testing import CliRunner
 
+from lightopd.cli import stages
+from lightopd.cli.main import app
 from lightopd.engines import server_http
 from lightopd.engines.describe import describe_engine, tail_of
 from lightopd.engines.fake import FakeEngine
@@ -236,3 +239,20 @@ def test_an_address_that_is_none_is_refused(urls):
 
 def test_several_addresses_may_stand_in_one_string():
     assert ServerEngine(urls="http://a:1/v1/, http://b:2").urls == ("http://a:1", "http://b:2")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (["--server", "http://a", "--set", "engine.api_key_env=K"], {"kind": "server", "api_key_env": "K"}),
+        (["--engine", "vllm", "--set", "engine.max_model_len=9"], {"kind": "vllm", "max_model_len": 9}),
+        (["--set", "engine.batch_tokens=8"], {"kind": "hf", "batch_tokens": 8}),
+    ],
+)
+def test_the_command_takes_engine_or_server_and_settings_of_it(monkeypatch, given, found):
+    seen = []
+    monkeypatch.setattr(stages, "_runner", lambda stage: lambda loaded, **_: seen.append(loaded.engine))
+    monkeypatch.setattr(stages, "show_report", lambda *_: None)
+    done = CliRunner().invoke(app, ["precompute", "--cache", "c", "--teacher", "t", *given])
+    assert done.exit_code == 0, done.output
+    assert found.items() <= seen[0].model_dump().items()

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engine_cases import random_sequences
+from engine_cases import random_sequences, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_models import write_prompts
 from vllm_cases import RealServer, save_vllm_model, shared_engine, shared_server
@@ -112,6 +112,12 @@ def test_what_is_said_before_loading_is_what_the_engine_says(engine, model):
 def test_settings_that_do_not_fit_the_model_are_refused_before_vllm_starts(model):
     with pytest.raises(ConfigError, match="the model's context is 64"):
         load_vllm_engine(VllmEngine(max_model_len=65), model)
+
+
+def test_a_model_whose_heads_the_cpu_cannot_run_is_refused_before_vllm_starts(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="have 16 values"):
+        load_vllm_engine(VllmEngine(), ModelConfig(path=str(tmp_path)))
 
 
 def test_a_temperature_that_vllm_would_change_is_refused(engine):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from objective_cases import evaluate, make_world, objective, recipe
+from objective_equations import batch_mean, kl
 from torch import Tensor
 
 from lightopd.objectives.state import ObjectiveState
@@ -120,6 +121,30 @@ def test_constant_strength_makes_aligndistil_the_expected_exopd_gradient():
     counts_R = torch.tensor([len(world.tokens(row)) for row in range(world.size)])
     share_N = world.is_trained_N / counts_R[world.row_N] / world.size
     torch.testing.assert_close(gradient_NV, -share_N[:, None] * p_NV * (advantage_NV - mean_N1))
+
+
+@pytest.mark.parametrize("top_k", [2, 4, 6])
+def test_an_extrapolation_on_cut_supports_is_that_of_the_common_tokens_and_one_for_the_rest(top_k):
+    world = make_world(2)
+    target = {"kind": "divergence", "divergence": "reverse_kl"}
+    config = objective(signal="dpo", target=target, extrapolate={"reference": "teacher", "factor": 1.5})
+    value, gradient_NV, _ = evaluate(config, world, top_k=top_k)
+    logits_NV = world.student_NV.clone().requires_grad_()
+    student_NV = logits_NV.log_softmax(-1)
+
+    def merged(table_V: Tensor, common: list[int]) -> Tensor:
+        rest = [token for token in range(7) if token not in common]
+        return torch.cat([table_V[common], table_V[rest].logsumexp(0, keepdim=True)])
+
+    def loss(n: int) -> Tensor:
+        kept = [set(world.tables[name][n].topk(top_k).indices.tolist()) for name in ("dpo", "teacher")]
+        common = sorted(kept[0] & kept[1])
+        teacher, base = (merged(world.tables[name][n], common) for name in ("dpo", "teacher"))
+        return kl(merged(student_NV[n], common), (1.5 * teacher - 0.5 * base).log_softmax(0))
+
+    wanted = batch_mean(world, loss)
+    assert value == pytest.approx(wanted.item(), abs=1e-9)
+    torch.testing.assert_close(gradient_NV, torch.autograd.grad(wanted, logits_NV)[0])
 
 
 def test_equal_models_leave_aligndistil_its_first_model_at_the_floor():

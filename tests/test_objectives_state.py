@@ -60,7 +60,7 @@ def test_a_state_survives_json():
 
 
 def test_balance_makes_the_follower_weigh_as_much_as_the_anchor():
-    """Running means corrected for their start: after any number of equal steps the factor is their ratio."""
+    """Where the means began cancels: after any number of equal steps the factor is the losses' ratio."""
     config, state = recipe("raft"), ObjectiveState()
     assert term_factor(config, state, "kl") == 1
     for _ in range(4):

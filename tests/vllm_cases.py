@@ -84,7 +84,15 @@ class RealServer:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", str(CONTEXT + 1), "--max-logprobs", "-1", "--max-num-seqs", "64"]
+        command += [
+            "--max-model-len",
+            str(CONTEXT + 1),
+            "--max-logprobs",
+            "-1",
+            "--max-num-seqs",
+            "64",
+            "--no-enable-chunked-prefill",
+        ]
         command += ["--kv-cache-memory-bytes", "100000000", *options]
         defaults = {
             "VLLM_TARGET_DEVICE": "cpu",

@@ -61,7 +61,12 @@ def describe_engine(engine: EngineConfig, model: ModelConfig) -> tuple[EngineRec
     precision = precision_of(model)
     if isinstance(engine, HfEngine):
         version = importlib.metadata.version("transformers")
-        return EngineRecord(kind="hf", version=version, settings={"attention": model.attention}), precision
+        settings = {
+            "attention": model.attention,
+            "device": engine.device,
+            "torch": importlib.metadata.version("torch"),
+        }
+        return EngineRecord(kind="hf", version=version, settings=settings), precision
     if isinstance(engine, VllmEngine):
         precision = precision.model_copy(
             update={"quantization": engine.quantization or precision.quantization}

@@ -3,7 +3,8 @@
 `transformers.generate` returns raw log-probabilities and entropies only by keeping [T, B, V] logits, and
 draws from one random stream for the whole batch; here each row has its own.
 
-B = rows that are still running, U = distinct prompts, T = positions, V = vocabulary; nats throughout.
+B = rows that are still running, R = rows whose nucleus is not found yet, U = distinct prompts,
+T = positions, K = most likely tokens, V = vocabulary; nats throughout.
 """
 
 from collections.abc import Iterator, Sequence
@@ -224,15 +225,19 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float
 
 def _nucleus(weights_BV: Tensor, top_p: float) -> Tensor:
     """bool [B, V], True for the most likely tokens whose mass first reaches `top_p`; ties by lowest id."""
-    width = weights_BV.shape[1]
     wanted_B1 = top_p * weights_BV.sum(1, keepdim=True, dtype=torch.float64)
+    size_B1 = torch.zeros_like(wanted_B1, dtype=torch.int64)
+    least_B1 = torch.zeros_like(weights_BV[:, :1])
+    rows = torch.arange(len(weights_BV), device=weights_BV.device)
+    width = weights_BV.shape[1]
     for num_top in _growing(min(NUCLEUS_START, width), width):
-        top_BK, _ = largest(weights_BV, num_top)
-        mass_BK = top_BK.cumsum(1, dtype=torch.float64)
-        if bool((mass_BK[:, -1:] >= wanted_B1).all()):
+        top_RK, _ = largest(weights_BV[rows], num_top)
+        mass_RK = top_RK.cumsum(1, dtype=torch.float64)
+        last_R1 = (mass_RK < wanted_B1[rows]).sum(1, keepdim=True).clamp(max=num_top - 1)
+        size_B1[rows], least_B1[rows] = last_R1 + 1, top_RK.gather(1, last_R1)
+        rows = rows[mass_RK[:, -1] < wanted_B1[rows, 0]]
+        if not len(rows):
             break
-    size_B1 = (mass_BK < wanted_B1).sum(1, keepdim=True).clamp(max=width - 1) + 1
-    least_B1 = top_BK.gather(1, (size_B1 - 1).clamp(max=top_BK.shape[1] - 1))
     is_above_BV, is_tied_BV = weights_BV > least_B1, weights_BV == least_B1
     num_tied_B1 = size_B1 - is_above_BV.sum(1, keepdim=True)
     return is_above_BV | (is_tied_BV & (is_tied_BV.cumsum(1) <= num_tied_B1))

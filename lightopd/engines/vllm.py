@@ -129,6 +129,7 @@ def load_vllm_engine(engine: VllmEngine, model: ModelConfig) -> VllmInProcess:
     """
     record, precision = describe_engine(engine, model)
     limits = vllm_settings.limits_of(engine, model_limits(model), record, precision)
+    vllm_settings.check_head_size(model)
     arguments = vllm_settings.engine_arguments(engine, model, limits)
     vllm_settings.prepare_environment()
     loop = LoopThread()
@@ -164,7 +165,7 @@ def _told_as_engine_errors(doing: str) -> Iterator[None]:
 
     try:
         yield
-    except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError, OSError) as error:
+    except (EngineDeadError, EngineGenerateError, RuntimeError, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EngineError(
             f"vLLM stopped while {doing} ({reason}); its own log is above this line. When it lacks memory, "

@@ -4,13 +4,13 @@ vLLM is imported inside the functions that need it, after its environment is set
 """
 
 import contextlib
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lightopd.engines.describe import ModelLimits
+from lightopd.engines.describe import ModelLimits, vllm_version
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage import model_folder, read_json
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, VllmEngine
@@ -19,6 +19,8 @@ from lightopd.schemas.manifest import EngineRecord, Precision
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
 """vLLM raises lower temperatures without a word, and refuses higher ones."""
 CPU_KV_CACHE_GIB = 2.0
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Values in one attention head that vLLM's kernels for CPUs are made for."""
 USUAL_NUM_SEQS = 256
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -49,6 +51,22 @@ def limits_of(engine: VllmEngine, model: ModelLimits, record: EngineRecord, prec
     return Limits(model.vocabulary_size, context_length, record, precision)
 
 
+def check_head_size(model: ModelConfig) -> None:
+    """Refuse a model that vLLM loads on a CPU and cannot run there.
+
+    Raises:
+        ConfigError: its attention heads have another size than vLLM's kernels for CPUs.
+    """
+    config = read_json(model_folder(model).path / "config.json")
+    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    size = config.get("head_dim") or width // heads
+    if is_cpu_package() and size and size not in CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"the attention heads of {model.path} have {size} values, vLLM on a CPU takes "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}; use engine hf"
+        )
+
+
 def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> dict[str, Any]:
     """Arguments of vLLM's engine.
 
@@ -68,20 +86,16 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> 
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "data_parallel_size": engine.data_parallel_size,
         "max_model_len": limits.context_length + 1,
-        "max_num_batched_tokens": engine.batch_tokens,
-        "enable_chunked_prefill": True,
         "enable_prefix_caching": False,
         "max_logprobs": -1,
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
     }
-    if engine.batch_tokens < USUAL_NUM_SEQS:
-        arguments["max_num_seqs"] = engine.batch_tokens
     if engine.quantization is not None:
         arguments["quantization"] = engine.quantization
     if model.adapter is not None:
-        arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(model)}
-    return arguments | _memory_arguments(engine) | _graph_arguments(engine)
+        arguments |= _adapter_arguments(model.adapter)
+    return arguments | _batch_arguments(engine, limits) | _memory_arguments(engine) | _graph_arguments(engine)
 
 
 async def start(arguments: dict[str, Any]) -> Any:
@@ -104,19 +118,15 @@ def prepare_environment() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     }
-    if is_cpu_package():
+    if is_cpu_package():  # also where the package is called vllm
         defaults["VLLM_TARGET_DEVICE"] = "cpu"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
 def is_cpu_package() -> bool:
-    """Whether the installed vLLM is the one for CPUs."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return False
+    """Whether the installed vLLM is built for CPUs."""
+    return vllm_version().endswith("cpu")
 
 
 def scoring_params(top_k: int) -> Any:
@@ -176,17 +186,29 @@ def adapter_request(model: ModelConfig) -> Any:
     return LoRARequest("adapter", 1, str(model.adapter))
 
 
-def _lora_rank(model: ModelConfig) -> int:
-    """The smallest rank vLLM has room for that holds the adapter's."""
-    assert model.adapter is not None
-    rank = read_json(model.adapter / "adapter_config.json").get("r")
+def _adapter_arguments(adapter: Path) -> dict[str, Any]:
+    """Room for the adapter's rank, and only in the modules that it has weights for.
+
+    Left to itself vLLM would prepare the output layer for an adapter as well, and that fails on the CPU where
+    the log-probabilities of a prompt are asked for.
+    """
+    config = read_json(adapter / "adapter_config.json")
+    rank, modules = config.get("r"), config.get("target_modules")
     fitting = [each for each in LORA_RANKS if isinstance(rank, int) and each >= rank]
-    if not fitting:
+    if not fitting or not isinstance(modules, list):
         raise InputError(
-            f"{model.adapter}/adapter_config.json has rank {rank!r}, vLLM takes up to {LORA_RANKS[-1]}; "
-            f"merge the adapter into the model"
+            f"{adapter}/adapter_config.json has rank {rank!r} and target_modules {modules!r}; vLLM takes "
+            f"ranks up to {LORA_RANKS[-1]} and a list of modules: merge the adapter into the model"
         )
-    return fitting[0]
+    return {"enable_lora": True, "max_lora_rank": fitting[0], "lora_target_modules": modules}
+
+
+def _batch_arguments(engine: VllmEngine, limits: Limits) -> dict[str, Any]:
+    """Long prompts are run in parts of `batch_tokens`, except on a CPU, where vLLM cannot draw after one."""
+    is_in_parts = not is_cpu_package()
+    batch_tokens = engine.batch_tokens if is_in_parts else max(engine.batch_tokens, limits.context_length + 1)
+    arguments = {"max_num_batched_tokens": batch_tokens, "enable_chunked_prefill": is_in_parts}
+    return arguments | ({"max_num_seqs": batch_tokens} if batch_tokens < USUAL_NUM_SEQS else {})
 
 
 def _memory_arguments(engine: VllmEngine) -> dict[str, Any]:

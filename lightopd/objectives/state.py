@@ -24,7 +24,7 @@ class ObjectiveState:
     rung_since: int = 0
     """Step at which the rung was reached."""
     averages: dict[str, float] = field(default_factory=dict)
-    """Running mean of each balanced term's loss, not corrected for its start."""
+    """Running mean of each balanced term's loss, begun at zero."""
 
 
 def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str, float]) -> ObjectiveState:
@@ -89,9 +89,8 @@ def term_factor(config: ObjectiveConfig, state: ObjectiveState | None, name: str
     balance = config.balance
     if balance is None or state is None or name != balance.follower or not state.averages:
         return 1.0
-    correction = 1 - balance.decay**state.steps
-    anchor, follower = (state.averages[term] / correction for term in (balance.anchor, balance.follower))
-    return anchor / (follower + balance.epsilon)
+    # The paper corrects both means for their start by one and the same number, which cancels here.
+    return state.averages[balance.anchor] / (state.averages[balance.follower] + balance.epsilon)
 
 
 def _averaged(

@@ -105,7 +105,7 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
     if name in facts.signals and facts.signals[name] >= size:
         return None
-    role = "" if name in _teachers(config) else " --set role=reference"
+    role = "" if name in teachers_of(config) else " --set role=reference"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
     if name not in facts.signals:
@@ -128,7 +128,8 @@ def _top_k(name: str, config: ObjectiveConfig, wanted: Needs) -> int:
     return max((part.top_k for part in fades if name in wanted.topk), default=0)
 
 
-def _teachers(config: ObjectiveConfig) -> set[str]:
+def teachers_of(config: ObjectiveConfig) -> set[str]:
+    """Signals that teach, in any term; what is left of the needed signals are references."""
     routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
     return routed | {term.signal for term in config.terms}
 

@@ -190,8 +190,8 @@ def write_signal(path, manifest, name, rollouts, scores, top_k):
 def wide_caches(student_folder, tmp_path_factory):
     """Three caches with every signal and column that a shipped recipe reads, sampled by the student.
 
-    `plain` has four rollouts of each of six prompts; `pairs` has a teacher's and a student's answer to each of
-    twelve; `answers` has the teacher's own graded answers to the prompts of `plain`.
+    `plain` has four rollouts of each of six prompts; `pairs` has a teacher's and a student's answer to each
+    of twelve; `answers` has the teacher's own graded answers to the prompts of `plain`.
     """
     folder = tmp_path_factory.mktemp("wide")
     student = Qwen3ForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()

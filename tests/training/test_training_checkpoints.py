@@ -47,9 +47,10 @@ from lightopd.cache.store import open_cache
 from lightopd.schemas.configs import FinetuneConfig, ModelConfig
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.fit import fit
-cache, student, out, settings = sys.argv[1:]
+cache, student, out, settings, objective = sys.argv[1:]
 finetune = FinetuneConfig.model_validate_json(settings)
-result = fit(open_cache(Path(cache)), ModelConfig(path=student), Path(out), finetune, ObjectiveConfig())
+objective = ObjectiveConfig.model_validate_json(objective)
+result = fit(open_cache(Path(cache)), ModelConfig(path=student), Path(out), finetune, objective)
 Path("main" if result.is_main else "helper").touch()
 """
 
@@ -166,14 +167,15 @@ class At:
         self.step = step
 
 
-def run_here(cache, student, out, **settings):
+def run_here(cache, student, out, objective=(), **settings):
     finetune = FinetuneConfig(**(SETTINGS | settings))
-    return fit(cache, ModelConfig(path=str(student)), out, finetune, ObjectiveConfig())
+    return fit(cache, ModelConfig(path=str(student)), out, finetune, ObjectiveConfig(**dict(objective)))
 
 
-def start_process(script, cache, student, out, **settings):
+def start_process(script, cache, student, out, objective=(), **settings):
     script.write_text(SCRIPT)
     command = [sys.executable, script, cache.path, student, out, json.dumps(SETTINGS | settings)]
+    command.append(json.dumps(dict(objective)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*map(str, command)], env=environment, cwd=script.parent)
 
@@ -197,15 +199,29 @@ def test_a_killed_run_goes_on_to_the_same_weights(make_cache, student_folder, tm
     ).read_bytes()
 
 
+# Pivots need statistics of the step, the curriculum totals and a state, the held-out loss a sum: over ranks.
+SHARED = {
+    "curriculum": {"kind": "lengths", "lengths": [2, 5, 13], "every": 2},
+    "target": {"kind": "divergence"},
+    "rollout_weights": [{"kind": "pivots", "threshold": 0.1}],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_with_gloo_give_the_numbers_of_one(make_cache, student_folder, tmp_path):
+@pytest.mark.parametrize("objective", [{}, SHARED])
+def test_two_processes_with_gloo_give_the_numbers_of_one(make_cache, student_folder, tmp_path, objective):
     cache, out = make_cache(tmp_path / "cache"), tmp_path / "two"
-    settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
-    process = start_process(tmp_path / "run.py", cache, student_folder, out, **settings)
+    held = {"held_out": 4, "held_out_every": 3}
+    settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", **held}
+    process = start_process(tmp_path / "run.py", cache, student_folder, out, objective, **settings)
     assert process.wait(timeout=300) == 0
     assert (tmp_path / "main").exists()
     assert (tmp_path / "helper").exists()
-    one = run_here(cache, student_folder, tmp_path / "one")
+    one = run_here(cache, student_folder, tmp_path / "one", objective, **held)
+    rows = [read_metrics(folder / "metrics.csv") for folder in (tmp_path / "one", out)]
+    assert [row["held_out"] for row in rows[0]] == pytest.approx(
+        [row["held_out"] for row in rows[1]], rel=1e-6, nan_ok=True
+    )
     assert losses(one) == pytest.approx([row["loss"] for row in read_metrics(out / "metrics.csv")], rel=1e-6)
     left, right = (load_file(folder / "student" / "model.safetensors") for folder in (tmp_path / "one", out))
     for name in left:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from lightopd.cache.reader import read_shard_columns
 from lightopd.schemas.configs import FinetuneConfig, ModelConfig, OptimizerConfig
 from lightopd.schemas.objectives import MLE_OBJECTIVE
 from lightopd.training.fit import fit
@@ -24,7 +25,13 @@ SMALL = {
 FAMILIES = {
     "Llama": {**SMALL, "tie_word_embeddings": False},
     "Qwen3": {**SMALL, "head_dim": 8, "tie_word_embeddings": True},
-    "Qwen3Moe": {**SMALL, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4},
+    "Qwen3Moe": {
+        **SMALL,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "Gemma3": {**SMALL, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
     "Phi": {**SMALL, "num_key_value_heads": 4},
     "Phi3": {**SMALL, "sliding_window": 4},
@@ -44,9 +51,7 @@ def make_model(name, folder):
 
 @torch.no_grad()
 def own_loss(model, cache):
-    """Mean over rollouts of the mean negative log-likelihood, one rollout at a time, by the model's own head."""
-    from lightopd.cache.reader import read_shard_columns
-
+    """Mean over rollouts of the mean negative log-likelihood, one by one, by the model's own head."""
     means = []
     for shard in cache.shards:
         columns = read_shard_columns(cache, shard)

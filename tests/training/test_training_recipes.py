@@ -155,7 +155,7 @@ def test_held_out_prompts_are_never_trained_on(wide_caches):
 def test_pairs_stay_together_and_their_number_divides_the_batch(train, wide_caches):
     with pytest.raises(ConfigError, match="groups of 2 rollouts; set it to a multiple of 2"):
         train("soda", batch_sequences=7)
-    with pytest.raises(TrainingError, match="2 rollouts stay together, .* set micro_batch_tokens to 22"):
+    with pytest.raises(TrainingError, match=r"2 rollouts stay together, .* set micro_batch_tokens to 22"):
         train("soda", micro_batch_tokens=21)
 
 
@@ -180,7 +180,7 @@ def test_a_log_probability_that_is_not_finite_is_named_before_the_first_step(tra
         table.schema.get_field_index("logprobs"), table.schema.field("logprobs"), column
     )
     write_shard(folder, 1, broken, kind="signals/teacher", fingerprint=marker.fingerprint)
-    with pytest.raises(CacheError, match="signal teacher: 1 values are not finite, .* token 2 of rollout"):
+    with pytest.raises(CacheError, match=r"signal teacher: 1 values are not finite, .* token 2 of rollout"):
         train("lightning_opd", cache=open_cache(cache.path))
 
 
