@@ -287,7 +287,7 @@ def test_a_signal_of_other_rollouts_and_of_another_teacher_are_findings(tmp_path
         tmp_path, signals={"teacher": {"model": TEACHER.model_copy(update={"identity": "x"})}}
     )
     assert only(tmp_path).file == "signals/teacher/signal.json"
-    assert "not the student's fine-tuning teacher" in only(tmp_path).what
+    assert "scores, and no override says so" in only(tmp_path).what
     override = {"stage": "precompute", "allowed": "teacher-mismatch", "found": "x"}
     excused = signal_manifest(
         "teacher",

@@ -1,5 +1,8 @@
 """Configs from files, `--set` and flags, and the words of their errors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -169,3 +172,18 @@ def test_describe_names_every_key_with_default_and_sentence():
         "inner.depth  (default 3)",
         "    How deep.",
     ]
+
+
+def test_every_setting_is_read_somewhere():
+    """A field that no code outside its definition names is a knob that turns nothing."""
+    root = Path(__file__).parents[1]
+    folders = ("lightopd", "pipelines", "cli", "schemas")
+    text = "\n".join(path.read_text() for folder in folders for path in sorted((root / folder).rglob("*.py")))
+    unread = [
+        f"{model.__name__}.{name}"
+        for stage in {**STAGES, "run": RunConfig}.values()
+        for model in models_in(stage)
+        for name in model.model_fields
+        if not re.search(rf"(?:\.{name}\b(?! *:))|(?:[\"']{name}[\"'])", text)
+    ]
+    assert sorted(set(unread)) == []

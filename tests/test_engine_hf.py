@@ -17,11 +17,13 @@ from engine_cases import (
     random_sequences,
     tiny_model,
 )
+from transformers import DynamicCache
 
 from lightopd.engines import head_scores
 from lightopd.engines.describe import describe_engine
 from lightopd.engines.factory import load_engine
 from lightopd.engines.fake import exact_scores
+from lightopd.engines.hf_cache import new_cache
 from lightopd.engines.hf_generate import draw
 from lightopd.engines.hf_prefix import prompts_can_be_shared
 from lightopd.errors import EngineError
@@ -136,6 +138,31 @@ def test_small_slices_of_logits_change_nothing(monkeypatch):
         np.testing.assert_allclose(one.logprobs, two.logprobs, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(one.topk_ids, two.topk_ids)
         np.testing.assert_allclose(one.tail_logprobs, two.tail_logprobs, rtol=0, atol=1e-6)
+
+
+def test_the_growing_cache_holds_what_the_cache_of_transformers_holds():
+    model = tiny_model("llama")
+    growing, plain = new_cache(model), DynamicCache(config=model.config)
+    torch.manual_seed(0)
+    num_rows = 3
+    for width, rows in [(7, None), (1, [2, 0]), (40, None), (1, [1, 1, 0, 0, 1]), (2, None)]:
+        for layer in range(2):
+            keys, values = torch.randn(2, num_rows, 2, width, 8)
+            one, two = growing.update(keys, values, layer), plain.update(keys, values, layer)
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        if rows is not None:
+            num_rows = len(rows)
+            for cache in (growing, plain):
+                cache.reorder_cache(torch.tensor(rows))
+    assert growing.get_seq_length() == plain.get_seq_length() == 51
+
+
+def test_a_step_of_generation_copies_no_cache():
+    cache = new_cache(tiny_model("llama"))
+    states = torch.randn(2, 1, 2, 10, 8)
+    cache.update(*states, 0)
+    places = {cache.update(*states[:, :, :, :1], 0)[0].data_ptr() for _ in range(20)}
+    assert len(places) == 1
 
 
 def test_a_prompt_is_run_once_for_its_whole_group():

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import marker_path, read_marker, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
-from lightopd.errors import CacheError
+from lightopd.checks import check_teacher, check_tokenizer
+from lightopd.errors import CacheError, LineageError
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 
@@ -94,23 +95,21 @@ def _signal_manifests(path: Path) -> tuple[list[SignalManifest], list[Finding]]:
 
 def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterator[Finding]:
     file = str(signal_folder(Path(), signal.name) / SIGNAL_MANIFEST)
-    overridden = {override.allowed for override in signal.overrides}
     if signal.rollouts != manifest.fingerprint():
         yield Finding(
             file,
             None,
             f"it scored rollouts {signal.rollouts[:12]}, the cache is {manifest.fingerprint()[:12]}",
         )
-    teacher, scorer = manifest.sft.teacher, signal.model
-    is_other = teacher is not None and scorer is not None and teacher.identity != scorer.identity
-    if signal.role == "teacher" and is_other and "teacher-mismatch" not in overridden:
-        yield Finding(
-            file, None, "its model is not the student's fine-tuning teacher, and no override says so"
-        )
-    own, cached = signal.tokenizer, manifest.tokenizer
-    is_other = own is not None and cached is not None and own.vocabulary != cached.vocabulary
-    if is_other and "tokenizer-mismatch" not in overridden:
-        yield Finding(file, None, "its tokenizer is not the rollouts' tokenizer, and no override says so")
+    overridden = {override.allowed for override in signal.overrides}
+    try:
+        if signal.role == "teacher":
+            check_teacher(manifest.sft, signal.model, overridden, "verify")
+        if signal.tokenizer is not None:
+            check_tokenizer(manifest.tokenizer, signal.tokenizer, overridden, "verify")
+    except LineageError as error:
+        what = str(error).removeprefix("verify refused: ").partition("; ")[0]
+        yield Finding(file, None, f"{what}, and no override says so")
 
 
 def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManifest]) -> Iterator[Finding]:

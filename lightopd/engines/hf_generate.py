@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from lightopd.engines.base import random_stream
 from lightopd.engines.head_scores import largest
+from lightopd.engines.hf_cache import new_cache
 from lightopd.engines.memory import memory_advice
 from lightopd.engines.models import LoadedModel, last_hidden
 from lightopd.errors import EngineError
@@ -139,7 +140,7 @@ def _prefill(loaded: LoadedModel, prompts: Sequence[Ids]) -> State:
         ids_UT[place, width - len(prompt) :] = prompt
         mask_UT[place, width - len(prompt) :] = 1
     state = State(
-        cache=DynamicCache(config=loaded.model.config),
+        cache=new_cache(loaded.model),
         hidden_BD=torch.empty(0),
         mask_BT=torch.from_numpy(mask_UT).to(loaded.device),
     )
