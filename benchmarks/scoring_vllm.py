@@ -2,8 +2,9 @@
 
     python benchmarks/scoring_vllm.py
 
-prints one JSON line per figure: ours, against, ratio (ours / against) and the goal for that ratio, on a
-random Llama with the width, heads and vocabulary of SmolLM2-135M and fewer layers, in float32, top-64.
+prints one JSON line per figure: ours, against, ratio (ours / against) and the goal for that ratio, on two
+random Llamas in float32, top-64: one with the width, heads and vocabulary of SmolLM2-135M and fewer layers,
+and a narrow one that costs almost nothing to run, so that what is done with the log-probabilities shows.
 
 Ours is `engine.score` with packing, compressing and writing of the shard. Against it stand vLLM's prompt
 log-probabilities of the same sequences in its flat form, and as dictionaries, both thrown away. All three
@@ -32,37 +33,43 @@ from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, VllmEngine
 
 TOP_K = 64
-VOCABULARY = 49_152
 CONTEXT = 1024
-NUM_LAYERS = 4
-NUM_SEQUENCES = 64
+NUM_SEQUENCES = 48
 NUM_ROUNDS = 5
+SMOLLM2 = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+NARROW = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MODELS = {"smollm2 width": SMOLLM2, "narrow": NARROW}
 
 
-def save_model(folder: Path) -> ModelConfig:
-    """SmolLM2-135M with fewer layers and random weights."""
+def save_model(folder: Path, sizes: dict[str, int]) -> ModelConfig:
+    """A Llama with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**sizes, max_position_embeddings=CONTEXT, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     return ModelConfig(path=str(folder))
 
 
-def make_sequences() -> list[records.Sequence]:
+def make_sequences(vocabulary: int) -> list[records.Sequence]:
     """Short prompts, and responses of very mixed length (log-normal, median 60 tokens, at most 400)."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(60), 0.8, NUM_SEQUENCES), 1, 400).astype(int)
 
     def ids(length: int) -> records.Ids:
-        return random.integers(0, VOCABULARY, length).astype(np.int32)
+        return random.integers(0, vocabulary, length).astype(np.int32)
 
     return [records.Sequence(ids(int(random.integers(10, 40))), ids(int(length))) for length in lengths]
 
@@ -96,7 +103,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 def measure(engine: VllmInProcess, folder: Path) -> dict[str, list[float]]:
     """Response tokens per second of each contender, round by round."""
-    sequences = make_sequences()
+    sequences = make_sequences(engine.vocabulary_size)
     tokens = sum(len(pair.response_ids) for pair in sequences)
     contenders: dict[str, Callable[[], Any]] = {
         "ours": lambda: score_and_write(engine, sequences, folder),
@@ -112,27 +119,34 @@ def measure(engine: VllmInProcess, folder: Path) -> dict[str, list[float]]:
     return rates
 
 
-def main() -> None:
-    """Print the figures."""
-    with tempfile.TemporaryDirectory() as name:
-        model = save_model(Path(name) / "model")
-        (Path(name) / "shards").mkdir()
-        engine = load_vllm_engine(VllmEngine(kv_cache_gib=1.0), model)
-        try:
-            rates = measure(engine, Path(name) / "shards")
-        finally:
-            engine.close()
+def report(model: str, rates: dict[str, list[float]], version: str) -> None:
+    """Print the figures of one model."""
     for against, goal in (("flat", 0.95), ("dict", None)):
         pairs = zip(rates["ours"], rates[against], strict=True)
         figure = {
-            "figure": f"precompute, shard written / vLLM's own {against} prompt log-probabilities",
-            "ours_tokens_per_s": round(statistics.median(rates["ours"]), 1),
-            "against_tokens_per_s": round(statistics.median(rates[against]), 1),
+            "name": f"vllm, {model}: shard written / its own {against} prompt log-probabilities",
+            "ours": round(statistics.median(rates["ours"]), 1),
+            "against": round(statistics.median(rates[against]), 1),
             "ratio": round(statistics.median(ours / theirs for ours, theirs in pairs), 3),
             "goal": goal,
-            "version": engine.record.version,
+            "version": version,
+            "unit": "response tokens/s",
         }
-        print(json.dumps(figure))
+        print(json.dumps(figure), flush=True)
+
+
+def main() -> None:
+    """Measure on both models."""
+    for name, sizes in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = save_model(Path(folder) / "model", sizes)
+            (Path(folder) / "shards").mkdir()
+            engine = load_vllm_engine(VllmEngine(kv_cache_gib=1.0), model)
+            try:
+                rates = measure(engine, Path(folder) / "shards")
+            finally:
+                engine.close()
+            report(name, rates, engine.record.version)
 
 
 if __name__ == "__main__":

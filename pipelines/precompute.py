@@ -121,9 +121,10 @@ def _score(
         for index in missing:
             _score_shard(config, cache, manifest, engine, index)
             progress.advance(tokens=cache.markers[index].tokens)
+        seconds = time.monotonic() - started_s
     finally:
         engine.close()
-    return sum(cache.markers[index].tokens for index in missing) / (time.monotonic() - started_s)
+    return sum(cache.markers[index].tokens for index in missing) / seconds
 
 
 def _measured(

@@ -17,9 +17,10 @@ from engine_cases import (
     random_sequences,
     tiny_model,
 )
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightopd.engines import head_scores
+from lightopd.engines.base import random_stream
 from lightopd.engines.describe import describe_engine
 from lightopd.engines.factory import load_engine
 from lightopd.engines.fake import exact_scores
@@ -107,6 +108,13 @@ def test_a_shared_prompt_gives_the_same_scores_for_fewer_tokens(family):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
 def test_prompts_are_not_shared_under_a_sliding_window(family):
     assert not prompts_can_be_shared(loaded_model(tiny_model(family)))
+
+
+def test_a_window_too_wide_to_show_in_a_trial_is_seen_all_the_same():
+    config = FAMILIES["mistral"]()
+    config.sliding_window = CONTEXT - 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not prompts_can_be_shared(loaded_model(model))
 
 
 def test_a_group_with_short_prompts_runs_plain():
@@ -231,6 +239,17 @@ def test_first_tokens_are_drawn_as_often_as_their_probability_says(temperature, 
     if top_p < 1:
         assert inside.sum() < VOCABULARY
         assert found_V[inside].min() > 0
+
+
+def test_every_token_is_drawn_with_the_next_number_of_its_rows_stream():
+    model = tiny_model("llama")
+    prompt = random_ids(np.random.default_rng(0), 5)
+    (sample,) = hf_engine(model).generate([prompt], SamplingConfig(max_tokens=12, seed=3), ["p0/4"], [])
+    logits_RV = own_logits(model, Sequence(prompt, sample.response_ids))
+    cumulative_RV = np.exp(logits_RV - logits_RV.max(1, keepdims=True)).cumsum(1)
+    uniforms_R = random_stream(3, "p0/4").random(12)
+    expected = (cumulative_RV <= uniforms_R[:, None] * cumulative_RV[:, -1:]).sum(1)
+    assert sample.response_ids.tolist() == expected.tolist()
 
 
 def test_a_draw_is_where_the_cumulative_distribution_passes_the_uniform_number():
