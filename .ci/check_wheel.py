@@ -48,8 +48,10 @@ from lightopd.pipelines import RECIPES
 recipes = sorted(RECIPES.rglob("*.yaml"))
 assert recipes, RECIPES
 for path in recipes:
-    if is_run_file(read_yaml(str(path))):
-        load_run([str(path)], [], {"out": "x"})
+    recipe = read_yaml(str(path))
+    if is_run_file(recipe):
+        given = {"out": "x", "teacher": "t", "student": "s", "prompts": recipe.get("prompts", "p.jsonl")}
+        load_run([str(path)], [], given)
     else:
         load_stage("train", [str(path)], [], {"cache": "x", "student": "x", "out": "y"})
 """

@@ -1,13 +1,15 @@
 """Loading models and reading their output layer."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 from engine_cases import CONTEXT, FAMILIES, VOCABULARY, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaForCausalLM
 
+from lightopd.engines.describe import model_limits
 from lightopd.engines.models import (
     check_head,
     choose_device,
@@ -146,6 +148,44 @@ def test_an_unknown_architecture_is_refused(folder):
 def test_an_adapter_folder_without_adapter_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"adapter_config\.json"):
         load(folder, adapter=tmp_path)
+
+
+def test_an_adapter_is_merged_into_the_model(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_model("llama"), settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load(folder, adapter=tmp_path / "adapter")
+    assert isinstance(merged, LlamaForCausalLM)
+    ids_BT = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        ours, theirs = merged(ids_BT).logits, adapted(ids_BT).logits
+        assert (ours - tiny_model("llama")(ids_BT).logits).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_peft_names_what_to_install(folder, tmp_path):
+    if importlib.util.find_spec("peft") is not None:
+        pytest.skip("peft is installed")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"lightopd\[adapters\]"):
+        load(folder, adapter=tmp_path)
+
+
+def test_limits_that_a_config_file_leaves_to_its_class_are_found(tmp_path):
+    text = {"model_type": "gemma3_text", "hidden_size": 2560}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    limits = model_limits(ModelConfig(path=str(tmp_path)))
+    defaults = Gemma3TextConfig()
+    assert limits.vocabulary_size == defaults.vocab_size
+    assert limits.context_length == defaults.max_position_embeddings
+
+
+def test_limits_that_nobody_names_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model", "vocab_size": 7}))
+    with pytest.raises(InputError, match="context length"):
+        model_limits(ModelConfig(path=str(tmp_path)))
 
 
 def test_an_unknown_device_is_refused():

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightopd.engines.base import Tail
@@ -110,5 +111,23 @@ def precision_of(model: ModelConfig) -> Precision:
 
 
 def _text_config(model: ModelConfig) -> dict[str, Any]:
-    config = read_json(model_folder(model).path / "config.json")
-    return {**config, **(config.get("text_config") or {})}
+    folder = model_folder(model).path
+    config = read_json(folder / "config.json")
+    text = {**config, **(config.get("text_config") or {})}
+    if "vocab_size" in text and any(key in text for key in CONTEXT_KEYS):
+        return text
+    # Some files, Gemma 3's among them, name only what differs from the defaults of their class.
+    return {**_class_defaults(folder, model.trust_remote_code), **text}
+
+
+def _class_defaults(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return {}
+    defaults: dict[str, Any] = config.get_text_config(decoder=True).to_dict()
+    return defaults
