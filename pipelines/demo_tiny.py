@@ -66,7 +66,9 @@ def run(
 
 def _settings(engine: str | None, seed: int) -> list[str]:
     sets = [f"prompts.seed={seed}", f"rollout.sampling.seed={seed}", f"train.seed={seed}"]
-    if engine:
+    if engine == "vllm":  # its CPU kernels have no head size of 24, the student's; the teacher's is 32
+        sets += ["precompute.engine.kind=vllm"]
+    elif engine:
         sets += [f"{stage}.engine.kind={engine}" for stage in ("rollout", "precompute", "eval")]
     return sets
 

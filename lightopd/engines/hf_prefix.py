@@ -26,7 +26,7 @@ from lightopd.schemas.records import Ids
 log = logging.getLogger(__name__)
 
 MIN_SAVED_SHARE = 0.2
-"""Share of a group's tokens that has to be saved; below it the mask costs more than that."""
+"""Share of a group's tokens that has to be saved; on a CPU, mask and cache cost about half of that."""
 
 Group = list[int]
 """Indices of sequences with one prompt."""
