@@ -1,17 +1,17 @@
 """What an evaluation measures: accuracy over k answers, and divergence from a teacher.
 
-B = sequences, T = positions, N = response positions, V = vocabulary; nats per token throughout.
+N = response positions of a batch, D = hidden size, V = vocabulary; nats per token throughout.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lightopd.engines.models import choose_device, head_of, last_hidden, load_model
+from lightopd.engines.batching import plan_batches
+from lightopd.engines.hf_hidden import num_inputs, plain_hidden
+from lightopd.engines.models import LoadedModel, choose_device, context_length_of, head_of, load_model
 from lightopd.errors import InputError
 from lightopd.schemas.configs import HfEngine, ModelConfig
 from lightopd.schemas.records import Sequence as TokenSequence
@@ -70,19 +70,20 @@ def divergence(
         InputError: the models' output layers differ in width, or no sequence has a response.
     """
     device = choose_device(engine.device)
-    models = load_model(student, device), load_model(teacher, device)
-    widths = tuple(head_of(model).weight_VD.shape[0] for model in models)
+    models = [_loaded(model, device) for model in (student, teacher)]
+    widths = [model.head.weight_VD.shape[0] for model in models]
     if widths[0] != widths[1]:
         raise InputError(
             f"{student.path} has {widths[0]} outputs, {teacher.path} has {widths[1]}; KL needs one width"
         )
     reverse = forward = 0.0
     count = 0
-    for batch in _batches(sequences, engine.batch_tokens):
-        hidden = [_response_hidden(model, batch, device) for model in models]
+    answered = [sequence for sequence in sequences if len(sequence.response_ids)]
+    for batch in plan_batches([num_inputs(sequence) for sequence in answered], engine.batch_tokens):
+        hidden = [plain_hidden(model, [answered[index] for index in batch]) for model in models]
         for start in range(0, len(hidden[0]), CHUNK_POSITIONS):
             s_NV, t_NV = (
-                head_of(model).logits(h_ND[start : start + CHUNK_POSITIONS]).log_softmax(-1)
+                model.head.logits(h_ND[start : start + CHUNK_POSITIONS]).log_softmax(-1)
                 for model, h_ND in zip(models, hidden, strict=True)
             )
             reverse += float((s_NV.exp() * (s_NV - t_NV)).sum(dtype=torch.float64))
@@ -93,37 +94,6 @@ def divergence(
     return Divergence(reverse / count, forward / count, count)
 
 
-def _batches(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
-    """Sequences by length, longest first, in batches of at most so many padded tokens."""
-    batch: list[TokenSequence] = []
-    longest = 1
-    for sequence in sorted(sequences, key=_length, reverse=True):
-        if batch and (len(batch) + 1) * longest > batch_tokens:
-            yield batch
-            batch = []
-        if not batch:
-            longest = max(1, _length(sequence))
-        batch.append(sequence)
-    if batch:
-        yield batch
-
-
-def _length(sequence: TokenSequence) -> int:
-    return len(sequence.prompt_ids) + len(sequence.response_ids)
-
-
-def _response_hidden(model: PreTrainedModel, batch: Sequence[TokenSequence], device: torch.device) -> Tensor:
-    """Hidden states [N, D] of the positions that predict response tokens, sequence after sequence."""
-    longest = max(_length(sequence) for sequence in batch)
-    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-    predicts_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, sequence in enumerate(batch):
-        length, prompt = _length(sequence), len(sequence.prompt_ids)
-        ids_BT[row, :length] = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids]))
-        mask_BT[row, :length] = 1
-        predicts_BT[row, prompt - 1 : length - 1] = True
-    hidden_BTD = last_hidden(
-        model, input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
-    )
-    return hidden_BTD[predicts_BT.to(device)]
+def _loaded(model: ModelConfig, device: torch.device) -> LoadedModel:
+    loaded = load_model(model, device)
+    return LoadedModel(loaded, head_of(loaded), device, context_length_of(loaded))

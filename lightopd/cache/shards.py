@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from lightopd.errors import OutputError
+from lightopd.files import flush
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import ShardMarker
 
@@ -177,7 +178,7 @@ def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        _flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise output_error(error, path, len(content)) from error
 
@@ -199,14 +200,6 @@ def output_error(error: OSError, path: Path, size_bytes: int) -> OutputError:
 def _free_bytes(path: Path) -> int:
     existing = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
     return shutil.disk_usage(existing).free
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _response_tokens(table: pa.Table) -> int:

@@ -6,7 +6,6 @@ It can be loaded as a model like any other; a run that goes on from it is the sa
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lightopd.cache.shards import output_error
 from lightopd.errors import OutputError, TrainingError
+from lightopd.files import flush
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
@@ -84,10 +84,10 @@ def save_checkpoint(
             save_file({name: tensor.contiguous() for name, tensor in anchor.items()}, part / ANCHOR_FILE)
         _write_state(part, state)
         for file in part.rglob("*"):
-            _flush(file)
+            flush(file)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        _flush(folder)
+        flush(folder)
     except OSError as error:
         raise output_error(error, final, _size_bytes(model)) from error
     except SafetensorError as error:
@@ -169,11 +169,11 @@ def export_student(checkpoint: Path, student: Path) -> None:
             checkpoint, part, ignore=shutil.ignore_patterns(STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE)
         )
         for file in part.rglob("*"):
-            _flush(file)
+            flush(file)
         if student.exists():
             student.rename(old)
         part.rename(student)
-        _flush(student.parent)
+        flush(student.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
@@ -226,14 +226,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     found = [(FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     numbered = [(int(match.group(1)), path) for match, path in found if match]
     return [path for _, path in sorted(numbered)]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size_bytes(model: nn.Module) -> int:
