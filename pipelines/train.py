@@ -117,6 +117,6 @@ def _report(
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*stale, *result.notes, *result.notes, *override_notes(overrides)),
+        notes=(*stale, *result.notes, *override_notes(overrides)),
         seconds=seconds,
     )

@@ -10,6 +10,7 @@ from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 
 Allowed = Literal[
@@ -146,82 +147,11 @@ class SamplingConfig(StrictModel):
     """Every rollout draws from its own stream, made from this seed, the prompt and the sample index."""
 
 
-class OptimizerConfig(StrictModel):
-    """AdamW and its schedule; the defaults are the run of arXiv 2604.13010."""
-
-    lr: float = Field(2e-6, gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Adam's decay rates."""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's denominator floor."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay, on matrices only (not on norms, biases and embeddings' scales)."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up from zero."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up; `linear` and `cosine` would reach zero one step after the last."""
-    clip_norm: float | None = Field(1.0, gt=0)
-    """Largest global gradient norm; none switches clipping off."""
-
-
-class StalenessLimits(StrictModel):
-    """When the cache no longer speaks about the student that is being trained."""
-
-    min_ess: float = Field(0.5, ge=0, le=1)
-    """Effective sample size of w = student now / student at rollout, as a share of the tokens."""
-    max_chi2: float = Field(1.0, ge=0)
-    """Chi-square of the student now against the student at rollout, per token: E[w^2] - 1."""
-    max_log_ratio: float = Field(0.2, ge=0)
-    """Mean log-probability lost on the cached tokens since they were sampled, in nats."""
-
-
 class StageConfig(StrictModel):
     """What every stage has."""
 
     allow: tuple[Allowed, ...] = ()
     """Refusals that are overridden; each is recorded in everything made afterwards."""
-
-
-class FinetuneConfig(StrictModel):
-    """How a student is fitted to answers or to a cache."""
-
-    steps: int = Field(150, ge=1)
-    """Optimiser steps."""
-    batch_sequences: int = Field(256, ge=1)
-    """Rollouts in one optimiser step, over all devices; a multiple of their number."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens in one forward pass on one device; changes memory and speed, never results."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimiser and schedule."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Lightning accelerator."""
-    devices: int = Field(1, ge=1)
-    """Devices on each node."""
-    nodes: int = Field(1, ge=1)
-    """Nodes."""
-    strategy: str = "auto"
-    """Lightning strategy, such as `ddp`."""
-    loader_workers: int = Field(0, ge=0)
-    """Processes that read the cache ahead of the trainer."""
-    shuffle_gib: float = Field(2.0, gt=0)
-    """Memory for decoded shards in each device or loader process; a larger cache is shuffled by windows."""
-    seed: int = Field(0, ge=0)
-    """Seed of the order of rollouts."""
-    held_out: int = Field(0, ge=0)
-    """Rollouts kept out of training, in whole prompts; the divergence on them goes to `metrics.csv`."""
-    held_out_every: int = Field(10, ge=1)
-    """Steps between measurements on the rollouts held out; the last step always makes one."""
-    checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept."""
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Lightning loggers beside `metrics.csv`, which is always written; their packages must be installed."""
 
 
 class SftConfig(StageConfig):

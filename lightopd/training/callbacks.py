@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from pydantic import JsonValue
 
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
 from lightopd.training.metrics import append_metrics
 from lightopd.training.module import StudentModule

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightopd.cache.reader import ShardColumns, SignalColumns
 from lightopd.errors import LightopdError
 from lightopd.objectives.batch import BatchTotals, RolloutBatch, SignalTokens
-from lightopd.schemas.configs import FinetuneConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.plan import CacheIndex, TrainingPlan, make_plan
 from lightopd.training.shards import ShardStore
 

@@ -6,12 +6,11 @@ Called again with the same settings it goes on from the newest whole checkpoint,
 """
 
 import contextlib
-import importlib.util
 import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,21 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from lightopd.cache.shards import output_error
-from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.cache.store import Cache
 from lightopd.engines.models import check_head, context_length_of, load_model
 from lightopd.errors import CacheError, ConfigError, TrainingError
-from lightopd.lineage import fingerprint_model
 from lightopd.objectives.needs import needs
 from lightopd.objectives.parts import Needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.objectives.validate import check_cache, warnings_of
-from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig, StalenessLimits
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress
 from lightopd.training.checkpoint import (
@@ -46,31 +44,16 @@ from lightopd.training.checkpoint import (
 )
 from lightopd.training.data import CacheData
 from lightopd.training.held_out import HeldOut, held_out_objective
+from lightopd.training.loggers import make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.plan import GIB, check_lengths, make_plan
+from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import ShardStore, check_shards
 from lightopd.training.student import prepare_student
 
 log = logging.getLogger(__name__)
-
-DECIDES_NOTHING = (
-    "steps",
-    "micro_batch_tokens",
-    "gradient_checkpointing",
-    "accelerator",
-    "devices",
-    "nodes",
-    "strategy",
-    "loader_workers",
-    "held_out_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "loggers",
-)
-"""Settings that may change between a checkpoint and the run that goes on from it: they move results by
-rounding at most (`steps` counts under a schedule that depends on it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +128,7 @@ def fit(
     _check_jump(objective, finetune)
     check_cache(objective, cache)
     _check_origin(cache, asked)
-    recipe = _recipe(cache, student, finetune, objective, asked)
+    recipe = recipe_of(cache, student, finetune, objective, asked)
     run = _Run(cache, student, out, finetune, objective, staleness, asked, recipe)
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
@@ -170,7 +153,7 @@ def _start(checkpoint: Path, state: TrainerState) -> Start:
 
 def _train(run: _Run, start: Start) -> Selected:
     """Train from where the run stands to the end; returns which rollouts were trained on."""
-    loggers = _loggers(run, start.step)
+    loggers = make_loggers(run.finetune.loggers, run.out, run.recipe, start.step)
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
     module = StudentModule(
@@ -294,29 +277,6 @@ def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Tra
     )
 
 
-def _recipe(
-    cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, asked: Needs
-) -> dict[str, JsonValue]:
-    """Everything that decides the trained weights, by dotted name."""
-    decisive = {*FinetuneConfig.model_fields} - {*DECIDES_NOTHING}
-    if finetune.optimizer.schedule != "constant":
-        decisive.add("steps")
-    return {
-        "cache": content_id(cache, asked.signals),
-        "student": fingerprint_model(student).identity,
-        **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in asked.answers},
-        **_flat(finetune.model_dump(mode="json", include=decisive)),
-        **_flat(objective.model_dump(mode="json"), "objective."),
-    }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, JsonValue]:
-    flat: dict[str, JsonValue] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
     if objective.jump is not None and not finetune.held_out:
         raise ConfigError(
@@ -331,23 +291,6 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
             f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
             f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
         )
-
-
-def _loggers(run: _Run, done: int) -> list[Logger]:
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-    for name in run.finetune.loggers:
-        if not any(importlib.util.find_spec(package) for package in packages[name]):
-            raise ConfigError(
-                f"logger {name} needs the package {packages[name][0]}, which is not installed; "
-                f"pip install {packages[name][0]}, or take {name} out of loggers"
-            )
-    loggers: list[Logger] = []
-    if "tensorboard" in run.finetune.loggers:
-        loggers.append(TensorBoardLogger(run.out, name="tensorboard", version="", purge_step=done + 1))
-    if "wandb" in run.finetune.loggers:
-        identity = canonical_hash([str(run.out.resolve()), run.recipe])[:16]
-        loggers.append(WandbLogger(name=run.out.name, save_dir=run.out, version=identity, resume="allow"))
-    return loggers
 
 
 def _export(out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightopd.schemas.configs import FinetuneConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data import Rows
 
 NAMED_ROLLOUTS = 8

@@ -25,7 +25,7 @@ from lightopd.objectives.callbacks import anchor_of, is_jump_step, jump
 from lightopd.objectives.compose import collect_statistics, compute_loss
 from lightopd.objectives.parts import Needs
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
-from lightopd.schemas.configs import FinetuneConfig, StalenessLimits
+from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.checkpoint import load_optimizer
 from lightopd.training.data import Rows, collate, count_totals, index_in_response, show

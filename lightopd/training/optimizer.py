@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightopd.schemas.configs import OptimizerConfig
+from lightopd.schemas.finetune import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.batch import BatchTotals
-from lightopd.schemas.configs import FinetuneConfig
+from lightopd.schemas.finetune import FinetuneConfig
 
 Integers = NDArray[np.int64]
 GIB = 2**30

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightopd.schemas.configs import StalenessLimits
+from lightopd.schemas.finetune import StalenessLimits
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightopd.errors import OutputError
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig, OptimizerConfig
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.callbacks import Progress
 from lightopd.training.checkpoint import (
@@ -44,7 +45,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lightopd.cache.store import open_cache
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.fit import fit
 cache, student, out, settings, objective = sys.argv[1:]

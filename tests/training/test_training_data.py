@@ -11,7 +11,7 @@ from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.errors import CacheError
 from lightopd.objectives.batch import BatchTotals
-from lightopd.schemas.configs import FinetuneConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data import CacheData, StepDataset, collate, gather
 from lightopd.training.plan import make_plan
 from lightopd.training.shards import ShardStore, check_shards, index_cache

@@ -6,7 +6,8 @@ import torch
 import transformers
 
 from lightopd.cache.reader import read_shard_columns
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig, OptimizerConfig
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives import MLE_OBJECTIVE
 from lightopd.training.fit import fit
 

@@ -15,7 +15,8 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig, OptimizerConfig, StalenessLimits
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.checkpoint import newest_checkpoint
 from lightopd.training.fit import fit

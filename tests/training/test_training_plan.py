@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightopd.errors import ConfigError, TrainingError
-from lightopd.schemas.configs import FinetuneConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.plan import CacheIndex, epoch_order, make_plan, pack
 
 ROOMY = 2**40

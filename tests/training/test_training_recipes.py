@@ -14,7 +14,8 @@ from lightopd.cache.store import open_cache, signal_folder
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.methods import read_method
 from lightopd.objectives.needs import needs
-from lightopd.schemas.configs import FinetuneConfig, ModelConfig, OptimizerConfig
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.checkpoint import newest_checkpoint
 from lightopd.training.fit import fit

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightopd.schemas.configs import OptimizerConfig, StalenessLimits
+from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.metrics import append_metrics, global_sums, keep_metrics, read_metrics
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer
 from lightopd.training.staleness import drift_metrics, drift_sums, exceeded_limits

@@ -1,0 +1,53 @@
+"""What decides the trained weights, so that a run goes on only under the settings it began with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import JsonValue
+
+from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.lineage import fingerprint_model
+from lightopd.objectives.parts import Needs
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.schemas.objectives import ObjectiveConfig
+
+DECIDES_NOTHING = (
+    "steps",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "accelerator",
+    "devices",
+    "nodes",
+    "strategy",
+    "loader_workers",
+    "held_out_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "loggers",
+)
+"""Settings that may change between a checkpoint and the run that goes on from it: they move results by
+rounding at most (`steps` counts under a schedule that depends on it)."""
+
+
+def recipe_of(
+    cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, asked: Needs
+) -> dict[str, JsonValue]:
+    """Everything that decides the trained weights, by dotted name."""
+    decisive = {*FinetuneConfig.model_fields} - {*DECIDES_NOTHING}
+    if finetune.optimizer.schedule != "constant":
+        decisive.add("steps")
+    return {
+        "cache": content_id(cache, asked.signals),
+        "student": fingerprint_model(student).identity,
+        **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in asked.answers},
+        **_flat(finetune.model_dump(mode="json", include=decisive)),
+        **_flat(objective.model_dump(mode="json"), "objective."),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, JsonValue]:
+    flat: dict[str, JsonValue] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
