@@ -6,8 +6,9 @@ prints one JSON line per figure: ours, against, ratio (ours / against) and the g
 random Llamas in float32, top-64: one with the width, heads and vocabulary of SmolLM2-135M and fewer layers,
 and a narrow one that costs almost nothing to run, so that what is done with the log-probabilities shows.
 
-Ours is `engine.score` with packing, compressing and writing of the shard. Against it stand vLLM's prompt
-log-probabilities of the same sequences in its flat form, and as dictionaries, both thrown away. All three
+Ours is `engine.score`, shard by shard, with packing, compressing and writing of each shard beside the scoring
+of the next, as `precompute` does it. Against it stand vLLM's prompt log-probabilities of the same sequences
+in its flat form, and as dictionaries, both thrown away. All three
 use one loaded vLLM and take turns; a ratio is the median over the rounds of the ratio within a round. Tokens
 are response tokens, seconds are wall-clock: vLLM works in processes of its own.
 """
@@ -29,13 +30,14 @@ from lightopd.cache.tables import scores_to_table
 from lightopd.engines.concurrency import run_all
 from lightopd.engines.vllm import ENTRY_BYTES, IN_FLIGHT_BYTES, VllmInProcess, load_vllm_engine
 from lightopd.engines.vllm_settings import scoring_params
+from lightopd.pipelines.overlap import make_and_write
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, VllmEngine
 
 TOP_K = 64
 CONTEXT = 1024
-NUM_SEQUENCES = 48
-NUM_ROUNDS = 5
+SHARD_SEQUENCES = 48
+NUM_ROUNDS = 4
 SMOLLM2 = {
     "vocab_size": 49_152,
     "hidden_size": 576,
@@ -52,7 +54,8 @@ NARROW = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-MODELS = {"smollm2 width": SMOLLM2, "narrow": NARROW}
+MODELS = {"smollm2 width": (SMOLLM2, 2), "narrow": (NARROW, 8)}
+"""Sizes, and number of shards."""
 
 
 def save_model(folder: Path, sizes: dict[str, int]) -> ModelConfig:
@@ -63,10 +66,10 @@ def save_model(folder: Path, sizes: dict[str, int]) -> ModelConfig:
     return ModelConfig(path=str(folder))
 
 
-def make_sequences(vocabulary: int) -> list[records.Sequence]:
+def make_sequences(vocabulary: int, count: int) -> list[records.Sequence]:
     """Short prompts, and responses of very mixed length (log-normal, median 60 tokens, at most 400)."""
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(np.log(60), 0.8, NUM_SEQUENCES), 1, 400).astype(int)
+    lengths = np.clip(random.lognormal(np.log(60), 0.8, count), 1, 400).astype(int)
 
     def ids(length: int) -> records.Ids:
         return random.integers(0, vocabulary, length).astype(np.int32)
@@ -75,10 +78,18 @@ def make_sequences(vocabulary: int) -> list[records.Sequence]:
 
 
 def score_and_write(engine: VllmInProcess, sequences: Sequence[records.Sequence], folder: Path) -> None:
-    """What `precompute` does with one shard."""
-    scores = engine.score(sequences, TOP_K)
-    table = scores_to_table([str(index) for index in range(len(sequences))], scores, "float16")
-    write_shard(folder, 0, table, kind="signals/teacher", fingerprint="benchmark")
+    """What `precompute` does with some shards."""
+
+    def write(shard: int, scores: list[records.Scores]) -> None:
+        table = scores_to_table([str(index) for index in range(len(scores))], scores, "float16")
+        write_shard(folder, shard, table, kind="signals/teacher", fingerprint="benchmark")
+
+    make_and_write(
+        range(len(sequences) // SHARD_SEQUENCES),
+        lambda shard: engine.score(sequences[shard * SHARD_SEQUENCES :][:SHARD_SEQUENCES], TOP_K),
+        write,
+        lambda shard: None,
+    )
 
 
 def bare_pass(engine: VllmInProcess, sequences: Sequence[records.Sequence], is_flat: bool) -> None:
@@ -101,9 +112,9 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started_s
 
 
-def measure(engine: VllmInProcess, folder: Path) -> dict[str, list[float]]:
+def measure(engine: VllmInProcess, folder: Path, num_shards: int) -> dict[str, list[float]]:
     """Response tokens per second of each contender, round by round."""
-    sequences = make_sequences(engine.vocabulary_size)
+    sequences = make_sequences(engine.vocabulary_size, num_shards * SHARD_SEQUENCES)
     tokens = sum(len(pair.response_ids) for pair in sequences)
     contenders: dict[str, Callable[[], Any]] = {
         "ours": lambda: score_and_write(engine, sequences, folder),
@@ -137,13 +148,13 @@ def report(model: str, rates: dict[str, list[float]], version: str) -> None:
 
 def main() -> None:
     """Measure on both models."""
-    for name, sizes in MODELS.items():
+    for name, (sizes, num_shards) in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             model = save_model(Path(folder) / "model", sizes)
             (Path(folder) / "shards").mkdir()
             engine = load_vllm_engine(VllmEngine(kv_cache_gib=1.0), model)
             try:
-                rates = measure(engine, Path(folder) / "shards")
+                rates = measure(engine, Path(folder) / "shards", num_shards)
             finally:
                 engine.close()
             report(name, rates, engine.record.version)

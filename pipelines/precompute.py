@@ -25,6 +25,7 @@ from lightopd.pipelines.copying import copy_rollouts
 from lightopd.pipelines.estimate import estimate
 from lightopd.pipelines.folders import save_config, writing
 from lightopd.pipelines.gap import gap_figures, verdict
+from lightopd.pipelines.overlap import make_and_write
 from lightopd.pipelines.progress import Progress
 from lightopd.pipelines.reports import Report, override_notes, save_report
 from lightopd.pipelines.sampling import LoadEngine
@@ -32,7 +33,7 @@ from lightopd.pipelines.sequences import read_sequences
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import SIGNAL_MANIFEST, NoiseFloor, SignalManifest
-from lightopd.schemas.records import Floats
+from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.tokens import load_tokenizer, stop_ids
 
@@ -118,9 +119,12 @@ def _score(
         create_signal(cache, manifest.model_copy(update=measured))
         started_s = time.monotonic()
         progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
-        for index in missing:
-            _score_shard(config, cache, manifest, engine, index)
-            progress.advance(tokens=cache.markers[index].tokens)
+        make_and_write(
+            missing,
+            lambda index: _score_shard(config, cache, engine, index),
+            lambda index, scored: _write_shard(config, cache, manifest, index, scored),
+            lambda index: progress.advance(tokens=cache.markers[index].tokens),
+        )
         seconds = time.monotonic() - started_s
     finally:
         engine.close()
@@ -141,14 +145,23 @@ def _measured(
 
 
 def _score_shard(
-    config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, engine: Engine, index: int
-) -> None:
+    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int
+) -> tuple[list[str], list[Scores]]:
     ids, sequences = read_sequences(cache, index)
-    scores = engine.score(sequences, config.top_k, config.min_probability)
+    return ids, engine.score(sequences, config.top_k, config.min_probability)
+
+
+def _write_shard(
+    config: PrecomputeConfig,
+    cache: Cache,
+    manifest: SignalManifest,
+    index: int,
+    scored: tuple[list[str], list[Scores]],
+) -> None:
     write_shard(
         signal_folder(cache.path, config.signal),
         index,
-        scores_to_table(ids, scores, config.topk_dtype),
+        scores_to_table(*scored, config.topk_dtype),
         kind=f"signals/{config.signal}",
         fingerprint=manifest.fingerprint(),
     )
