@@ -90,6 +90,16 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context", help="Show the model another prompt: a template's name or Jinja text; see --prompts."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="With --context: the rollouts' prompts and the template's columns."),
+    ] = None,
     cross_check: Annotated[
         int | None,
         typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
@@ -107,8 +117,17 @@ def precompute(
 
     Example: lightopd precompute --cache runs/cache --teacher T --top-k 32
     """
-    flags = {"cache": cache, "rollouts": rollouts, "teacher": teacher, "signal": signal, "top_k": top_k}
+    flags: dict[str, Any] = {
+        "cache": cache,
+        "rollouts": rollouts,
+        "teacher": teacher,
+        "signal": signal,
+        "top_k": top_k,
+    }
     flags["cross_check"] = cross_check
+    shown = {"template": context, "prompts": prompts}
+    if any(shown.values()):
+        flags["context"] = {name: value for name, value in shown.items() if value is not None}
     _run_stage(
         "precompute",
         config,

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -21,27 +22,31 @@ ID_CHARS = 32
 Row = tuple[int, dict[str, Any]]
 
 
-def load_prompts(config: PromptsConfig) -> list[Prompt]:
+def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Prompt]:
     """All prompts of a source, in its order, at most `limit`; no two share a `prompt_id`.
+
+    With `all_columns`, a file's columns beyond `COLUMNS` are kept in `Prompt.metadata`.
 
     Raises:
         InputError: a file is missing, empty or broken; the message names file, row and remedy.
         ConfigError: an unknown task, verifier or setting, or a package that is not installed.
     """
     if isinstance(config, FilePrompts):
-        return _from_file(config)
+        return _from_file(config, all_columns)
     if isinstance(config, ReasoningGymPrompts):
         return _from_reasoning_gym(config)
     return _from_running_totals(config)
 
 
-def _from_file(config: FilePrompts) -> list[Prompt]:
-    """Prompts of a file; its columns beyond `COLUMNS` are not read."""
+def _from_file(config: FilePrompts, all_columns: bool) -> list[Prompt]:
     find_verifier(config.verifier)
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, row in islice(_rows(config.path), config.limit):
+    for number, row in islice(_rows(config.path, all_columns), config.limit):
         prompt = _prompt_of(row, f"{config.path}, row {number}", config.verifier)
+        if all_columns:
+            further = {name: value for name, value in row.items() if name not in COLUMNS}
+            prompt = replace(prompt, metadata=further)
         if prompt.prompt_id in seen:
             what = f"has id {prompt.prompt_id!r}" if row.get("id") is not None else "holds the same prompt"
             raise InputError(
@@ -55,7 +60,7 @@ def _from_file(config: FilePrompts) -> list[Prompt]:
     return prompts
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, all_columns: bool) -> Iterator[Row]:
     readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -65,13 +70,13 @@ def _rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise InputError(f"no prompt file {path}; check the path")
     try:
-        yield from reader(path)
+        yield from reader(path, all_columns)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """Rows by line number from 1; empty lines are skipped and counted."""
+def _jsonl_rows(path: Path, _: bool) -> Iterator[Row]:
+    """Rows by line number from 1, with all their keys; empty lines are skipped and counted."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -90,16 +95,17 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             yield number, row
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, all_columns: bool) -> Iterator[Row]:
     """Rows by position from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+        there = file.schema_arrow.names
+        columns = [name for name in there if all_columns or name in COLUMNS]
         if not {"prompt", "messages"} & set(columns):
-            raise InputError(f"{path} has columns {file.schema_arrow.names}; it needs `prompt` or `messages`")
+            raise InputError(f"{path} has columns {there}; it needs `prompt` or `messages`")
         batches = (batch for batch in file.iter_batches(columns=columns))
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except pa.ArrowException as error:

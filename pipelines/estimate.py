@@ -6,6 +6,7 @@ from collections.abc import Callable
 from lightopd.cache.shards import shard_bytes
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import scores_to_table
+from lightopd.contexts import Contexts
 from lightopd.engines.base import Engine
 from lightopd.pipelines.reports import Report
 from lightopd.pipelines.sequences import read_sequences
@@ -20,6 +21,7 @@ def estimate(
     cache: Cache,
     tokens_per_s: float | None,
     load: Callable[[EngineConfig, ModelConfig], Engine],
+    contexts: Contexts | None = None,
 ) -> Report:
     """Tokens, bytes and hours of `precompute`, at the given rate or at one measured on a few rollouts.
 
@@ -27,7 +29,7 @@ def estimate(
     """
     tokens = cache.num_tokens
     if tokens_per_s is None:
-        tokens_per_s, bytes_per_token = _measure(config, cache, load)
+        tokens_per_s, bytes_per_token = _measure(config, cache, load, contexts)
         basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
     else:
         bytes_per_token = _columns_bytes(config)
@@ -48,9 +50,12 @@ def estimate(
 
 
 def _measure(
-    config: PrecomputeConfig, cache: Cache, load: Callable[[EngineConfig, ModelConfig], Engine]
+    config: PrecomputeConfig,
+    cache: Cache,
+    load: Callable[[EngineConfig, ModelConfig], Engine],
+    contexts: Contexts | None,
 ) -> tuple[float, float]:
-    ids, sequences = read_sequences(cache, 0)
+    ids, sequences = read_sequences(cache, 0, contexts)
     ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
     engine = load(config.engine, config.teacher)
     try:

@@ -9,14 +9,16 @@ second teacher or a reference model is added later without touching what is ther
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from lightopd.cache.index import build_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
-from lightopd.checks import check_teacher, check_tokenizer, precision_note
+from lightopd.checks import check_student, check_teacher, check_tokenizer, precision_note
+from lightopd.contexts import Contexts, check_lengths, describe_context, render_contexts, write_contexts
 from lightopd.engines.base import Engine
-from lightopd.engines.describe import describe_engine, model_limits, tail_of
+from lightopd.engines.describe import ModelLimits, describe_engine, model_limits, tail_of
 from lightopd.engines.factory import load_engine
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -29,10 +31,10 @@ from lightopd.pipelines.overlap import make_and_write
 from lightopd.pipelines.progress import Progress
 from lightopd.pipelines.reports import Report, override_notes, save_report
 from lightopd.pipelines.sampling import LoadEngine
-from lightopd.pipelines.sequences import read_sequences
+from lightopd.pipelines.sequences import read_prompts, read_sequences
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
-from lightopd.schemas.manifest import SIGNAL_MANIFEST, NoiseFloor, SignalManifest
+from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.tokens import load_tokenizer, stop_ids
@@ -53,12 +55,12 @@ def run(
     """
     started_s = time.monotonic()
     source = open_cache(config.rollouts or config.cache, signals=())
-    manifest = _manifest(config, source)
+    manifest, contexts = _manifest(config, source)
     if dry_run:
-        return estimate(config, source, tokens_per_s, load)
+        return estimate(config, source, tokens_per_s, load, contexts)
     with writing(config.cache):
         cache = copy_rollouts(source, config.cache) if config.rollouts else source
-        tokens_per_s = _score(config, cache, manifest, load)
+        tokens_per_s = _score(config, cache, manifest, contexts, load)
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
         report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
@@ -67,8 +69,8 @@ def run(
     return report
 
 
-def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
-    """The signal's contract, after every refusal has had its say."""
+def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, Contexts | None]:
+    """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     if config.top_k > limits.vocabulary_size:
         raise ConfigError(
@@ -81,9 +83,12 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
     overrides = cache.manifest.overrides
     if config.role == "teacher":
         overrides += check_teacher(cache.manifest.sft, teacher, config.allow, "precompute")
+    elif config.role == "self":
+        overrides += check_student(cache.manifest.sampler, teacher, config.allow, "precompute")
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
     engine, precision = describe_engine(config.engine, config.teacher)
-    return SignalManifest(
+    contexts = _contexts(config, cache, tokenizer, limits)
+    manifest = SignalManifest(
         schema_version=SCHEMA_VERSION,
         name=config.signal,
         role=config.role,
@@ -91,6 +96,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
         model=teacher,
         precision=precision,
         tokenizer=found,
+        context=describe_context(config.context, contexts) if config.context and contexts else PLAIN,
         top_k=config.top_k,
         min_probability=config.min_probability,
         topk_dtype=config.topk_dtype,
@@ -98,10 +104,25 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> SignalManifest:
         engine=engine,
         overrides=overrides,
     )
+    return manifest, contexts
+
+
+def _contexts(config: PrecomputeConfig, cache: Cache, tokenizer: Any, limits: ModelLimits) -> Contexts | None:
+    """What the model is shown before each response; None for the student's own prompts."""
+    if config.context is None:
+        return None
+    own, longest = read_prompts(cache)
+    contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
+    check_lengths(contexts, longest, limits.context_length, config.teacher.path)
+    return contexts
 
 
 def _score(
-    config: PrecomputeConfig, cache: Cache, manifest: SignalManifest, load: LoadEngine
+    config: PrecomputeConfig,
+    cache: Cache,
+    manifest: SignalManifest,
+    contexts: Contexts | None,
+    load: LoadEngine,
 ) -> float | None:
     """Score what is missing; response tokens per second, writing included, or None when nothing was."""
     folder = signal_folder(cache.path, config.signal)
@@ -111,17 +132,19 @@ def _score(
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
         return None
-    checked = read_sequences(cache, missing[0])[1]
+    checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
         create_signal(cache, manifest.model_copy(update=measured))
+        if contexts is not None:
+            write_contexts(folder, contexts, load_tokenizer(config.teacher))
         started_s = time.monotonic()
         progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
         make_and_write(
             missing,
-            lambda index: _score_shard(config, cache, engine, index),
+            lambda index: _score_shard(config, cache, engine, index, contexts),
             lambda index, scored: _write_shard(config, cache, manifest, index, scored),
             lambda index: progress.advance(tokens=cache.markers[index].tokens),
         )
@@ -145,9 +168,9 @@ def _measured(
 
 
 def _score_shard(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int
+    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
-    ids, sequences = read_sequences(cache, index)
+    ids, sequences = read_sequences(cache, index, contexts)
     return ids, engine.score(sequences, config.top_k, config.min_probability)
 
 

@@ -11,6 +11,7 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, open_cache, signal_folder
 from lightopd.cache.tables import flat_column
 from lightopd.config import build, read_yaml
+from lightopd.contexts import Contexts, read_contexts
 from lightopd.engines.base import Engine
 from lightopd.engines.factory import load_engine
 from lightopd.engines.noise import compare, measure_noise
@@ -45,10 +46,12 @@ def rescore(
     started_s = time.monotonic()
     cache = open_cache(path, signals=[signal])
     config = _settings_of(cache, signal, teacher)
+    described = cache.signals[signal].manifest.context
+    contexts = read_contexts(signal_folder(path, signal), described)
     engine = load(config.engine, config.teacher)
     try:
-        cached, again = _score_again(cache, signal, count, engine)
-        noise = measure_noise(engine, read_sequences(cache, cache.shards[0])[1])
+        cached, again = _score_again(cache, signal, count, engine, contexts)
+        noise = measure_noise(engine, read_sequences(cache, cache.shards[0], contexts)[1])
     finally:
         engine.close()
     found, limit = compare(cached, again), max(ROUNDING_NATS, TIMES_NOISE * noise.max_nats)
@@ -63,7 +66,9 @@ def rescore(
     return Report("verify", str(path), figures, notes=(note,), seconds=time.monotonic() - started_s), agrees
 
 
-def _score_again(cache: Cache, signal: str, count: int, engine: Engine) -> tuple[list[Floats], list[Floats]]:
+def _score_again(
+    cache: Cache, signal: str, count: int, engine: Engine, contexts: Contexts | None
+) -> tuple[list[Floats], list[Floats]]:
     cached: list[Floats] = []
     again: list[Floats] = []
     num_shards = len(cache.shards)
@@ -71,7 +76,7 @@ def _score_again(cache: Cache, signal: str, count: int, engine: Engine) -> tuple
         share = count * (place + 1) // num_shards - count * place // num_shards
         if share == 0:
             continue
-        sequences = read_sequences(cache, shard)[1][:share]
+        sequences = read_sequences(cache, shard, contexts)[1][:share]
         again += [scores.logprobs for scores in engine.score(sequences, 0)]
         cached += _cached_logprobs(cache, signal, shard, sequences)
     return cached, again

@@ -55,7 +55,7 @@ def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tu
     overrides = check_student(cache.manifest.sampler, student, config.allow, "train")
     for name in teachers_of(config.objective):
         signal = cache.signals[name].manifest
-        if signal.role != "teacher":  # precompute did not hold it to teacher consistency
+        if signal.role not in ("teacher", "self"):  # precompute held it to neither
             overrides += check_teacher(cache.manifest.sft, signal.model, config.allow, "train")
     tokenizer = load_tokenizer(config.student)
     found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.student))

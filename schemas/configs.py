@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.contexts import SHIPPED_TEMPLATES
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
@@ -132,6 +133,29 @@ PromptsConfig = Annotated[
 ]
 
 
+class ContextConfig(StrictModel):
+    """Another prompt for the scoring model, over the same response ids."""
+
+    template: str
+    """A shipped template (`privileged`, `answer`, `hint`, `state`, `evidence`) or Jinja text of your own."""
+    prompts: PromptsConfig
+    """Where the rollouts' prompts came from, with the further columns that the template names."""
+    turn: Literal["user", "system"] = "user"
+    """`user` replaces the last user turn; `system` is put in as the first turn of the conversation."""
+
+    _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_known_or_jinja(cls, template: str) -> str:
+        if template not in SHIPPED_TEMPLATES and "{{" not in template:
+            raise ValueError(
+                f"no template {template!r}; shipped are {', '.join(SHIPPED_TEMPLATES)}, and a text of your "
+                "own names at least one variable, such as {{ solution }}"
+            )
+        return template
+
+
 class SamplingConfig(StrictModel):
     """The sampling contract; it is stored with the rollouts."""
 
@@ -212,11 +236,13 @@ class PrecomputeConfig(StageConfig):
     rollouts: Path | None = None
     """Cache folder to take the rollouts from, when it is another; they are copied and checked."""
     teacher: ModelConfig
-    """The model that scores; refused unless it wrote the student's fine-tuning data."""
+    """The model that scores; refused unless it is what `role` says."""
     signal: str = Field("teacher", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the signal; several signals live side by side in one cache."""
-    role: Literal["teacher", "reference"] = "teacher"
-    """A `reference` (base model, student at rollout) is not held to teacher consistency."""
+    role: Literal["teacher", "self", "reference"] = "teacher"
+    """`teacher` wrote the fine-tuning data; `self` sampled the rollouts; `reference` is held to neither."""
+    context: ContextConfig | None = None
+    """Show the scoring model another prompt than the student's; none scores under the student's own."""
     top_k: int = Field(32, ge=0)
     """Most likely tokens kept at each position; 0 keeps the sampled token only."""
     min_probability: float = Field(0.0, ge=0.0, lt=1.0)

@@ -15,6 +15,8 @@ from lightopd.schemas.configs import Allowed, SamplingConfig
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
 STUDENT_LINEAGE = "lightopd_student.json"
+PLAIN: dict[str, JsonValue] = {"kind": "plain"}
+"""Context of a signal whose model saw the student's own prompt."""
 
 
 class ModelFingerprint(StrictModel):
@@ -169,8 +171,8 @@ class SignalManifest(StrictModel):
     """Layout version; a newer one is refused."""
     name: str
     """Name of the signal and of its folder."""
-    role: Literal["teacher", "reference", "imported"]
-    """A `teacher` was held to teacher consistency."""
+    role: Literal["teacher", "self", "reference", "imported"]
+    """A `teacher` was held to teacher consistency, a `self` to be the model that sampled."""
     rollouts: str
     """Fingerprint of the cache manifest whose rollouts were scored."""
     model: ModelFingerprint | None
@@ -179,8 +181,9 @@ class SignalManifest(StrictModel):
     """How it was run."""
     tokenizer: TokenizerFingerprint | None
     """Its tokenizer."""
-    context: dict[str, JsonValue] = {"kind": "plain"}
-    """What the model saw before the response: `plain` is the student's own prompt."""
+    context: dict[str, JsonValue] = PLAIN
+    """What the model saw before the response: `plain` is the student's own prompt; `template` has the text
+    of the template, the turn it fills, and the hash of all rendered prompts."""
     top_k: int = Field(ge=0)
     """Most entries kept at a position."""
     min_probability: float = Field(0.0, ge=0)

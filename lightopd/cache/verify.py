@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import marker_path, read_marker, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
-from lightopd.checks import check_teacher, check_tokenizer
+from lightopd.checks import check_student, check_teacher, check_tokenizer
+from lightopd.contexts import CONTEXTS, read_contexts
 from lightopd.errors import CacheError, LineageError
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
@@ -64,6 +65,7 @@ def verify(path: Path) -> list[Finding]:
         return [Finding(CACHE_MANIFEST, None, str(error))]
     signals, findings = _signal_manifests(path)
     findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
+    findings += [finding for signal in signals for finding in _context_findings(path, signal)]
     findings += _stray_shards(path, manifest, signals)
     seen: set[str] = set()
     for index in range(manifest.num_shards):
@@ -105,11 +107,21 @@ def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterat
     try:
         if signal.role == "teacher":
             check_teacher(manifest.sft, signal.model, overridden, "verify")
+        if signal.role == "self" and signal.model is not None:
+            check_student(manifest.sampler, signal.model, overridden, "verify")
         if signal.tokenizer is not None:
             check_tokenizer(manifest.tokenizer, signal.tokenizer, overridden, "verify")
     except LineageError as error:
         what = str(error).removeprefix("verify refused: ").partition("; ")[0]
         yield Finding(file, None, f"{what}, and no override says so")
+
+
+def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
+    folder = signal_folder(path, signal.name)
+    try:
+        read_contexts(folder, signal.context)
+    except CacheError as error:
+        yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
 
 
 def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManifest]) -> Iterator[Finding]:

@@ -44,6 +44,10 @@ COLUMN_SOURCES = {
 """Column -> its name on disk, what it is, and what makes it."""
 
 
+CONTEXT_SIGNALS = ("privileged", "negative")
+"""Names that the recipes give to signals whose model saw another prompt than the student."""
+
+
 def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     """What the cache has of the columns that `wanted` names, and all its signals."""
     signals = {name: signal.manifest.top_k for name, signal in cache.signals.items()}
@@ -106,6 +110,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     if name in facts.signals and facts.signals[name] >= size:
         return None
     role = "" if name in teachers_of(config) else " --set role=reference"
+    if name in CONTEXT_SIGNALS:
+        role += " --context privileged --prompts PROMPTS"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
     if name not in facts.signals:
