@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -142,7 +143,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
-            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, shown))
+            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, _ids(shown)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -255,7 +256,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
         bad = [rows for rows, is_finite in zip(micro_batches, values, strict=True) if not is_finite]
-        raise TrainingError(not_finite(f"loss ({loss})", self.step, bad))
+        raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad)))
 
     def _publish(self, means: Mapping[str, float], tokens: float, others: Mapping[str, float]) -> None:
         """Make the step's metrics and hand them to Lightning's loggers."""
@@ -284,6 +285,16 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             log.warning(STALE, self.step, ", ".join(passed))
             self._has_warned = True
         return {**drift, "stale": int(bool(passed))}
+
+
+def _ids(micro_batches: Sequence[Rows]) -> list[str]:
+    """Rollouts in these micro-batches of all ranks, so that any rank can name them."""
+    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
+    if not (dist.is_available() and dist.is_initialized()):
+        return ids
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ids)
+    return [rollout_id for found in everywhere for rollout_id in found]
 
 
 def _mean(name: str, total: float, weight: float) -> float:
