@@ -130,7 +130,7 @@ def train(
     devices: Annotated[int | None, typer.Option("--devices", help="Devices on each node.")] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Nodes.")] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="How devices share the work: auto, ddp.")
+        str | None, typer.Option("--strategy", help="How devices share the work: auto, ddp or fsdp.")
     ] = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,

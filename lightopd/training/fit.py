@@ -52,7 +52,7 @@ from lightopd.training.processes import as_worker, is_main, is_worker, must_star
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import ShardStore, check_shards
-from lightopd.training.strategies import environments, refusals_told
+from lightopd.training.strategies import check_strategy, environments, make_strategy, refusals_told
 from lightopd.training.student import prepare_student
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ def _fit(
     asked = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
     _check_jump(objective, finetune)
+    check_strategy(finetune, objective)
     check_cache(objective, cache)
     _check_origin(cache, asked)
     recipe = recipe_of(cache, student, finetune, objective, asked)
@@ -282,7 +283,7 @@ def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Tra
             accelerator={"auto": "gpu" if has_gpu else "cpu"}.get(finetune.accelerator, finetune.accelerator),
             devices=finetune.devices,
             num_nodes=finetune.nodes,
-            strategy=finetune.strategy,
+            strategy=make_strategy(finetune),
             plugins=environments(),
             precision=finetune.precision,
             max_epochs=1,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
@@ -34,7 +35,9 @@ from lightopd.training.held_out import HeldOut, held_out_loss
 from lightopd.training.messages import no_memory, not_finite
 from lightopd.training.metrics import global_sums
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from lightopd.training.sharded import shard_student
 from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
+from lightopd.training.strategies import FSDP
 from lightopd.training.student import student_sums, student_tokens
 
 log = logging.getLogger(__name__)
@@ -101,8 +104,14 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self._held_out_rows: list[Rows] = []
+        self._idle_rows: list[Rows] = []
         self._step_began_s = 0.0
         self._has_warned = False
+
+    def configure_model(self) -> None:
+        """Shard the student over the devices, where the strategy does."""
+        if self.finetune.strategy == FSDP and not isinstance(self.student, FSDPModule):
+            shard_student(self.student, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student."""
@@ -113,7 +122,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, self.student, self.optimizers(use_pl_optimizer=False))
         if self.held_out is not None:
-            self._held_out_rows = self.held_out.rows(self.global_rank, self.trainer.world_size)
+            place = (self.global_rank, self.trainer.world_size)
+            self._held_out_rows = self.held_out.rows(*place)
+            if isinstance(self.student, FSDPModule):
+                self._idle_rows = self.held_out.idle_rows(*place)
         if self.objective.jump is not None and self.anchor is None:
             self.anchor = self._anchor()
         self._step_began_s = time.monotonic()
@@ -226,6 +238,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
+        with torch.no_grad():
+            for rows in self._idle_rows:
+                student_tokens(self.student, collate(rows, self.device), ())
         return held_out_loss(
             self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
         )

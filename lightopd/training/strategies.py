@@ -5,9 +5,14 @@ from collections.abc import Iterator
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.schemas.objectives import ObjectiveConfig
+
+FSDP = "fsdp"
+"""Name of the strategy that shards weights, gradients and moments over all devices."""
 
 
 @contextlib.contextmanager
@@ -33,3 +38,23 @@ def environments() -> list[SLURMEnvironment]:
         return []
     # Its way to requeue a job keeps a checkpoint of its own; here the same command goes on from the run's.
     return [SLURMEnvironment(auto_requeue=False)]
+
+
+def check_strategy(finetune: FinetuneConfig, objective: ObjectiveConfig) -> None:
+    """Refuse what a strategy cannot do.
+
+    Raises:
+        ConfigError: the objective jumps along whole weights, and no device has them.
+    """
+    if finetune.strategy == FSDP and objective.jump is not None:
+        raise ConfigError("the objective jumps, which needs whole weights on a device; set strategy to ddp")
+
+
+def make_strategy(finetune: FinetuneConfig) -> str | Strategy:
+    """What the trainer is given for the name in the settings.
+
+    Lightning's own `fsdp` is the older FSDP1; here it is FSDP2, which Lightning leaves the module to apply.
+    """
+    if finetune.strategy != FSDP:
+        return finetune.strategy
+    return ModelParallelStrategy(finetune.devices * finetune.nodes, 1, save_distributed_checkpoint=False)
