@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def show_report(report: "Report", as_json: bool = False) -> None:
     """The report on stdout: one JSON line, or aligned lines for people."""
-    from lightopd.pipelines.folders import is_main
+    from lightopd.training.processes import is_main
 
     if not is_main():
         return

@@ -148,6 +148,9 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
     devices: Annotated[int | None, typer.Option("--devices", help="Devices on each node.")] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Nodes.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="How devices share the work: auto, ddp or fsdp.")
+    ] = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -163,6 +166,7 @@ def train(
         "steps": steps,
         "devices": devices,
         "nodes": nodes,
+        "strategy": strategy,
     }
     _run_stage("train", config, sets, {**flags, "allow": allow or None}, as_json, dry_run=dry_run)
 

@@ -10,20 +10,9 @@ from pathlib import Path
 from lightopd.config import as_yaml
 from lightopd.errors import OutputError
 from lightopd.schemas.base import StrictModel
+from lightopd.training.processes import is_main
 
 LOCK = ".lightopd.lock"
-RANKS = ("RANK", "LOCAL_RANK")
-
-
-def is_main() -> bool:
-    """Whether this is the first, or the only, process of a run; the others write nothing.
-
-    On several devices Lightning starts the same command once more for each, with its rank in the environment.
-    """
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
-    if rank is None and os.environ.get("SLURM_NTASKS", "1") != "1":
-        rank = os.environ.get("SLURM_PROCID")
-    return rank in (None, "0")
 
 
 def leave_unless(is_main: bool) -> None:

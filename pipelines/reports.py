@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from lightopd.pipelines.folders import is_main
 from lightopd.schemas.manifest import Override
+from lightopd.training.processes import is_main
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.checks import check_tokenizer
 from lightopd.engines.factory import load_engine
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
-from lightopd.pipelines.folders import is_main, leave_unless, save_config, writing
+from lightopd.pipelines.folders import leave_unless, save_config, writing
 from lightopd.pipelines.reports import Report, save_report
 from lightopd.pipelines.sampling import (
     LoadEngine,
@@ -30,6 +30,7 @@ from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, St
 from lightopd.schemas.objectives import MLE_OBJECTIVE
 from lightopd.tokens import load_tokenizer, stop_ids
 from lightopd.training.fit import fit
+from lightopd.training.processes import is_main
 
 
 def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:

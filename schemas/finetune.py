@@ -59,7 +59,7 @@ class FinetuneConfig(StrictModel):
     nodes: int = Field(1, ge=1)
     """Nodes."""
     strategy: str = "auto"
-    """Lightning strategy, such as `ddp`."""
+    """How devices share the work: `auto` and `ddp` copy the student, `fsdp` shards it."""
     loader_workers: int = Field(0, ge=0)
     """Processes that read the cache ahead of the trainer."""
     shuffle_gib: float = Field(2.0, gt=0)

@@ -15,6 +15,7 @@ from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
 from lightopd.training.metrics import append_metrics
 from lightopd.training.module import StudentModule
+from lightopd.training.sharded import gather
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
         is_last = module.step == self.finetune.steps
         if module.step % self.finetune.checkpoint_every and not is_last:
             return
+        optimizer = module.optimizers(use_pl_optimizer=False)
+        gathered = gather(module.student, optimizer, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             state = TrainerState(step=module.step, recipe=self.recipe, objective=asdict(module.state))
-            optimizer = module.optimizers(use_pl_optimizer=False)
-            path = save_checkpoint(self.folder, module.student, optimizer, self.student, state, module.anchor)
+            path = save_checkpoint(
+                self.folder, module.student, optimizer, self.student, state, module.anchor, gathered
+            )
             prune_checkpoints(self.folder, self.finetune.keep_checkpoints)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()

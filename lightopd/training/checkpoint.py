@@ -25,6 +25,7 @@ from lightopd.files import flush
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
+from lightopd.training.sharded import Gathered, placed_like
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def save_checkpoint(
     student: ModelConfig,
     state: TrainerState,
     anchor: Mapping[str, Tensor] | None = None,
+    gathered: Gathered | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all, and return it.
 
@@ -68,6 +70,7 @@ def save_checkpoint(
         student: where tokenizer and generation settings are copied from.
         state: step and identity of the run.
         anchor: weights that the next jump starts from, where the objective jumps.
+        gathered: whole tensors of a sharded `model` and its `optimizer`.
 
     Raises:
         OutputError: no space or no permission; older checkpoints are untouched.
@@ -78,8 +81,9 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         copy_companions(student, part)
-        model.save_pretrained(part)
-        save_file(_optimizer_tensors(model, optimizer), part / OPTIMIZER_FILE)
+        model.save_pretrained(part, state_dict=gathered.weights if gathered else None)
+        moments = gathered.moments if gathered else _optimizer_tensors(model, optimizer)
+        save_file(moments, part / OPTIMIZER_FILE)
         if anchor is not None:
             save_file({name: tensor.contiguous() for name, tensor in anchor.items()}, part / ANCHOR_FILE)
         _write_state(part, state)
@@ -125,8 +129,8 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
         if f"step/{name}" in tensors:
             optimizer.state[parameter] = {
                 "step": tensors[f"step/{name}"],
-                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+                "exp_avg": placed_like(tensors[f"exp_avg/{name}"], parameter),
+                "exp_avg_sq": placed_like(tensors[f"exp_avg_sq/{name}"], parameter),
             }
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,11 @@ from lightopd.training.loggers import make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.plan import GIB, check_lengths, make_plan
+from lightopd.training.processes import as_worker, is_main, is_worker, must_start, report, start_workers
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import ShardStore, check_shards
+from lightopd.training.strategies import check_strategy, environments, make_strategy, refusals_told
 from lightopd.training.student import prepare_student
 
 log = logging.getLogger(__name__)
@@ -124,8 +126,22 @@ def fit(
         OutputError: no space or no permission; the last checkpoint is kept.
         KeyboardInterrupt: after a clean stop; the last checkpoint is kept.
     """
+    with as_worker():
+        return _fit(cache, student, out, finetune, objective, staleness)
+
+
+def _fit(
+    cache: Cache,
+    student: ModelConfig,
+    out: Path,
+    finetune: FinetuneConfig,
+    objective: ObjectiveConfig,
+    staleness: StalenessLimits | None,
+) -> FitResult:
     asked = needs(objective)
+    starts_workers = not is_worker() and must_start(finetune)
     _check_jump(objective, finetune)
+    check_strategy(finetune, objective)
     check_cache(objective, cache)
     _check_origin(cache, asked)
     recipe = recipe_of(cache, student, finetune, objective, asked)
@@ -139,11 +155,12 @@ def fit(
             f"{out} has a checkpoint of step {start.step}, and steps is {finetune.steps}; set steps to "
             f"{start.step} or more, or choose another out folder"
         )
-    selected = _train(run, start) if start.step < finetune.steps else None
-    is_main = rank_zero_only.rank == 0
-    if is_main:
+    said: Mapping[str, Any] = {}
+    if start.step < finetune.steps:
+        said = start_workers(finetune) if starts_workers else _train(run, start)
+    if is_main():
         _export(out)
-    return _result(out, finetune.steps, selected, is_main)
+    return _result(out, finetune.steps, said)
 
 
 def _start(checkpoint: Path, state: TrainerState) -> Start:
@@ -151,8 +168,8 @@ def _start(checkpoint: Path, state: TrainerState) -> Start:
     return Start(state.step, checkpoint, objective, load_anchor(checkpoint))
 
 
-def _train(run: _Run, start: Start) -> Selected:
-    """Train from where the run stands to the end; returns which rollouts were trained on."""
+def _train(run: _Run, start: Start) -> dict[str, Any]:
+    """Train from where the run stands to the end; returns what the result says of the rollouts."""
     loggers = make_loggers(run.finetune.loggers, run.out, run.recipe, start.step)
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
@@ -170,7 +187,9 @@ def _train(run: _Run, start: Start) -> Selected:
     index = selected.trained
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     _fit_quietly(run, module, CacheData(store, index, run.finetune, start.step), loggers)
-    return selected
+    said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes}
+    report(said)
+    return said
 
 
 def _say(warnings_found: Sequence[str], notes: Sequence[str]) -> None:
@@ -259,22 +278,24 @@ def _fit_quietly(run: _Run, module: StudentModule, data: CacheData, loggers: lis
 def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Trainer:
     finetune = run.finetune
     has_gpu = torch.cuda.is_available()
-    return Trainer(
-        accelerator={"auto": "gpu" if has_gpu else "cpu"}.get(finetune.accelerator, finetune.accelerator),
-        devices=finetune.devices,
-        num_nodes=finetune.nodes,
-        strategy=finetune.strategy,
-        precision=finetune.precision,
-        max_epochs=1,
-        logger=loggers or False,
-        callbacks=callbacks,
-        default_root_dir=run.out,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
+    with refusals_told(finetune):
+        return Trainer(
+            accelerator={"auto": "gpu" if has_gpu else "cpu"}.get(finetune.accelerator, finetune.accelerator),
+            devices=finetune.devices,
+            num_nodes=finetune.nodes,
+            strategy=make_strategy(finetune),
+            plugins=environments(),
+            precision=finetune.precision,
+            max_epochs=1,
+            logger=loggers or False,
+            callbacks=callbacks,
+            default_root_dir=run.out,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
 
 
 def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
@@ -299,7 +320,7 @@ def _export(out: Path) -> None:
     export_student(found[0], out / "student")
 
 
-def _result(out: Path, steps: int, selected: Selected | None, is_main: bool) -> FitResult:
+def _result(out: Path, steps: int, said: Mapping[str, Any]) -> FitResult:
     rows = read_metrics(out / "metrics.csv")
     stale = [int(row["step"]) for row in rows if row.get("stale")]
     return FitResult(
@@ -309,9 +330,9 @@ def _result(out: Path, steps: int, selected: Selected | None, is_main: bool) -> 
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
         first_stale_step=stale[0] if stale else None,
-        rollouts_left_out=None if selected is None else selected.trained.num_left_out,
-        notes=() if selected is None else selected.notes,
-        is_main=is_main,
+        rollouts_left_out=said.get("rollouts_left_out"),
+        notes=tuple(said.get("notes", ())),
+        is_main=is_main(),
     )
 
 

@@ -5,7 +5,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,10 +35,19 @@ class HeldOut:
 
     def rows(self, rank: int, world_size: int) -> list[Rows]:
         """This rank's share, read once and kept on the host."""
-        lengths_B = self.index.lengths_P
-        totals = BatchTotals(len(lengths_B), int(self.index.trained_P.sum()))
-        packed = pack(lengths_B, self.micro_batch_tokens, 1, self.index.group_size)[0]
-        return [gather(self.store, self.index, entries, totals) for entries in packed[rank::world_size]]
+        return self._gathered(self._packed()[rank::world_size])
+
+    def idle_rows(self, rank: int, world_size: int) -> list[Rows]:
+        """What this rank runs without counting it, where every rank has to run as many micro-batches."""
+        packed = self._packed()
+        return self._gathered(packed[:1] if rank >= (len(packed) % world_size or world_size) else [])
+
+    def _packed(self) -> list[NDArray[np.int64]]:
+        return pack(self.index.lengths_P, self.micro_batch_tokens, 1, self.index.group_size)[0]
+
+    def _gathered(self, micro_batches: Sequence[NDArray[np.int64]]) -> list[Rows]:
+        totals = BatchTotals(len(self.index.lengths_P), int(self.index.trained_P.sum()))
+        return [gather(self.store, self.index, entries, totals) for entries in micro_batches]
 
 
 def held_out_objective(objective: ObjectiveConfig, asked: Needs) -> ObjectiveConfig:

@@ -9,10 +9,9 @@ NAMED_ROLLOUTS = 8
 """Rollouts that an error names one by one."""
 
 
-def not_finite(what: str, step: int, micro_batches: Sequence[Rows]) -> str:
+def not_finite(what: str, step: int, ids: Sequence[str]) -> str:
     """A number that must be finite is not; names the rollouts it was made from."""
-    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
-    named = ", ".join(ids[:NAMED_ROLLOUTS]) or "those of another device"
+    named = ", ".join(ids[:NAMED_ROLLOUTS])
     more = f" and {len(ids) - NAMED_ROLLOUTS} more" if len(ids) > NAMED_ROLLOUTS else ""
     return (
         f"the {what} of step {step + 1} is not finite; rollouts in it: {named}{more}; look at them with "

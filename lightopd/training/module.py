@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
@@ -33,7 +35,9 @@ from lightopd.training.held_out import HeldOut, held_out_loss
 from lightopd.training.messages import no_memory, not_finite
 from lightopd.training.metrics import global_sums
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from lightopd.training.sharded import shard_student
 from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
+from lightopd.training.strategies import FSDP
 from lightopd.training.student import student_sums, student_tokens
 
 log = logging.getLogger(__name__)
@@ -100,8 +104,14 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self._held_out_rows: list[Rows] = []
+        self._idle_rows: list[Rows] = []
         self._step_began_s = 0.0
         self._has_warned = False
+
+    def configure_model(self) -> None:
+        """Shard the student over the devices, where the strategy does."""
+        if self.finetune.strategy == FSDP and not isinstance(self.student, FSDPModule):
+            shard_student(self.student, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student."""
@@ -112,7 +122,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, self.student, self.optimizers(use_pl_optimizer=False))
         if self.held_out is not None:
-            self._held_out_rows = self.held_out.rows(self.global_rank, self.trainer.world_size)
+            place = (self.global_rank, self.trainer.world_size)
+            self._held_out_rows = self.held_out.rows(*place)
+            if isinstance(self.student, FSDPModule):
+                self._idle_rows = self.held_out.idle_rows(*place)
         if self.objective.jump is not None and self.anchor is None:
             self.anchor = self._anchor()
         self._step_began_s = time.monotonic()
@@ -142,7 +155,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
-            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, shown))
+            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, _ids(shown)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -225,6 +238,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
+        with torch.no_grad():
+            for rows in self._idle_rows:
+                student_tokens(self.student, collate(rows, self.device), ())
         return held_out_loss(
             self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
         )
@@ -255,7 +271,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
         bad = [rows for rows, is_finite in zip(micro_batches, values, strict=True) if not is_finite]
-        raise TrainingError(not_finite(f"loss ({loss})", self.step, bad))
+        raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad)))
 
     def _publish(self, means: Mapping[str, float], tokens: float, others: Mapping[str, float]) -> None:
         """Make the step's metrics and hand them to Lightning's loggers."""
@@ -284,6 +300,16 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             log.warning(STALE, self.step, ", ".join(passed))
             self._has_warned = True
         return {**drift, "stale": int(bool(passed))}
+
+
+def _ids(micro_batches: Sequence[Rows]) -> list[str]:
+    """Rollouts in these micro-batches of all ranks, so that any rank can name them."""
+    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
+    if not (dist.is_available() and dist.is_initialized()):
+        return ids
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ids)
+    return [rollout_id for found in everywhere for rollout_id in found]
 
 
 def _mean(name: str, total: float, weight: float) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lightopd.schemas.finetune import OptimizerConfig
+from lightopd.training.sharded import whole
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -46,4 +47,4 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
     """Scale the gradients down to a global norm of at most `largest`; returns the norm before, a scalar."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return nn.utils.clip_grad_norm_(trained, math.inf if largest is None else largest)
+    return whole(nn.utils.clip_grad_norm_(trained, math.inf if largest is None else largest))

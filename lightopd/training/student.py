@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightopd.engines.models import Head, head_of, last_hidden
+from lightopd.engines.models import Head, head_of
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.objectives.batch import RolloutBatch, StudentTokens
 from lightopd.training.data import Microbatch
+from lightopd.training.sharded import hidden_of
 from lightopd.training.staleness import Sums, drift_sums
 
 
@@ -38,7 +39,7 @@ def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequen
     """What the student says now about every response token, with gradients."""
     # Rows are padded on the right and attention is causal: no response position can see padding, so no
     # mask is needed, and without one the fastest attention kernels apply.
-    hidden_BTD = last_hidden(student, input_ids=batch.input_ids_BT, use_cache=False)
+    hidden_BTD = hidden_of(student, input_ids=batch.input_ids_BT, use_cache=False)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
     return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
 

@@ -301,6 +301,11 @@ def test_a_signal_that_is_missing_or_too_narrow_is_refused(train, make_cache, tm
         train(objective=REVERSE_KL, cache=make_cache(tmp_path / "narrow", top_k=0))
 
 
+def test_a_strategy_that_does_not_exist_is_refused(train):
+    with pytest.raises(ConfigError, match=r"strategy dpp do not work here: .*'dpp'"):
+        train(strategy="dpp")
+
+
 def test_an_out_folder_that_cannot_be_made_is_refused(train, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="a file lies where a folder is needed"):
