@@ -1,6 +1,7 @@
 """The runs of benchmarks/methods.py: every recipe has one, with settings that load and known scorers."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def test_every_recipe_has_a_run_and_no_two_runs_share_a_name(methods):
     runs = methods.cases()
     assert {case.recipe for case in runs} == {path.stem for path in methods.METHODS.glob("*.yaml")}
     assert len({case.run for case in runs}) == len(runs)
+
+
+def test_the_results_are_those_of_the_runs_that_there_are(methods):
+    results = json.loads(methods.RESULTS.read_text())
+    runs = {
+        (f"{case.run} at {rate:g}", case.stand_in, case.changed)
+        for case in methods.cases()
+        for rate in methods.LEARNING_RATES
+    }
+    assert {(line["name"], line["stand_in"], line["changed"]) for line in results["results"]} == runs
+    assert results["settings"] == methods.SETTINGS
 
 
 def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(methods, tmp_path):
