@@ -1,7 +1,7 @@
 """Write the parts of the documentation that are made from the code: python docs/generate.py
 
 docs/configuration.md lists every setting of every stage; the table of methods in README.md comes from the
-recipes; what was measured of a method, on its page and in docs/methods/measured.md, comes from
+recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
 docs/methods/results.json, which benchmarks/methods.py writes. A test fails when any is not what this script
 writes.
 """
@@ -52,7 +52,7 @@ def method_pages() -> dict[Path, str]:
         lines = [line for line in results["results"] if line["recipe"] == method.name]
         lines_of.setdefault(ROOT / method.page, []).extend(lines)
     pages = {page: _page(page, results["settings"], lines) for page, lines in lines_of.items()}
-    return pages | {RESULTS.with_name("measured.md"): _all_methods(results)}
+    return pages | {ROOT / "docs" / "methods_measured.md": _all_methods(results)}
 
 
 def _page(page: Path, settings: str, lines: list[Line]) -> str:
@@ -66,15 +66,15 @@ def _page(page: Path, settings: str, lines: list[Line]) -> str:
         "",
         f"    python benchmarks/methods.py --only {names}",
         "",
-        f"Settings: {settings}. [All recipes](measured.md) says what the columns are.",
+        f"Settings: {settings}. [All recipes](../methods_measured.md) says what the columns are.",
     ]
     return "\n".join(parts) + "\n"
 
 
 ALL_METHODS = """# Every recipe on the tiny task
 
-`make bench-methods` trains the demo's student with every recipe and writes `results.json`, from which this
-page and the last section of every method's page are made.
+`make bench-methods` trains the demo's student with every recipe and writes `methods/results.json`, from which
+this page and the last section of every method's page are made.
 
 Settings: {settings}.
 
