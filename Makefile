@@ -13,7 +13,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-all lint types bench bench-vllm clean
+.PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-all lint types bench bench-vllm bench-methods clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,11 +63,16 @@ types: $(VENV)/.ready
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lightopd
 
 bench: $(VENV)/.ready
-	for file in $(filter-out benchmarks/scoring_vllm.py,$(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out benchmarks/scoring_vllm.py benchmarks/methods.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file || exit 1; done
 
 bench-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/python benchmarks/scoring_vllm.py
+
+# About 40 minutes on one core.
+bench-methods: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py --save
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,10 +1,14 @@
 """Write the parts of the documentation that are made from the code: python docs/generate.py
 
 docs/configuration.md lists every setting of every stage; the table of methods in README.md comes from the
-recipes. A test fails when either is not what this script writes.
+recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
+docs/methods/results.json, which benchmarks/methods.py writes. A test fails when any is not what this script
+writes.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from lightopd.config import describe
 from lightopd.objectives.methods import list_methods, methods_table
@@ -13,6 +17,11 @@ from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- methods: made by docs/generate.py -->\n", "<!-- end of methods -->\n"
+MEASURED = "## Measured on the tiny task\n"
+"""Title of the last section of a method's page; all below it is made here."""
+RESULTS = ROOT / "docs" / "methods" / "results.json"
+
+Line = dict[str, Any]
 
 
 def configuration() -> str:
@@ -35,7 +44,85 @@ def readme(text: str) -> str:
     return before + BEGIN + methods_table(list_methods(RECIPES / "methods")) + END + after
 
 
+def method_pages() -> dict[Path, str]:
+    """Every method's page with its measured section replaced, and the page of all of them."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines_of: dict[Path, list[Line]] = {}
+    for method in list_methods(RECIPES / "methods"):
+        lines = [line for line in results["results"] if line["recipe"] == method.name]
+        lines_of.setdefault(ROOT / method.page, []).extend(lines)
+    pages = {page: _page(page, results["settings"], lines) for page, lines in lines_of.items()}
+    return pages | {ROOT / "docs" / "methods_measured.md": _all_methods(results)}
+
+
+def _page(page: Path, settings: str, lines: list[Line]) -> str:
+    before, _, _ = page.read_text(encoding="utf-8").partition(MEASURED)
+    names = " ".join(dict.fromkeys(line["recipe"] for line in lines))
+    parts = [
+        before.rstrip("\n"),
+        "",
+        MEASURED,
+        *measured(lines),
+        "",
+        f"    python benchmarks/methods.py --only {names}",
+        "",
+        f"Settings: {settings}. [All recipes](../methods_measured.md) says what the columns are.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+ALL_METHODS = """# Every recipe on the tiny task
+
+`make bench-methods` trains the demo's student with every recipe and writes `methods/results.json`, from which
+this page and the last section of every method's page are made.
+
+Settings: {settings}.
+
+Accuracy is the share of right answers (standard error 0.7 points), KL is KL(student, teacher) in nats per
+token of the student's own answers, both on held-out prompts. One seed. Steps, batch, schedule and learning
+rate are the same for all recipes and tuned for none, so the table does not say which method is best. The
+recipes' own learning rates are for models of billions of parameters.
+"""
+
+
+def _all_methods(results: Line) -> str:
+    table = measured(results["results"])
+    return "\n".join([ALL_METHODS.format(settings=results["settings"]), *table]) + "\n"
+
+
+def measured(lines: list[Line]) -> list[str]:
+    """A table of runs, and under it what stood in for inputs that the task has not."""
+    rates = sorted({line["learning_rate"] for line in lines})
+    runs: dict[tuple[str, str, str], dict[float, Line]] = {}
+    for line in sorted(lines, key=lambda line: str(line["recipe"])):
+        key = (line["recipe"], line["stand_in"], line["changed"])
+        runs.setdefault(key, {})[line["learning_rate"]] = line
+    heads = [f"at {rate:.0e}".replace("e-0", "e-") for rate in rates]
+    columns = [f"{what} {head}" for what in ("accuracy", "KL") for head in heads]
+    before = [_figure(lines[0][key]) for key in ("against", "kl_nats_before") for _ in rates]
+    table = [_row("recipe", *columns), "|---" * (len(columns) + 1) + "|", _row("before training", *before)]
+    notes: dict[str, int] = {}
+    for (recipe, stand_in, changed), found in runs.items():
+        said = (stand_in, changed and f"changed in the recipe: {changed}")
+        marks = [str(notes.setdefault(note, len(notes) + 1)) for note in said if note]
+        name = f"`{recipe}`" + (f" ({', '.join(marks)})" if marks else "")
+        table.append(
+            _row(name, *(_figure(found[rate][key]) for key in ("ours", "kl_nats") for rate in rates))
+        )
+    return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}"
+
+
 if __name__ == "__main__":
     (ROOT / "docs" / "configuration.md").write_text(configuration(), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in method_pages().items():
+        page.write_text(text, encoding="utf-8")

@@ -1,7 +1,9 @@
 """Documentation that is made from the code is what the code says; links lead somewhere."""
 
 import importlib.util
+import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,20 @@ def test_the_readmes_table_of_methods_is_what_the_recipes_say():
     text = (ROOT / "README.md").read_text()
     assert generator().BEGIN in text
     assert generator().readme(text) == text, "python docs/generate.py"
+
+
+def test_what_the_pages_say_was_measured_is_what_the_results_say():
+    for page, text in generator().method_pages().items():
+        assert page.read_text() == text, f"{page.name}: python docs/generate.py"
+
+
+def test_every_recipe_has_a_result_at_every_learning_rate():
+    lines = json.loads((ROOT / "docs" / "methods" / "results.json").read_text())["results"]
+    rates = {line["learning_rate"] for line in lines}
+    recipes = {path.stem for path in (ROOT / "pipelines" / "recipes" / "methods").glob("*.yaml")}
+    assert {(line["recipe"], line["learning_rate"]) for line in lines} == set(product(recipes, rates)), (
+        "python benchmarks/methods.py --save --only RECIPE"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

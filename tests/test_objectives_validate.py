@@ -29,7 +29,7 @@ from lightopd.objectives.methods import (
 )
 from lightopd.objectives.needs import needs
 from lightopd.objectives.prepare import prepare
-from lightopd.objectives.validate import CacheFacts, check_cache, missing, warnings_of
+from lightopd.objectives.validate import CacheFacts, check_cache, missing, teachers_of, warnings_of
 from lightopd.objectives.views import cache_views, group_number
 from lightopd.schemas.objectives import MLE_OBJECTIVE, ObjectiveConfig
 
@@ -261,3 +261,11 @@ def test_a_recipe_without_its_heading_is_refused(tmp_path):
     (tmp_path / "bare.yaml").write_text("objective: {target: mle}\n")
     with pytest.raises(ConfigError, match="begin with three comments"):
         list_methods(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers"),
+    [("soda", set()), ("raft", {"privileged"}), ("scope", {"teacher"}), ("exopd", {"teacher"})],
+)
+def test_only_signals_that_a_target_reads_are_teachers(name, teachers):
+    assert teachers_of(recipe(name)) == teachers

@@ -135,9 +135,12 @@ def _top_k(name: str, config: ObjectiveConfig, wanted: Needs) -> int:
 
 
 def teachers_of(config: ObjectiveConfig) -> set[str]:
-    """Signals that teach, in any term; what is left of the needed signals are references."""
+    """Signals that teach, in any term; what is left of the needed signals are references.
+
+    A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
+    """
     routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
-    return routed | {term.signal for term in config.terms}
+    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:
