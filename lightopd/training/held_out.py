@@ -30,13 +30,18 @@ class HeldOut:
     store: ShardStore
     objective: ObjectiveConfig
     micro_batch_tokens: int
+    row_tokens: int | None = None
+    """Length of the rows that rollouts share; None where each has its own."""
 
     def rows(self, rank: int, world_size: int) -> list[Rows]:
         """This rank's share, read once and kept on the host."""
         lengths_B = self.index.lengths_P
         totals = BatchTotals(len(lengths_B), int(self.index.trained_P.sum()))
-        packed = pack(lengths_B, self.micro_batch_tokens, 1, self.index.group_size)[0]
-        return [gather(self.store, self.index, entries, totals) for entries in packed[rank::world_size]]
+        (dealt,) = pack(lengths_B, self.micro_batch_tokens, 1, self.index.group_size, self.row_tokens)
+        return [
+            gather(self.store, self.index, entries, totals, self.row_tokens)
+            for entries in dealt[rank::world_size]
+        ]
 
 
 def held_out_objective(objective: ObjectiveConfig, asked: Needs) -> ObjectiveConfig:
