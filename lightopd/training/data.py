@@ -113,7 +113,9 @@ def gather(
         rollout_ids=tuple(shard.rollout_ids[row] for shard, row in places),
         domains=tuple(shard.domains[row] for shard, row in places),
         groups_R=index.groups_P[entries],
-        prompts_R=np.array([np.diff(shard.prompt_offsets[row : row + 2])[0] for shard, row in places]),
+        prompts_R=np.array(
+            [shard.prompt_offsets[row + 1] - shard.prompt_offsets[row] for shard, row in places]
+        ),
         responses_R=np.array([end - start for _, start, end in spans], dtype=np.int64),
         rewards_R=np.array([shard.rewards_R[row] for shard, row in places], dtype=np.float32),
         is_truncated_R=np.array([shard.is_truncated_R[row] for shard, row in places], dtype=np.bool_),
