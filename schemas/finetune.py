@@ -46,6 +46,8 @@ class FinetuneConfig(StrictModel):
     """Rollouts in one optimiser step, over all devices; a multiple of their number."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens in one forward pass on one device; changes memory and speed, never results."""
+    layout: Literal["padded", "packed"] = "padded"
+    """A row for each rollout, or several end to end that do not see each other; never changes results."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

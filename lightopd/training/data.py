@@ -5,7 +5,7 @@ padded tensors on the device, one micro-batch at a time, so that a step of a mil
 as a whole.
 """
 
-# R (or B) = rollouts in a micro-batch, T = their padded length, P = their prompt tokens
+# R = rollouts in a micro-batch, B = its rows, T = their length, P = prompt tokens of the rollouts
 # N = their response tokens, K = widest support of a signal, C = support entries of all positions, end to end
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from lightopd.cache.reader import ShardColumns, SignalColumns
 from lightopd.errors import LightopdError
 from lightopd.objectives.batch import BatchTotals, RolloutBatch, SignalTokens
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.layout import Layout, lay_out
 from lightopd.training.plan import CacheIndex, TrainingPlan, make_plan
 from lightopd.training.shards import ShardStore
 
@@ -66,6 +67,8 @@ class Rows:
     prepared: dict[str, NDArray[np.float32]]
     """What the objective made of the whole cache, [R] each."""
     totals: BatchTotals
+    row_tokens: int | None = None
+    """Length of the rows on the device that rollouts share; None where each has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Microbatch:
 
     input_ids_BT: Tensor
     """int64, prompt and response, padded on the right."""
+    position_ids_BT: Tensor | None
+    """int64, place of each token in its rollout, where rollouts share rows; None where each has its own."""
     positions_N: Tensor
     """int64, place in the flattened [B * T] of the position that predicts each response token."""
     rollouts: RolloutBatch
@@ -81,7 +86,13 @@ class Microbatch:
     """Prompt and response tokens, padding left out."""
 
 
-def gather(store: ShardStore, index: CacheIndex, entries: NDArray[np.int64], totals: BatchTotals) -> Rows:
+def gather(
+    store: ShardStore,
+    index: CacheIndex,
+    entries: NDArray[np.int64],
+    totals: BatchTotals,
+    row_tokens: int | None = None,
+) -> Rows:
     """Collect rollouts, wherever they lie, into one micro-batch.
 
     Args:
@@ -89,6 +100,7 @@ def gather(store: ShardStore, index: CacheIndex, entries: NDArray[np.int64], tot
         index: of the same cache.
         entries: places in the index.
         totals: of the whole optimiser step.
+        row_tokens: length of the rows on the device that rollouts share; None where each has its own.
 
     Raises:
         CacheError: a shard has changed since training began, or is damaged.
@@ -101,7 +113,9 @@ def gather(store: ShardStore, index: CacheIndex, entries: NDArray[np.int64], tot
         rollout_ids=tuple(shard.rollout_ids[row] for shard, row in places),
         domains=tuple(shard.domains[row] for shard, row in places),
         groups_R=index.groups_P[entries],
-        prompts_R=np.array([np.diff(shard.prompt_offsets[row : row + 2])[0] for shard, row in places]),
+        prompts_R=np.array(
+            [shard.prompt_offsets[row + 1] - shard.prompt_offsets[row] for shard, row in places]
+        ),
         responses_R=np.array([end - start for _, start, end in spans], dtype=np.int64),
         rewards_R=np.array([shard.rewards_R[row] for shard, row in places], dtype=np.float32),
         is_truncated_R=np.array([shard.is_truncated_R[row] for shard, row in places], dtype=np.bool_),
@@ -114,6 +128,7 @@ def gather(store: ShardStore, index: CacheIndex, entries: NDArray[np.int64], tot
         signals={name: _gather_signal(name, spans) for name in store.signals},
         prepared={name: values[entries] for name, values in index.columns.items()},
         totals=totals,
+        row_tokens=row_tokens,
     )
 
 
@@ -154,20 +169,23 @@ def count_totals(micro_batches: Sequence[Rows]) -> tuple[int, int]:
 def collate(rows: Rows, device: torch.device) -> Microbatch:
     """Tensors of a micro-batch, on the device."""
     prompts_R, responses_R = _long(rows.prompts_R, device), _long(rows.responses_R, device)
-    lengths_R = prompts_R + responses_R
-    width = int((rows.prompts_R + rows.responses_R).max())
+    layout = lay_out(rows.prompts_R + rows.responses_R, rows.row_tokens)
+    starts_R = torch.from_numpy(layout.starts_R).to(device)
     row_N = torch.repeat_interleave(responses_R, output_size=len(rows.response_ids_N))
     index_N = torch.arange(len(row_N), device=device) - _starts(responses_R)[row_N]
     row_P = torch.repeat_interleave(prompts_R, output_size=len(rows.prompt_ids_P))
     index_P = torch.arange(len(row_P), device=device) - _starts(prompts_R)[row_P]
-    positions_N = row_N * width + prompts_R[row_N] + index_N - 1
+    positions_N = (starts_R + prompts_R)[row_N] + index_N - 1
     ids_N = _long(rows.response_ids_N, device)
-    flat_BT = torch.full((len(lengths_R) * width,), PADDING_TOKEN, device=device)
-    flat_BT[row_P * width + index_P] = _long(rows.prompt_ids_P, device)
+    flat_BT = torch.full((layout.num_padded,), PADDING_TOKEN, device=device)
+    flat_BT[starts_R[row_P] + index_P] = _long(rows.prompt_ids_P, device)
     flat_BT[positions_N + 1] = ids_N
     is_trained_N = torch.from_numpy(rows.loss_mask_N).to(device)
     return Microbatch(
-        input_ids_BT=flat_BT.view(-1, width),
+        input_ids_BT=flat_BT.view(-1, layout.width),
+        position_ids_BT=None
+        if rows.row_tokens is None
+        else _position_ids(starts_R, prompts_R + responses_R, layout),
         positions_N=positions_N,
         rollouts=RolloutBatch(
             ids_N=ids_N,
@@ -206,7 +224,7 @@ class StepDataset(Dataset[list[Rows] | LightopdError]):
         totals = self.plan.totals(step)
         try:
             return [
-                gather(self.store, self.plan.index, entries, totals)
+                gather(self.store, self.plan.index, entries, totals, self.plan.row_tokens)
                 for entries in self.plan.micro_batches(step)
             ]
         except LightopdError as error:
@@ -312,6 +330,17 @@ def _padded(flat_C: Tensor, counts_N: Tensor, width: int, padding: float) -> Ten
         return flat_C.view(-1, width)
     is_entry_NK = torch.arange(width, device=flat_C.device) < counts_N[:, None]
     return flat_C.new_full(is_entry_NK.shape, padding).masked_scatter_(is_entry_NK, flat_C)
+
+
+def _position_ids(starts_R: Tensor, lengths_R: Tensor, layout: Layout) -> Tensor:
+    """Places within rollouts, from 0: int64 [B, T]; what a row has left over counts as one more rollout."""
+    flat_BT = torch.arange(layout.num_padded, device=starts_R.device)
+    first_BT = torch.zeros_like(flat_BT)
+    ends_R = starts_R + lengths_R
+    first_BT[starts_R] = starts_R
+    is_followed_R = ends_R % layout.width > 0
+    first_BT[ends_R[is_followed_R]] = ends_R[is_followed_R]
+    return (flat_BT - first_BT.cummax(0).values).view(-1, layout.width)
 
 
 def _starts(lengths_R: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ from lightopd.training.held_out import HeldOut, held_out_objective
 from lightopd.training.loggers import make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
-from lightopd.training.plan import GIB, check_lengths, make_plan
+from lightopd.training.packing import check_packing
+from lightopd.training.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.processes import as_worker, is_main, is_worker, must_start, report, start_workers
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
@@ -204,7 +205,8 @@ def _hold_out(run: _Run, selected: Selected, store: ShardStore) -> HeldOut | Non
     if selected.held_out is None:
         return None
     objective = held_out_objective(run.objective, run.asked)
-    return HeldOut(selected.held_out, store, objective, run.finetune.micro_batch_tokens)
+    width = row_tokens(selected.held_out, run.finetune)
+    return HeldOut(selected.held_out, store, objective, run.finetune.micro_batch_tokens, width)
 
 
 def _make_room(out: Path, done: int) -> None:
@@ -251,6 +253,8 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> Pre
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "
             f"{context_length_of(model)}; roll out with a smaller max_tokens"
         )
+    if run.finetune.layout == "packed":
+        check_packing(model)
     return prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
 
 

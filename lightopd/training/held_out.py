@@ -32,6 +32,8 @@ class HeldOut:
     store: ShardStore
     objective: ObjectiveConfig
     micro_batch_tokens: int
+    row_tokens: int | None = None
+    """Length of the rows that rollouts share; None where each has its own."""
 
     def rows(self, rank: int, world_size: int) -> list[Rows]:
         """This rank's share, read once and kept on the host."""
@@ -43,11 +45,12 @@ class HeldOut:
         return self._gathered(packed[:1] if rank >= (len(packed) % world_size or world_size) else [])
 
     def _packed(self) -> list[NDArray[np.int64]]:
-        return pack(self.index.lengths_P, self.micro_batch_tokens, 1, self.index.group_size)[0]
+        lengths_P, size = self.index.lengths_P, self.index.group_size
+        return pack(lengths_P, self.micro_batch_tokens, 1, size, self.row_tokens)[0]
 
     def _gathered(self, micro_batches: Sequence[NDArray[np.int64]]) -> list[Rows]:
         totals = BatchTotals(len(self.index.lengths_P), int(self.index.trained_P.sum()))
-        return [gather(self.store, self.index, entries, totals) for entries in micro_batches]
+        return [gather(self.store, self.index, entries, totals, self.row_tokens) for entries in micro_batches]
 
 
 def held_out_objective(objective: ObjectiveConfig, asked: Needs) -> ObjectiveConfig:

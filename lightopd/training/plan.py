@@ -12,7 +12,6 @@ batches and micro-batches are made of whole groups.
 # P = trainable rollouts of the cache, S = shards, B = rollouts in one optimiser step
 # G = rollouts that stay together, U = P / G of such groups
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.layout import fill, lay_out
 
 Integers = NDArray[np.int64]
 GIB = 2**30
@@ -80,6 +80,8 @@ class TrainingPlan:
     micro_batch_tokens: int
     seed: int
     window_bytes: int
+    row_tokens: int | None = None
+    """Length of the rows that rollouts share; None where each has its own."""
     rank: int = 0
     world_size: int = 1
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False, compare=False)
@@ -99,8 +101,10 @@ class TrainingPlan:
         """This rank's micro-batches of step `step`, largest first; every rank has the same number."""
         rollouts_B = self.rollouts(step)
         lengths_B = self.index.lengths_P[rollouts_B]
-        packed = pack(lengths_B, self.micro_batch_tokens, self.world_size, self.index.group_size)
-        return [rollouts_B[places] for places in packed[self.rank]]
+        dealt = pack(
+            lengths_B, self.micro_batch_tokens, self.world_size, self.index.group_size, self.row_tokens
+        )
+        return [rollouts_B[places] for places in dealt[self.rank]]
 
     def _order(self, epoch: int) -> Integers:
         if epoch not in self._orders:
@@ -136,9 +140,19 @@ def make_plan(index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size
         micro_batch_tokens=finetune.micro_batch_tokens,
         seed=finetune.seed,
         window_bytes=int(finetune.shuffle_gib * GIB),
+        row_tokens=row_tokens(index, finetune),
         rank=rank,
         world_size=world_size,
     )
+
+
+def row_tokens(index: CacheIndex, finetune: FinetuneConfig) -> int | None:
+    """Length of the rows that rollouts share, the same for all of a run; None where each has its own.
+
+    It is that of the longest rollout: attention costs the square of a row, so longer rows would cost more
+    than the padding that they save.
+    """
+    return int(index.lengths_P.max()) if finetune.layout == "packed" else None
 
 
 def check_lengths(index: CacheIndex, micro_batch_tokens: int) -> None:
@@ -178,34 +192,41 @@ def epoch_order(index: CacheIndex, seed: int, epoch: int, window_bytes: int) -> 
 
 
 def pack(
-    lengths_B: NDArray[np.int32], budget: int, world_size: int, group_size: int = 1
+    lengths_B: NDArray[np.int32],
+    budget: int,
+    world_size: int,
+    group_size: int = 1,
+    row_tokens: int | None = None,
 ) -> list[list[Integers]]:
     """Deal the rollouts of a step to ranks, in micro-batches of at most `budget` padded tokens.
 
-    Rollouts of like length share a micro-batch, which keeps padding low. Every rank gets the same number of
-    micro-batches (collective strategies need that) and about the same number of padded tokens.
+    Rollouts of like length share a micro-batch, which keeps padding low; packed, short ones fill the rows of
+    long ones. Every rank gets the same number of micro-batches (collective strategies need that) and about
+    the same number of padded tokens.
 
     Args:
         lengths_B: tokens of each rollout; B is a multiple of `world_size` * `group_size`.
         budget: most padded tokens of a micro-batch; no group is larger.
         world_size: number of ranks.
         group_size: rollouts next to each other that stay together.
+        row_tokens: length of the rows that rollouts share; None where each has its own.
 
     Returns:
         For each rank its micro-batches, largest first, as places in `lengths_B`.
     """
-    longest_U = lengths_B.reshape(-1, group_size).max(1)
-    micro_batches = list(_fill(np.argsort(-longest_U, kind="stable"), longest_U, budget // group_size))
-    while len(micro_batches) % world_size:
-        _split_largest(micro_batches)
-    costs = [len(units) * int(longest_U[units].max()) for units in micro_batches]
+    lengths_UG = lengths_B.reshape(-1, group_size)
+    filled = list(fill(lengths_UG, budget, row_tokens))
+    while len(filled) % world_size:
+        _split_largest(filled)
+    micro_batches = [_members(units, group_size) for units in filled]
+    costs = [lay_out(lengths_B[places], row_tokens).num_padded for places in micro_batches]
     by_cost = sorted(range(len(costs)), key=lambda index: -costs[index])
     share = len(micro_batches) // world_size
     dealt: list[list[Integers]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for index in by_cost:
         rank = min((r for r in range(world_size) if len(dealt[r]) < share), key=lambda r: loads[r])
-        dealt[rank].append(_members(micro_batches[index], group_size))
+        dealt[rank].append(micro_batches[index])
         loads[rank] += costs[index]
     return dealt
 
@@ -213,14 +234,6 @@ def pack(
 def _members(units: Integers, size: int) -> Integers:
     """Places of the rollouts of whole groups."""
     return (units[:, None] * size + np.arange(size)).ravel()
-
-
-def _fill(descending: Integers, longest_U: NDArray[np.int32], budget: int) -> Iterator[Integers]:
-    start = 0
-    while start < len(descending):
-        rows = budget // int(longest_U[descending[start]])
-        yield descending[start : start + rows]
-        start += rows
 
 
 def _split_largest(micro_batches: list[Integers]) -> None:

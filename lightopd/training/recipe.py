@@ -15,6 +15,7 @@ from lightopd.schemas.objectives import ObjectiveConfig
 DECIDES_NOTHING = (
     "steps",
     "micro_batch_tokens",
+    "layout",
     "gradient_checkpointing",
     "accelerator",
     "devices",

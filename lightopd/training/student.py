@@ -1,6 +1,6 @@
 """The student's forward pass over a micro-batch: from token ids to what an objective reads."""
 
-# B = rollouts in a micro-batch, T = their padded length, N = their response tokens, D = hidden size
+# B = rows of a micro-batch, T = their padded length, N = response tokens, D = hidden size
 # K = widest support of a signal, M = ids asked per position, S = supports
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from lightopd.engines.models import Head, head_of
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.objectives.batch import RolloutBatch, StudentTokens
 from lightopd.training.data import Microbatch
+from lightopd.training.packing import decoder_inputs
 from lightopd.training.sharded import hidden_of
 from lightopd.training.staleness import Sums, drift_sums
 
@@ -37,9 +38,7 @@ def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -
 
 def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
     """What the student says now about every response token, with gradients."""
-    # Rows are padded on the right and attention is causal: no response position can see padding, so no
-    # mask is needed, and without one the fastest attention kernels apply.
-    hidden_BTD = hidden_of(student, input_ids=batch.input_ids_BT, use_cache=False)
+    hidden_BTD = hidden_of(student, use_cache=False, **decoder_inputs(student, batch))
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
     return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
 

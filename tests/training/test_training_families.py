@@ -3,51 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import transformers
+from model_families import FAMILIES, make_model
 
 from lightopd.cache.reader import read_shard_columns
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives import MLE_OBJECTIVE
 from lightopd.training.fit import fit
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "Llama": {**SMALL, "tie_word_embeddings": False},
-    "Qwen3": {**SMALL, "head_dim": 8, "tie_word_embeddings": True},
-    "Qwen3Moe": {
-        **SMALL,
-        "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "Gemma3": {**SMALL, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
-    "Phi": {**SMALL, "num_key_value_heads": 4},
-    "Phi3": {**SMALL, "sliding_window": 4},
-    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
-    "Granite": {**SMALL, "logits_scaling": 3.0},
-}
-
-
-def make_model(name, folder):
-    suffix = {"Gemma3": "Gemma3Text", "GPT2": "GPT2"}.get(name, name)
-    head = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-    torch.manual_seed(0)
-    model = getattr(transformers, head)(getattr(transformers, f"{suffix}Config")(**FAMILIES[name]))
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -69,7 +31,8 @@ def own_loss(model, cache):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_every_family_has_the_loss_of_its_own_logits(make_cache, tmp_path, name):
-    model = make_model(name, tmp_path / "student")
+    model = make_model(name)
+    model.save_pretrained(tmp_path / "student")
     cache = make_cache(tmp_path / "answers", num_rollouts=8, origin="teacher")
     finetune = FinetuneConfig(
         steps=2, batch_sequences=8, micro_batch_tokens=60, optimizer=OptimizerConfig(lr=1e-3, eps=1e-3)

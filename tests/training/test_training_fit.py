@@ -115,6 +115,19 @@ def test_results_do_not_depend_on_the_size_of_micro_batches(train, objective):
     assert_close(one_by_one, at_once)
 
 
+@pytest.mark.parametrize("objective", [{}, REVERSE_KL])
+def test_results_do_not_depend_on_the_layout(train, objective):
+    settings = {"optimizer": OptimizerConfig(lr=1e-4, eps=1e-3), "held_out": 6, "held_out_every": 1}
+    padded = train("padded", objective, **settings)
+    packed = train("packed", objective, layout="packed", loader_workers=1, **settings)
+    assert_close(padded, packed)
+
+
+def test_a_run_goes_on_in_the_other_layout(train):
+    train(steps=3)
+    assert train(steps=6, layout="packed").steps == 6
+
+
 def test_loader_processes_and_gradient_checkpointing_change_no_bit(train):
     plain = train("plain", steps=3)
     assert_same_bits(plain, train("workers", steps=3, loader_workers=2))

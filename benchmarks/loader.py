@@ -1,0 +1,228 @@
+"""Tokens per second and memory of the trainer's loader.
+
+    OMP_NUM_THREADS=1 python benchmarks/loader.py
+
+prints one JSON line per figure. The first epoch is read at top-32 from disk to padded tensors: SHA-256 of
+every file, checksums of every page, the index, the shuffle, micro-batches. Against it stands `datasets`,
+which reads the same columns of the same files, shuffled, into the same padded tensors, and checks nothing.
+Its first epoch converts the files to Arrow; its later ones read that from a memory map, ours the decoded
+shards that the window holds. Tokens are response tokens, seconds are CPU seconds on one thread, medians over
+rounds.
+
+Memory is the peak resident set of a process that reads one epoch of a cache, against one that reads a cache
+of a hundredth of its size; both shuffle in the same window, which the small cache fills.
+"""
+
+# P = prompt tokens, N = response tokens, K = cached ids at each position, B = rollouts in a micro-batch
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightopd.training.data import StepDataset
+
+TOP_K = 32
+VOCABULARY = 49_152
+LENGTHS = (64, 448)
+SPEED_SIZES = {"num_shards": 4, "per_shard": 512}
+GROWTH_PER_SHARD = 64
+GROWTH_SHARDS = (3, 300)
+NUM_ROUNDS = 5
+BATCH = 64
+MICRO_BATCH_TOKENS = 16_384
+COLUMNS = ("prompt_ids", "response_ids", "loss_mask", "turns", "logprobs", "entropies")
+SCORES = ("logprobs", "topk_counts", "topk_ids", "topk_logprobs", "tail_logprobs")
+
+
+def open_ours(path: Path, window_gib: float) -> StepDataset:
+    """The loader's dataset over a cache, every byte of which is compared with its checksum first."""
+    from lightopd.cache.store import open_cache
+    from lightopd.schemas.finetune import FinetuneConfig
+    from lightopd.training.data import StepDataset
+    from lightopd.training.plan import make_plan
+    from lightopd.training.shards import ShardStore, check_shards, index_cache
+
+    cache = open_cache(path)
+    stamps = check_shards(cache, ("teacher",))
+    index = index_cache(cache, ("teacher",), ("teacher",))
+    finetune = FinetuneConfig(
+        batch_sequences=BATCH, micro_batch_tokens=MICRO_BATCH_TOKENS, shuffle_gib=window_gib
+    )
+    plan = make_plan(index, finetune, 0, 1)
+    store = ShardStore(cache, ("teacher",), ("teacher",), stamps, index.bytes_S, plan.window_bytes)
+    return StepDataset(plan, store)
+
+
+def read_ours(dataset: StepDataset) -> int:
+    """Response tokens of an epoch, every step of it made into tensors."""
+    import torch
+
+    from lightopd.training.data import Rows, collate
+
+    device, tokens = torch.device("cpu"), 0
+    for step in range(len(dataset.plan.index.row_P) // BATCH):
+        micro_batches = dataset[step]
+        assert isinstance(micro_batches, list)
+        for rows in micro_batches:
+            assert isinstance(rows, Rows)
+            tokens += len(collate(rows, device).rollouts.ids_N)
+    return tokens
+
+
+def read_peer(dataset: Any) -> int:
+    """The same with `datasets`: batches of like length, one by one into padded tensors."""
+    import numpy as np
+    import torch
+
+    def padded(pieces: list[Any]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(np.array(p)) for p in pieces], True)
+
+    tokens = 0
+    for batch in dataset.shuffle(seed=0).with_format("numpy").iter(batch_size=BATCH):
+        lengths = [len(ids) for ids in batch["response_ids"]]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        size = MICRO_BATCH_TOKENS // (LENGTHS[1] + 64)
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            padded([np.concatenate([batch["prompt_ids"][r], batch["response_ids"][r]]) for r in part])
+            for name in (*COLUMNS[2:], *(f"teacher_{name}" for name in SCORES if "topk" not in name)):
+                padded([batch[name][row] for row in part])
+            for name in ("teacher_topk_ids", "teacher_topk_logprobs"):
+                padded([batch[name][row].reshape(lengths[row], TOP_K) for row in part])
+            tokens += sum(lengths[row] for row in part)
+    return tokens
+
+
+def open_peer(path: Path, arrow: str) -> Any:
+    """The two folders side by side; `arrow` is where their conversion is kept."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = {
+        "rollouts": (path / "rollouts", COLUMNS, ""),
+        "teacher": (path / "signals" / "teacher", SCORES, "teacher_"),
+    }
+    parts = []
+    for folder, columns, prefix in files.values():
+        shards = [str(file) for file in sorted(folder.glob("*.parquet"))]
+        part = datasets.Dataset.from_parquet(shards, columns=list(columns), cache_dir=arrow)
+        parts.append(part.rename_columns({name: prefix + name for name in columns} if prefix else {}))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def work_speed(contender: str, path: Path) -> list[float]:
+    """Tokens per CPU second of the first epoch and of the second, medians over rounds."""
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(NUM_ROUNDS):
+        with tempfile.TemporaryDirectory() as arrow:
+            start = time.process_time()
+            dataset: Any = open_peer(path, arrow) if contender == "datasets" else open_ours(path, 2.0)
+            read: Callable[[Any], int] = read_peer if contender == "datasets" else read_ours
+            for epoch in rates:
+                tokens = read(dataset)
+                epoch.append(tokens / (time.process_time() - start))
+                start = time.process_time()
+    return [statistics.median(epoch) for epoch in rates]
+
+
+def work_memory(contender: str, path: Path) -> list[float]:
+    """Peak resident set in MiB after one epoch."""
+    assert contender == "ours"
+    read_ours(open_ours(path, window_bytes(path) / 2**30))
+    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 1024]
+
+
+def window_bytes(path: Path) -> int:
+    """Decoded size of as many shards as the small cache has."""
+    from lightopd.cache.store import open_cache
+    from lightopd.training.shards import index_cache
+
+    index = index_cache(open_cache(path), ("teacher",), ("teacher",))
+    return int(index.bytes_S[: GROWTH_SHARDS[0]].sum())
+
+
+def in_process(python: str, measure: str, contender: str, path: Path) -> list[float]:
+    command = [python, __file__, "--worker", measure, contender, str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    values: list[float] = json.loads(finished.stdout.splitlines()[-1])
+    return values
+
+
+def work(measure: str, contender: str, path: Path) -> None:
+    import pyarrow as pa
+    import torch
+
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    print(json.dumps({"speed": work_speed, "memory": work_memory}[measure](contender, path)))
+
+
+def report(name: str, ours: float, against: float, goal: str, unit: str, peer: str) -> None:
+    figures = {"ours": round(ours, 3), "against": round(against, 3), "ratio": round(ours / against, 3)}
+    print(json.dumps({"name": name, **figures, "goal": goal, "unit": unit, "peer": peer}), flush=True)
+
+
+def report_speed(folder: Path) -> None:
+    from peers import peer_python
+
+    path = folder / "speed"
+    make_cache(path, **SPEED_SIZES)
+    ours = in_process(sys.executable, "speed", "ours", path)
+    peer = in_process(str(peer_python()), "speed", "datasets", path)
+    unit = "response tokens per CPU second"
+    report("loader_first_epoch", ours[0], 1e6, ">= 1", unit, "one million")
+    report("loader_first_epoch_vs_datasets", ours[0], peer[0], ">= 3", unit, "datasets, from Parquet")
+    report("loader_later_epochs_vs_datasets", ours[1], peer[1], ">= 3", unit, "datasets, memory-mapped Arrow")
+
+
+def report_growth(folder: Path) -> None:
+    peaks = []
+    for shards in GROWTH_SHARDS:
+        make_cache(folder / str(shards), num_shards=shards, per_shard=GROWTH_PER_SHARD)
+        peaks += in_process(sys.executable, "memory", "ours", folder / str(shards))
+    small, large = peaks
+    times = GROWTH_SHARDS[1] // GROWTH_SHARDS[0]
+    report("loader_memory_growth", large, small, "<= 1.2", "MiB", f"ours, a cache {times} times smaller")
+
+
+def make_cache(path: Path, num_shards: int, per_shard: int) -> None:
+    """Write a cache in a process of its own, since a child inherits its parent's peak memory on Linux."""
+    code = (
+        "from pathlib import Path; from synthetic_cache import write_random_cache; "
+        f"write_random_cache(Path({str(path)!r}), num_shards={num_shards}, per_shard={per_shard}, "
+        f"lengths={LENGTHS}, top_k={TOP_K}, vocabulary_size={VOCABULARY})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    job = parser.parse_args().worker
+    if job is not None:
+        work(job[0], job[1], Path(job[2]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report_speed(Path(folder))
+        report_growth(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

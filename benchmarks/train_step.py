@@ -1,0 +1,314 @@
+"""Time and memory of an optimiser step of the trainer against fine-tuning and against a live teacher.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py
+
+prints one JSON line per figure: ours, against, ratio (ours / against) and the goal for that ratio. The
+student is a Llama with the width and vocabulary of SmolLM2-135M and fewer layers, in float32, the teacher one
+with twice the layers. Ours is the whole step of `StudentModule` under Lightning, its loader included. Against
+it stand
+
+- SFT: the same micro-batches of the same tokens already in memory, cross-entropy on the response positions in
+  checkpointed chunks, the same clipping and AdamW;
+- `trl`: DistillationTrainer 1.16 (reverse KL over the vocabulary) with the teacher in process; it is handed
+  the cached responses, so that neither its sampling nor other tokens count.
+
+Time is CPU seconds on one thread. Ours and SFT take turns in one process, each with a student of its own,
+and the ratio is the median over pairs. Memory is the growth of the peak resident set during two steps
+(weights and libraries are there before) in a fresh process.
+"""
+
+# N = response tokens of a micro-batch, D = hidden size, V = vocabulary, C = positions of a chunk
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightopd.training.data import Microbatch
+
+SIZES = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+STUDENT_LAYERS, TEACHER_LAYERS = 4, 8
+ROLLOUTS = 4
+LENGTHS = (16, 160)
+PROMPT_TOKENS = 16
+MICRO_BATCH_TOKENS = 1024
+CHUNK = 256
+LEARNING_RATE = 1e-6
+TIMED_STEPS = 4
+TIMED_TRL_STEPS = 2
+GOALS = {"sampled": "<= 1.05", "top64": "<= 1.15"}
+
+
+def make_model(layers: int) -> Any:
+    """A Llama with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers))
+
+
+def make_ours(path: Path, case: str, steps: int, layout: str) -> tuple[Any, Any]:
+    """The module and the data of a run of `lightopd train`."""
+    from lightopd.cache.store import open_cache
+    from lightopd.objectives.needs import needs
+    from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
+    from lightopd.schemas.objectives import ObjectiveConfig
+    from lightopd.training.data import CacheData
+    from lightopd.training.module import StudentModule
+    from lightopd.training.shards import ShardStore, check_shards, index_cache
+    from lightopd.training.student import prepare_student
+
+    target = {"sampled": {}, "top64": {"target": {"kind": "divergence"}}}[case]
+    objective = ObjectiveConfig.model_validate(target)
+    asked = needs(objective)
+    finetune = FinetuneConfig(
+        steps=steps,
+        batch_sequences=ROLLOUTS,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        layout=layout,
+        optimizer=OptimizerConfig(lr=LEARNING_RATE),
+    )
+    cache = open_cache(path)
+    stamps = check_shards(cache, asked.signals)
+    index = index_cache(cache, asked.signals, asked.topk)
+    store = ShardStore(cache, asked.signals, asked.topk, stamps, index.bytes_S, 2**31)
+    student = prepare_student(make_model(STUDENT_LAYERS), gradient_checkpointing=False)
+    return StudentModule(student, objective, asked, finetune), CacheData(store, index, finetune, 0)
+
+
+def run_ours(module: Any, data: Any, callback: Any) -> None:
+    """Lightning's loop over all steps."""
+    import warnings
+
+    from lightning.pytorch import Trainer
+
+    warnings.simplefilter("ignore")
+    Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    ).fit(module, datamodule=data)
+
+
+class SftStep:
+    """One fine-tuning step over the tokens of a cache."""
+
+    def __init__(self, data: Any) -> None:
+        import torch
+
+        from lightopd.schemas.finetune import OptimizerConfig
+        from lightopd.training.data import StepDataset, collate
+        from lightopd.training.optimizer import make_optimizer
+        from lightopd.training.plan import make_plan
+        from lightopd.training.student import prepare_student
+
+        rows = StepDataset(make_plan(data.index, data.finetune, 0, 1), data.store)[0]
+        assert isinstance(rows, list)
+        self.micro_batches = [collate(one, torch.device("cpu")) for one in rows]
+        self.student = prepare_student(make_model(STUDENT_LAYERS), gradient_checkpointing=False)
+        self.optimizer = make_optimizer(self.student, OptimizerConfig(lr=LEARNING_RATE))
+
+    def run(self) -> None:
+        import torch
+
+        total = sum(len(batch.positions_N) for batch in self.micro_batches)
+        for batch in self.micro_batches:
+            (self._loss(batch) / total).backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, batch: Microbatch) -> Tensor:
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        head_VD = self.student.lm_head.weight
+
+        def chunk_loss(hidden_CD: Tensor, ids_C: Tensor) -> Tensor:
+            return torch.nn.functional.cross_entropy(hidden_CD @ head_VD.T, ids_C, reduction="sum")
+
+        hidden_BTD = self.student.model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
+        chunks = zip(hidden_ND.split(CHUNK), batch.rollouts.ids_N.split(CHUNK), strict=True)
+        losses = [checkpoint(chunk_loss, hidden, ids, use_reentrant=False) for hidden, ids in chunks]
+        return torch.stack(losses).sum()
+
+
+def work_time(case: str, path: Path) -> dict[str, list[float]]:
+    """CPU seconds of our steps and of the SFT steps between them, the first of each left out."""
+    from lightning.pytorch import Callback
+
+    layout = "packed" if case == "packed" else "padded"
+    module, data = make_ours(path, "sampled" if case == "packed" else case, TIMED_STEPS + 1, layout)
+    sft = SftStep(data)
+    seconds: dict[str, list[float]] = {"ours": [], "sft": []}
+
+    class TakeTurns(Callback):  # type: ignore[misc]
+        def on_train_start(self, *_: Any) -> None:
+            self.began = time.process_time()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            ended = time.process_time()
+            seconds["ours"].append(ended - self.began)
+            if case != "packed":
+                sft.run()
+            self.began = time.process_time()
+            seconds["sft"].append(self.began - ended)
+
+    run_ours(module, data, TakeTurns())
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def work_memory(case: str, path: Path) -> dict[str, list[float]]:
+    """MiB by which two steps raise the peak."""
+    from lightning.pytorch import Callback
+
+    module, data = make_ours(path, "sampled" if case == "sft" else case, 2, "padded")
+    if case == "sft":
+        del module
+        sft = SftStep(data)
+        before = peak_mib()
+        sft.run()
+        sft.run()
+    else:
+        before = peak_mib()
+        run_ours(module, data, Callback())
+    return {"peak": [peak_mib() - before]}
+
+
+def work_trl(case: str, path: Path) -> dict[str, list[float]]:
+    """CPU seconds of whole training steps of trl, the first left out."""
+    from trl_step import time_steps
+
+    from lightopd.cache.reader import read_shard_columns
+    from lightopd.cache.store import open_cache
+
+    columns = read_shard_columns(open_cache(path), 0, (), topk=())
+    prompts = [
+        columns.prompt_ids_P[columns.prompt_offsets[row] : columns.prompt_offsets[row + 1]].tolist()
+        for row in range(ROLLOUTS)
+    ]
+    responses = [
+        columns.response_ids_N[columns.offsets[row] : columns.offsets[row + 1]].tolist()
+        for row in range(ROLLOUTS)
+    ]
+    student, teacher = make_model(STUDENT_LAYERS), make_model(TEACHER_LAYERS)
+    return {"trl": time_steps(student, teacher, prompts, responses, TIMED_TRL_STEPS)}
+
+
+def peak_mib() -> float:
+    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 1024
+
+
+def in_process(measure: str, case: str, path: Path, python: str = sys.executable) -> dict[str, list[float]]:
+    command = [python, __file__, "--worker", measure, case, str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if finished.returncode:
+        sys.exit(finished.stderr)
+    values: dict[str, list[float]] = json.loads(finished.stdout.splitlines()[-1])
+    return values
+
+
+def work(measure: str, case: str, path: Path) -> None:
+    import logging
+
+    import torch
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    functions = {"time": work_time, "memory": work_memory, "trl": work_trl}
+    print("\n" + json.dumps(functions[measure](case, path)))
+
+
+def report(name: str, ours: float, against: float, ratio: float, goal: str, unit: str, peer: str) -> None:
+    figures = {"ours": round(ours, 3), "against": round(against, 3), "ratio": round(ratio, 3)}
+    print(json.dumps({"name": name, **figures, "goal": goal, "unit": unit, "peer": peer}), flush=True)
+
+
+def report_case(case: str, path: Path, sft_mib: float) -> float:
+    """Against SFT; returns CPU seconds of our step."""
+    seconds = in_process("time", case, path)
+    ratio = statistics.median(ours / sft for ours, sft in zip(seconds["ours"], seconds["sft"], strict=True))
+    ours, sft = (statistics.median(seconds[name]) for name in ("ours", "sft"))
+    peer = "SFT, chunked cross-entropy"
+    report(f"step_time_{case}", ours, sft, ratio, GOALS[case], "CPU seconds", peer)
+    (mib,) = in_process("memory", case, path)["peak"]
+    report(f"step_memory_{case}", mib, sft_mib, mib / sft_mib, GOALS[case], "MiB", peer)
+    return ours
+
+
+def report_all(folder: Path) -> None:
+    from peers import peer_python
+
+    path = folder / "cache"
+    code = (
+        "from pathlib import Path; from synthetic_cache import write_random_cache; "
+        f"write_random_cache(Path({str(path)!r}), num_shards=1, per_shard={ROLLOUTS}, lengths={LENGTHS}, "
+        f"top_k=64, vocabulary_size={SIZES['vocab_size']}, prompt_tokens={PROMPT_TOKENS})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    (sft_mib,) = in_process("memory", "sft", path)["peak"]
+    ours = {case: report_case(case, path, sft_mib) for case in GOALS}
+    packed = statistics.median(in_process("time", "packed", path)["ours"])
+    report(
+        "step_time_packed",
+        packed,
+        ours["sampled"],
+        packed / ours["sampled"],
+        "-",
+        "CPU seconds",
+        "padded rows",
+    )
+    live = statistics.median(in_process("trl", "live", path, str(peer_python()))["trl"])
+    for case in GOALS:
+        peer = "trl 1.16 DistillationTrainer, live teacher, no sampling"
+        report(f"step_time_{case}_vs_trl", ours[case], live, ours[case] / live, "< 1", "CPU seconds", peer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    job = parser.parse_args().worker
+    if job is not None:
+        work(job[0], job[1], Path(job[2]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report_all(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

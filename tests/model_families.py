@@ -1,0 +1,42 @@
+"""Tiny random models of several families, all over 64 tokens."""
+
+import torch
+import transformers
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "Llama": {**SMALL, "tie_word_embeddings": False},
+    "Qwen3": {**SMALL, "head_dim": 8, "tie_word_embeddings": True},
+    "Qwen3Moe": {
+        **SMALL,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "Gemma3": {**SMALL, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
+    "Phi": {**SMALL, "num_key_value_heads": 4},
+    "Phi3": {**SMALL, "sliding_window": 4},
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "Granite": {**SMALL, "logits_scaling": 3.0},
+}
+
+
+def make_model(name):
+    """A random model in evaluation mode; the same weights at every call."""
+    suffix = {"Gemma3": "Gemma3Text", "GPT2": "GPT2"}.get(name, name)
+    head = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(getattr(transformers, f"{suffix}Config")(**FAMILIES[name]))
+    return model.eval()
