@@ -16,9 +16,8 @@ def time_steps(
     Sampling is replaced by handing out `responses`; tokenisation by `prompts`.
     """
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from transformers import TrainerCallback
+    from trl import DistillationTrainer
 
     marks: list[float] = []
 
@@ -38,35 +37,47 @@ def time_steps(
         def _generate_single_turn(self, *_: Any, **__: Any) -> Any:
             return [responses[row] for row in self.rows]
 
-    tokens = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")),
-        eos_token="<eos>",
-        pad_token="<eos>",
-    )
     rows = Dataset.from_dict({"prompt": [str(row) for row in range(len(prompts))]})
     with tempfile.TemporaryDirectory() as folder:
-        settings = DistillationConfig(
-            output_dir=folder,
-            per_device_train_batch_size=len(prompts),
-            gradient_accumulation_steps=1,
-            max_steps=num_steps + 1,
-            learning_rate=1e-6,
-            max_completion_length=max(map(len, responses)),
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
         Cached(
             model=student,
             teacher_model=teacher,
-            args=settings,
+            args=_settings(folder, len(prompts), num_steps + 1, max(map(len, responses))),
             train_dataset=rows,
-            processing_class=tokens,
+            processing_class=_tokenizer(),
             callbacks=[Clock()],
         ).train()
     seconds = [end - begin for begin, end in itertools.pairwise(marks)]
     return seconds[1:]
+
+
+def _settings(folder: str, batch: int, steps: int, longest: int) -> Any:
+    from trl import DistillationConfig
+
+    return DistillationConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        max_steps=steps,
+        learning_rate=1e-6,
+        max_completion_length=longest,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def _tokenizer() -> Any:
+    """Of two tokens: the trainer asks for one, and ids are handed to it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")),
+        eos_token="<eos>",
+        pad_token="<eos>",
+    )
