@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import JsonValue
+
 from lightopd.cache.index import build_index
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, create_signal, open_cache, signal_folder
+from lightopd.cache.store import Cache, content_id, create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
 from lightopd.checks import check_student, check_teacher, check_tokenizer, precision_note
 from lightopd.contexts import Contexts, check_lengths, describe_context, render_contexts, write_contexts
@@ -88,6 +90,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
     engine, precision = describe_engine(config.engine, config.teacher)
     contexts = _contexts(config, cache, tokenizer, limits)
+    support, widest = _support(config, limits)
     manifest = SignalManifest(
         schema_version=SCHEMA_VERSION,
         name=config.signal,
@@ -97,7 +100,8 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         precision=precision,
         tokenizer=found,
         context=describe_context(config.context, contexts) if config.context and contexts else PLAIN,
-        top_k=config.top_k,
+        support=support,
+        top_k=widest,
         min_probability=config.min_probability,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
@@ -115,6 +119,29 @@ def _contexts(config: PrecomputeConfig, cache: Cache, tokenizer: Any, limits: Mo
     contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
     check_lengths(contexts, longest, limits.context_length, config.teacher.path)
     return contexts
+
+
+def _support(config: PrecomputeConfig, limits: ModelLimits) -> tuple[dict[str, JsonValue] | None, int]:
+    """Whose ids the entries are, for the manifest, and how many there are at most at a position."""
+    if config.support == "teacher":
+        return None, config.top_k
+    there = open_cache(config.cache, signals=[config.support_signal])
+    described: dict[str, JsonValue] = {
+        "kind": config.support,
+        "signal": config.support_signal,
+        "content": content_id(there, [config.support_signal]),
+    }
+    theirs = there.signals[config.support_signal].manifest.top_k
+    if theirs == 0:
+        raise ConfigError(
+            f"signal {config.support_signal} of {config.cache} has no top-k; make it with --top-k 16, say, "
+            "under another name, and set support_signal"
+        )
+    return described, min(theirs + _own_top_k(config), limits.vocabulary_size)
+
+
+def _own_top_k(config: PrecomputeConfig) -> int:
+    return 0 if config.support == "student" else config.top_k
 
 
 def _score(
@@ -170,8 +197,9 @@ def _measured(
 def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
-    ids, sequences = read_sequences(cache, index, contexts)
-    return ids, engine.score(sequences, config.top_k, config.min_probability)
+    support = None if config.support == "teacher" else config.support_signal
+    ids, sequences = read_sequences(cache, index, contexts, support)
+    return ids, engine.score(sequences, _own_top_k(config), config.min_probability)
 
 
 def _write_shard(

@@ -247,6 +247,10 @@ class PrecomputeConfig(StageConfig):
     """Most likely tokens kept at each position; 0 keeps the sampled token only."""
     min_probability: float = Field(0.0, ge=0.0, lt=1.0)
     """Drop top-k entries less likely than this; their probability moves to the tail."""
+    support: Literal["teacher", "student", "both"] = "teacher"
+    """Entries at a position: this model's top-k, the ids of `support_signal` there, or both together."""
+    support_signal: str = "rollout_student"
+    """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
     topk_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
     engine: EngineConfig = HfEngine()
@@ -255,6 +259,19 @@ class PrecomputeConfig(StageConfig):
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)
     """Also compare so many rollouts with transformers in float32, held to the same limit."""
+
+    @model_validator(mode="after")
+    def _support_fits(self) -> "PrecomputeConfig":
+        if self.support == "teacher":
+            return self
+        if self.engine.kind != "hf":
+            raise ValueError(
+                f"support: {self.support} asks for log-probabilities of given ids, which engine "
+                f"{self.engine.kind} cannot give (vLLM returns the most likely ones only); use engine hf"
+            )
+        if self.min_probability or self.support_signal == self.signal:
+            raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
 
     @model_validator(mode="after")
     def _rollouts_are_another_folder(self) -> "PrecomputeConfig":

@@ -184,6 +184,8 @@ class SignalManifest(StrictModel):
     context: dict[str, JsonValue] = PLAIN
     """What the model saw before the response: `plain` is the student's own prompt; `template` has the text
     of the template, the turn it fills, and the hash of all rendered prompts."""
+    support: dict[str, JsonValue] | None = None
+    """Whose ids the entries are: None for the model's own top-k; else kind, signal and its content id."""
     top_k: int = Field(ge=0)
     """Most entries kept at a position."""
     min_probability: float = Field(0.0, ge=0)
@@ -224,10 +226,13 @@ class ShardMarker(StrictModel):
 
 
 def compared_fields(manifest: StrictModel) -> dict[str, Any]:
-    """What a fingerprint hashes: every field but paths, versions and measured noise."""
+    """What a fingerprint hashes: every field but paths, versions, measured noise and what is not there."""
     plain: dict[str, Any] = manifest.model_dump(mode="json")
     for volatile in ("lightopd_version", "noise", "cross_check"):
         plain.pop(volatile, None)
+    for optional in ("support", "answers"):
+        if plain.get(optional) is None:
+            plain.pop(optional, None)
     compared: dict[str, Any] = _without_sources(plain)
     return compared
 

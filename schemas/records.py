@@ -52,6 +52,18 @@ class Sequence:
 
     prompt_ids: Ids
     response_ids: Ids
+    support: "Support | None" = None
+    """Ids that the scores must hold at each position, whatever the model thinks of them; None for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Ids at each position of a response, such as a student's own top-k when it was sampled."""
+
+    counts: Ids
+    """[R], ids at each position."""
+    ids: Ids
+    """[C], ids laid end to end, none twice at a position."""
 
 
 @dataclass(frozen=True, slots=True)

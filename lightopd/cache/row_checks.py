@@ -198,7 +198,7 @@ def _score_range_faults(scores: _Scores, signal: SignalManifest, vocabulary_size
     )
     full = min(signal.top_k, vocabulary_size)
     is_off = (scores.counts_N < 0) | (scores.counts_N > full)
-    if signal.min_probability == 0:
+    if signal.min_probability == 0 and signal.support is None:
         is_off = scores.counts_N != full
     yield from _at_tokens(
         "topk_counts", is_off, scores.offsets, scores.counts_N, f"where top_k asks for {full}"

@@ -19,6 +19,10 @@ Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
 
 
+SUPPORTING = ("hf", "fake")
+"""Engine kinds that can score ids of the caller's choice."""
+
+
 class Engine(Protocol):
     """One loaded model that generates and scores."""
 
@@ -57,7 +61,9 @@ class Engine(Protocol):
         """Log-probabilities of every response token, in the order given.
 
         Args:
-            sequences: prompt and response ids; an empty response has empty scores.
+            sequences: prompt and response ids; an empty response has empty scores. Where a sequence has a
+                support, its ids are kept beside the `top_k` most likely ones (engines hf and fake only:
+                `SUPPORTING`).
             top_k: most entries kept at a position, 0 to V.
             min_probability: entries less likely than this are left to the tail; none may remain.
 

@@ -16,7 +16,7 @@ from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.manifest import EngineRecord, Precision
-from lightopd.schemas.records import Ids, Sample, Scores
+from lightopd.schemas.records import Ids, Sample, Scores, Support
 
 Doubles = NDArray[np.float64]
 
@@ -93,6 +93,7 @@ class FakeEngine:
                 sequence.response_ids,
                 top_k,
                 min_probability,
+                sequence.support,
             )
             for index, sequence in enumerate(sequences)
         ]
@@ -144,7 +145,9 @@ class FakeEngine:
         )
 
 
-def exact_scores(logits_RV: Doubles, response_ids: Ids, top_k: int, min_probability: float) -> Scores:
+def exact_scores(
+    logits_RV: Doubles, response_ids: Ids, top_k: int, min_probability: float, support: Support | None = None
+) -> Scores:
     """Scores from all logits at once, in float64, the plain definition of what an engine returns.
 
     Args:
@@ -152,13 +155,18 @@ def exact_scores(logits_RV: Doubles, response_ids: Ids, top_k: int, min_probabil
         response_ids: int32 [R].
         top_k: entries kept at each position, 0 to V; equally likely tokens come lowest id first.
         min_probability: less likely entries are left to the tail.
+        support: ids that are kept at each position whatever their probability.
     """
     logprobs_RV = _log_softmax(logits_RV)
     order_RV = np.argsort(-logprobs_RV, axis=-1, kind="stable")
     sorted_RV = np.take_along_axis(logprobs_RV, order_RV, axis=-1)
     counts_R = np.minimum((np.exp(sorted_RV) >= min_probability).sum(-1), top_k)
-    rank_V = np.arange(logprobs_RV.shape[-1])
-    is_kept_RV = rank_V < counts_R[:, None]
+    is_kept_RV = np.arange(logprobs_RV.shape[-1]) < counts_R[:, None]
+    if support is not None:
+        is_asked_RV = np.zeros_like(is_kept_RV)
+        is_asked_RV[np.repeat(np.arange(len(support.counts)), support.counts), support.ids] = True
+        is_kept_RV = is_kept_RV | np.take_along_axis(is_asked_RV, order_RV, axis=-1)
+        counts_R = is_kept_RV.sum(-1)
     with np.errstate(divide="ignore"):
         tail_R = np.minimum(np.log(np.where(is_kept_RV, 0.0, np.exp(sorted_RV)).sum(-1)), 0.0)
     return Scores(

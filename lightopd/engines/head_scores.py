@@ -45,7 +45,7 @@ def score_positions(
     """
     slices = [
         _score_slice(logits_CV, ids_N[rows], top_k, min_probability)
-        for rows, logits_CV in _logit_slices(head, hidden_ND)
+        for rows, logits_CV in logit_slices(head, hidden_ND)
     ]
     logprobs_N, counts_N, topk_ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
     return PositionScores(
@@ -82,7 +82,7 @@ def largest(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_NK, columns.gather(1, where_NK)
 
 
-def _logit_slices(head: Head, hidden_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def logit_slices(head: Head, hidden_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Logits float32 [C, V] of all positions in turn; each is overwritten when the next is asked for."""
     row_bytes = 4 * head.weight_VD.shape[0]
     num_rows = min(len(hidden_ND), max(1, PRODUCT_BYTES[hidden_ND.device.type] // row_bytes))

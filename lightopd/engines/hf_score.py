@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightopd.engines.batching import plan_batches
@@ -16,9 +17,10 @@ from lightopd.engines.hf_hidden import num_inputs, plain_hidden
 from lightopd.engines.hf_prefix import Group, hidden_of_groups, worthwhile_groups
 from lightopd.engines.memory import memory_advice
 from lightopd.engines.models import LoadedModel
+from lightopd.engines.support_scores import score_support, support_ids
 from lightopd.errors import EngineError
 from lightopd.schemas import records
-from lightopd.schemas.records import Scores
+from lightopd.schemas.records import Scores, Support
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,29 @@ def score(
     with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
         for indices, hidden_ND in _batches(loaded, sequences, filled, settings):
             ids_N = np.concatenate([sequences[index].response_ids for index in indices]).astype(np.int64)
-            scores = score_positions(
-                loaded.head,
-                hidden_ND,
-                torch.from_numpy(ids_N).to(loaded.device),
-                settings.top_k,
-                settings.min_probability,
+            scores = _score(
+                loaded, hidden_ND, ids_N, [sequences[index].support for index in indices], settings
             )
             _check_finite(scores, sequences, indices)
             for index, part in _split(scores, sequences, indices):
                 results[index] = part
     return results
+
+
+def _score(
+    loaded: LoadedModel,
+    hidden_ND: Tensor,
+    ids_N: NDArray[np.int64],
+    supports: Sequence[Support | None],
+    settings: ScoreSettings,
+) -> PositionScores:
+    asked_N = torch.from_numpy(ids_N).to(loaded.device)
+    given = [support for support in supports if support is not None]
+    if given:
+        assert len(given) == len(supports), "all sequences of a call have a support, or none has"
+        support_NS = support_ids(given, loaded.device)
+        return score_support(loaded.head, hidden_ND, asked_N, support_NS, settings.top_k)
+    return score_positions(loaded.head, hidden_ND, asked_N, settings.top_k, settings.min_probability)
 
 
 def empty_scores() -> Scores:
