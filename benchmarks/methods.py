@@ -14,7 +14,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,23 +28,19 @@ from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder, signal_names
 from lightopd.cache.tables import rollouts_to_table, table_to_rollouts
 from lightopd.config import build, merged
-from lightopd.engines.base import Engine
-from lightopd.engines.factory import load_engine
 from lightopd.objectives.methods import find_method, list_methods
 from lightopd.objectives.needs import needs
 from lightopd.objectives.transforms import pair_rollouts
 from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, train
 from lightopd.schemas.configs import (
-    EngineConfig,
     EvalConfig,
     ModelConfig,
     PrecomputeConfig,
     RolloutConfig,
     TrainConfig,
 )
-from lightopd.schemas.records import Rollout, Sequence
-from lightopd.tasks import MAX_ADDEND
-from lightopd.tokens import load_tokenizer, prompt_text
+from lightopd.schemas.records import Rollout
+from lightopd.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "methods"
@@ -70,23 +66,13 @@ SETTINGS = (
     "128 rollouts, cosine schedule, 5 warm-up steps, seed 0; 2,000 held-out prompts at temperature 1"
 )
 
-Change = Callable[[str], str]
-"""A prompt to the prompt that a scorer sees instead."""
-
-
-def with_answer(prompt: str) -> str:
-    """`90;12+7+30+41=` for `12+7+30+41=`."""
-    return f"{_addends(prompt).sum()};{prompt}"
-
-
-def with_wrong_addend(prompt: str) -> str:
-    """`12+7+30+42=` for `12+7+30+41=`."""
-    *kept, last = _addends(prompt).tolist()
-    return "+".join(map(str, [*kept, last % MAX_ADDEND + 1])) + "="
-
-
-def _addends(prompt: str) -> np.ndarray:
-    return np.array(prompt.removesuffix("=").split("+"), dtype=int)
+WITH_ANSWER = "{{ answer }};{{ prompt }}"
+"""`90;12+7+30+41=` for `12+7+30+41=`."""
+WITH_WRONG_ADDEND = (
+    "{% set addends = prompt[:-1].split('+') %}"
+    "{{ addends[:-1] | join('+') }}+{{ addends[-1] | int % 50 + 1 }}="
+)
+"""`12+7+30+42=` for `12+7+30+41=`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +80,21 @@ class Scorer:
     """What makes a signal."""
 
     model: Path
-    change: Change = str
+    role: Literal["teacher", "self", "reference"]
+    template: str | None = None
     """What it sees instead of the prompt."""
 
 
 SIGNALS = {
-    "teacher": Scorer(TEACHER),
-    "reference": Scorer(STUDENT),
-    "rollout_student": Scorer(STUDENT),
-    "warmup": Scorer(STUDENT),
-    "dpo": Scorer(TEACHER),
-    "reverse_dpo": Scorer(STUDENT),
-    "privileged": Scorer(TEACHER),
-    "shown": Scorer(STUDENT, with_answer),
-    "negative": Scorer(TEACHER, with_wrong_addend),
+    "teacher": Scorer(TEACHER, "teacher"),
+    "reference": Scorer(STUDENT, "reference"),
+    "rollout_student": Scorer(STUDENT, "reference"),
+    "warmup": Scorer(STUDENT, "reference"),
+    "dpo": Scorer(TEACHER, "teacher"),
+    "reverse_dpo": Scorer(STUDENT, "reference"),
+    "privileged": Scorer(TEACHER, "teacher"),
+    "shown": Scorer(STUDENT, "self", WITH_ANSWER),
+    "negative": Scorer(TEACHER, "reference", WITH_WRONG_ADDEND),
 }
 
 REFERENCE = "the reference is the student at rollout"
@@ -155,7 +142,7 @@ SPECIAL = (
         Case(
             name,
             SHOWN,
-            settings={"objective": {"signal": "shown"}, "allow": ["teacher-mismatch"]},
+            settings={"objective": {"signal": "shown"}},
             name=f"{name}_shown",
         )
         for name in SELF_TAUGHT
@@ -270,28 +257,9 @@ def score(cache: Path, signals: Iterable[str]) -> None:
     for name in signals:
         if name not in signal_names(cache):
             scorer = SIGNALS[name]
-            role = "teacher" if scorer == Scorer(TEACHER) else "reference"
-            settings = {"cache": cache, "teacher": str(scorer.model), "signal": name, "role": role}
-            config = build(PrecomputeConfig, settings | {"top_k": TOP_K})
-            precompute.run(config, load=seeing(scorer.change))
-
-
-def seeing(change: Change) -> Callable[[EngineConfig, ModelConfig], Engine]:
-    """Loads an engine that scores responses after another prompt than the student's."""
-
-    def load(settings: EngineConfig, model: ModelConfig) -> Engine:
-        engine, tokenizer = load_engine(settings, model), load_tokenizer(model)
-        plain = engine.score
-
-        def changed(sequence: Sequence) -> Sequence:
-            text = change(prompt_text(sequence.prompt_ids, tokenizer))
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return Sequence(np.array(ids, np.int32), sequence.response_ids)
-
-        engine.score = lambda sequences, *rest: plain([changed(one) for one in sequences], *rest)
-        return engine
-
-    return load
+            context = scorer.template and {"template": scorer.template, "prompts": TRAINED}
+            settings = {"cache": cache, "teacher": str(scorer.model), "signal": name, "role": scorer.role}
+            precompute.run(build(PrecomputeConfig, settings | {"context": context, "top_k": TOP_K}))
 
 
 def config_of(case: Case, cache: Path, learning_rate: float) -> TrainConfig:

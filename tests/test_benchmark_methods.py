@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
 
 from lightopd.objectives.needs import needs
 
@@ -50,5 +51,8 @@ def test_a_comma_ends_its_total(methods):
 
 
 def test_stand_ins_for_a_hint_and_for_wrong_evidence(methods):
-    assert methods.with_answer("12+7+30+41=") == "90;12+7+30+41="
-    assert methods.with_wrong_addend("12+7+30+50=") == "12+7+30+1="
+    def shown(template, prompt):
+        return SandboxedEnvironment().from_string(template).render(prompt=prompt, answer="90")
+
+    assert shown(methods.WITH_ANSWER, "12+7+30+41=") == "90;12+7+30+41="
+    assert shown(methods.WITH_WRONG_ADDEND, "12+7+30+50=") == "12+7+30+1="
