@@ -84,6 +84,8 @@ def score_faults(
     yield from _topk_order_faults(scores, vocabulary_size)
     yield from _mass_faults(scores, signal.topk_dtype)
     yield from _sampled_faults(scores, signal.topk_dtype)
+    if signal.support is None:  # else the entries are not the most likely tokens
+        yield from _outside_faults(scores, signal.topk_dtype)
 
 
 def _identity_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -> Iterator[Fault]:
@@ -228,21 +230,26 @@ def _mass_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
 
 
 def _sampled_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
-    """The sampled token agrees with its top-k entry; outside the top-k it is no likelier than the last."""
+    """The sampled token agrees with its top-k entry, where it has one."""
     is_sampled_C = scores.ids_C == scores.sampled_ids_N[scores.position_C]
     inside = scores.position_C[is_sampled_C]
     apart = np.abs(scores.logprobs_C[is_sampled_C] - scores.logprobs_N[inside])
     allowed = LOGPROB_TOLERANCE + _rounding(topk_dtype) * np.abs(scores.logprobs_N[inside])
     what = "the sampled token's log-probability is not that of its top-k entry"
     yield from _at_positions("sampled", inside[apart > allowed], scores, what)
+
+
+def _outside_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
+    """A sampled token outside the top-k is no likelier than its last entry."""
+    if not len(scores.ids_C):
+        return
     is_outside_N = scores.counts_N > 0
-    is_outside_N[inside] = False
-    last_N = scores.logprobs_C[np.maximum(_starts(scores.counts_N)[1:] - 1, 0)] if len(scores.ids_C) else None
-    if last_N is not None:
-        allowed_N = last_N + LOGPROB_TOLERANCE + _rounding(topk_dtype) * np.abs(last_N)
-        is_likelier = is_outside_N & (scores.logprobs_N > allowed_N)
-        what = "the sampled token is outside the top-k, but likelier than its last entry"
-        yield from _at_positions("outside", np.flatnonzero(is_likelier), scores, what)
+    is_outside_N[scores.position_C[scores.ids_C == scores.sampled_ids_N[scores.position_C]]] = False
+    last_N = scores.logprobs_C[np.maximum(_starts(scores.counts_N)[1:] - 1, 0)]
+    allowed_N = last_N + LOGPROB_TOLERANCE + _rounding(topk_dtype) * np.abs(last_N)
+    is_likelier = is_outside_N & (scores.logprobs_N > allowed_N)
+    what = "the sampled token is outside the top-k, but likelier than its last entry"
+    yield from _at_positions("outside", np.flatnonzero(is_likelier), scores, what)
 
 
 def _logprob_faults(name: str, values: NDArray[Any], offsets: NDArray[np.int64]) -> Iterator[Fault]:
