@@ -1,4 +1,4 @@
-"""Commands on a cache folder: sql, verify, index, import, export."""
+"""Commands on a cache folder: sql, verify, index, join, import, export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightopd.cli import options
 from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_report, show_table
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
         "sql": sql,
         "verify": verify,
         "index": index,
+        "join": join_,
         "import": import_,
         "export": export,
     }
@@ -158,6 +160,29 @@ def index(cache: CacheFolder) -> None:
     from lightopd.cache.store import open_cache
 
     typer.echo(str(build_index(open_cache(cache, incomplete=True))))
+
+
+def join_(
+    out: Annotated[Path, typer.Argument(help="Cache folder that is created.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Caches: RUN/sft/answers and rollouts of the student.")
+    ],
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="One answer and one rollout of each prompt that has both.")
+    ] = False,
+    allow: options.Allow = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make one cache of a teacher's answers and a student's rollouts, for methods that learn from both.
+
+    Example: lightopd join runs/pairs runs/sft/answers runs/cache --pairs
+    """
+    from lightopd.config import build
+    from lightopd.pipelines.joining import join
+    from lightopd.schemas.configs import StageConfig
+
+    allowed = build(StageConfig, {"allow": allow or ()}).allow
+    show_report(join(out, sources, pairs=pairs, allow=allowed), as_json)
 
 
 def import_(

@@ -123,6 +123,19 @@ class StudentLineage(StrictModel):
     """Refusals set aside on the way, its ancestors' included."""
 
 
+class JoinedCache(StrictModel):
+    """A cache whose rollouts were taken into a joined one."""
+
+    origin: Literal["student", "teacher"]
+    """Who wrote its responses."""
+    sampler: ModelFingerprint
+    """The model that sampled; a row's id is a hash with the identity of its own sampler."""
+    content: str
+    """Content id of its rollouts."""
+    source: str
+    """Its folder; for people, never compared."""
+
+
 class CacheManifest(StrictModel):
     """`lightopd.json`: the contract of a cache's rollouts."""
 
@@ -130,10 +143,12 @@ class CacheManifest(StrictModel):
     """Layout version; a newer one is refused."""
     lightopd_version: str
     """Version that wrote it; for people, never compared."""
-    origin: Literal["student", "teacher", "imported"]
-    """Who wrote the responses."""
+    origin: Literal["student", "teacher", "imported", "mixed"]
+    """Who wrote the responses; in a `mixed` cache, made by `join`, each row says so itself."""
     sampler: ModelFingerprint | None
     """The model that sampled: the student, or the teacher in the sft stage; None when imported."""
+    joined: tuple[JoinedCache, ...] = ()
+    """The caches that a `mixed` one was made from."""
     precision: Precision | None
     """How the sampler was run."""
     sft: SftLineage
@@ -225,14 +240,18 @@ class ShardMarker(StrictModel):
     """Rows left out, by reason."""
 
 
+_ONLY_WHERE_SET = ("joined", "support")
+"""Fields that few manifests use; unset, they leave the fingerprint of every other one as it is."""
+
+
 def compared_fields(manifest: StrictModel) -> dict[str, Any]:
-    """What a fingerprint hashes: every field but paths, versions, measured noise and what is not there."""
+    """What a fingerprint hashes: every field but paths, versions, measured noise and unused special ones."""
     plain: dict[str, Any] = manifest.model_dump(mode="json")
     for volatile in ("lightopd_version", "noise", "cross_check"):
         plain.pop(volatile, None)
-    for optional in ("support", "answers"):
-        if plain.get(optional) is None:
-            plain.pop(optional, None)
+    for special in _ONLY_WHERE_SET:
+        if not plain.get(special):
+            plain.pop(special, None)
     compared: dict[str, Any] = _without_sources(plain)
     return compared
 

@@ -21,6 +21,9 @@ MASS_TOLERANCE = 1e-5
 HALF_ROUNDING = 2.0**-11
 """Relative rounding error of float16: a log-probability l is stored within |l| * 2^-11."""
 
+STUDENTS_OWN = ("logprobs", "entropies")
+"""Columns that speak of the student at rollout, null in rows that another model wrote."""
+
 Flags = NDArray[np.bool_]
 
 
@@ -95,7 +98,9 @@ def _identity_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -
         is_repeated.append(name in seen)
         seen.add(name)
     yield from _at_rows("unique", np.array(is_repeated, np.bool_), "its rollout_id occurs in an earlier row")
+    samplers = {source.origin: source.sampler.identity for source in manifest.joined}
     sampler = manifest.sampler.identity if manifest.sampler else ""
+    origins = table.column("origin").to_pylist()
     prompts, prompt_offsets = flat_column(table.column("prompt_ids"))
     ids_N, offsets = flat_column(table.column("response_ids"))
     indices = table.column("sample_index").to_pylist()
@@ -104,7 +109,7 @@ def _identity_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -
         != rollout_id(
             prompts[prompt_offsets[row] : prompt_offsets[row + 1]],
             ids_N[offsets[row] : offsets[row + 1]],
-            sampler,
+            samplers.get(origins[row], sampler),
             indices[row],
         )
         for row, name in enumerate(names)
@@ -121,7 +126,11 @@ def _finish_faults(
     yield from _at_rows(
         "truncated", truncated != (reasons == "length"), "truncated and finish_reason disagree"
     )
-    yield from _at_rows("origin", origins != manifest.origin, f"its origin is not {manifest.origin!r}")
+    known: list[str] = [source.origin for source in manifest.joined] or [manifest.origin]
+    is_other = np.array([origin not in known for origin in origins], np.bool_)
+    yield from _at_rows(
+        "origin", is_other, f"its origin is not {' or '.join(map(repr, dict.fromkeys(known)))}"
+    )
     end_ids = manifest.tokenizer.special_ids.get("eos", []) if manifest.tokenizer else []
     if end_ids and len(ids_N):
         last = ids_N[np.maximum(offsets[1:] - 1, 0)]
@@ -141,7 +150,12 @@ def _token_column_faults(
 ) -> Iterator[Fault]:
     column = table.column(name)
     is_null = ~column.is_valid().to_numpy()
-    if is_null.all():
+    is_teachers = np.array([origin == "teacher" for origin in table.column("origin").to_pylist()], np.bool_)
+    if manifest.origin == "mixed" and name in STUDENTS_OWN:
+        what = f"it is the teacher's and has {name}, which a mixed cache keeps of the student only"
+        yield from _at_rows(f"{name} origin", is_teachers & ~is_null, what)
+        is_null &= ~is_teachers
+    if not column.null_count < len(is_null):
         if name == "logprobs" and manifest.origin != "imported":
             yield from _at_rows(name, is_null, "it has no logprobs of the sampler")
         return

@@ -29,7 +29,7 @@ from lightopd.schemas.manifest import (
 
 Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
 
-STAGES = {"student": "rollout", "teacher": "sft", "imported": "import"}
+STAGES = {"student": "rollout", "teacher": "sft", "imported": "import", "mixed": "join"}
 """Command that makes the rollouts of a cache, by origin."""
 
 

@@ -207,6 +207,6 @@ def preferred(config: PreferenceTarget, term: TermConfig, table: RolloutTable, i
     if is_odd_G.any():
         raise CacheError(
             f"{int(is_odd_G.sum())} of {len(all_G)} prompts are no pair of one answer by the teacher and one "
-            f"by the student; build the cache with pair_rollouts (lightopd/objectives/transforms.py)"
+            f"by the student; make the cache with lightopd join --pairs"
         )
     return np.where(is_teacher_R, 1.0, -1.0)

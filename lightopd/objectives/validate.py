@@ -52,6 +52,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     """What the cache has of the columns that `wanted` names, and all its signals."""
     signals = {name: signal.manifest.top_k for name, signal in cache.signals.items()}
     there = {name for name in wanted.columns if name in COLUMN_SOURCES and _has(cache, name)}
+    if cache.manifest.origin == "mixed":
+        there -= {"ref_logprobs", "ref_entropies"}  # the teacher's rows have none
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     return CacheFacts(str(cache.path), signals, frozenset(there))
