@@ -23,6 +23,9 @@ def show_report(report: "Report", as_json: bool = False) -> None:
     width = max((len(key) for key in report.figures), default=0)
     for key, value in report.figures.items():
         typer.echo(f"  {key:<{width}}  {number(value)}")
+    if report.rows:
+        typer.echo("")
+        show_table(list(report.rows[0]), report.rows)
     for reason, count in report.dropped.items():
         typer.echo(f"  dropped {count}: {reason}")
     for note in report.notes:

@@ -23,7 +23,9 @@ Row = tuple[int, dict[str, Any]]
 
 
 def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Prompt]:
-    """All prompts of a source, in its order, at most `limit`; no two share a `prompt_id`.
+    """Prompts of a source in its order, `limit` of them after `skip`; no two share a `prompt_id`.
+
+    Past the end it goes on at the first prompt, so that every `skip` gives prompts; none comes twice.
 
     With `all_columns`, a file's columns beyond `COLUMNS` are kept in `Prompt.metadata`.
 
@@ -31,6 +33,11 @@ def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Pr
         InputError: a file is missing, empty or broken; the message names file, row and remedy.
         ConfigError: an unknown task, verifier or setting, or a package that is not installed.
     """
+    if config.skip:
+        whole = config.model_copy(update={"skip": 0, "limit": None})
+        everything = load_prompts(whole, all_columns=all_columns)
+        count = min(config.limit or len(everything), len(everything))
+        return [everything[(config.skip + place) % len(everything)] for place in range(count)]
     if isinstance(config, FilePrompts):
         return _from_file(config, all_columns)
     if isinstance(config, ReasoningGymPrompts):

@@ -6,24 +6,34 @@ lightopd eval --model STUDENT --prompts heldout.jsonl --out RUN/eval --teacher T
 import time
 from typing import Any
 
+from lightopd import __version__
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
 from lightopd.checks import check_tokenizer
 from lightopd.engines.factory import load_engine
 from lightopd.errors import ConfigError
 from lightopd.evaluation import accuracy, divergence
-from lightopd.lineage import fingerprint_tokenizer
+from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.folders import save_config, writing
-from lightopd.pipelines.reports import Report, save_report
-from lightopd.pipelines.sampling import LoadEngine, SamplingJob, prepare, sample, sampling_figures
+from lightopd.pipelines.reports import Report, finished_report, save_report
+from lightopd.pipelines.sampling import (
+    LoadEngine,
+    Prepared,
+    SamplingJob,
+    missing_shards,
+    prepare,
+    sample,
+    sampling_figures,
+)
 from lightopd.pipelines.sequences import read_sequences
+from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
 from lightopd.schemas.manifest import SftLineage
 from lightopd.tokens import load_tokenizer, stop_ids
 
 
 def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
-    """Sample answers into `OUT/answers` and measure them; finished shards are not sampled again.
+    """Sample answers into `OUT/answers` and measure them; what is finished is not done again.
 
     Raises:
         InputError, EngineError, OutputError: see their messages.
@@ -34,13 +44,25 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         count = len(prepared.prompts) * config.sampling.n
         return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
     with writing(config.out):
+        made_from = _made_from(config, prepared)
+        finished = finished_report("eval", config.out, made_from)
+        if finished is not None and not missing_shards(prepared):
+            return finished
         answers = sample(prepared, load)
         save_config(config, "eval", config.out)
         figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
         figures |= sampling_figures(answers, started_s)
-        report = Report("eval", str(config.out), figures, seconds=time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        report = Report("eval", str(config.out), figures, seconds=seconds, made_from=made_from)
         save_report(report, config.out)
     return report
+
+
+def _made_from(config: EvalConfig, prepared: Prepared) -> str:
+    """Hash of everything the figures follow from: the answers' contract, the code's version, the teacher."""
+    teacher = None if config.teacher is None else fingerprint_model(config.teacher).identity
+    how = None if config.teacher is None else [config.teacher.dtype, config.engine.model_dump(mode="json")]
+    return canonical_hash([__version__, prepared.manifest.fingerprint(), teacher, how])
 
 
 def _job(config: EvalConfig) -> SamplingJob:

@@ -25,6 +25,10 @@ class Report:
     notes: tuple[str, ...] = ()
     """Sentences the reader must not miss: overrides, differences, verdicts."""
     seconds: float = 0.0
+    rows: tuple[dict[str, JsonValue], ...] = ()
+    """A table, such as one row for each round; every row has the same keys."""
+    made_from: str | None = None
+    """Hash of what the figures follow from; a stage that finds its report under the same one is done."""
 
     def as_json(self) -> str:
         """The report as one JSON object."""
@@ -35,6 +39,18 @@ def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
     if is_main():
         (folder / f"{report.stage}.report.json").write_text(report.as_json() + "\n", encoding="utf-8")
+
+
+def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:
+    """The report that a finished stage left, if it was made from the same; None otherwise."""
+    path = folder / f"{stage}.report.json"
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there, or half written by a killed run
+        return None
+    if plain.get("made_from") != made_from:
+        return None
+    return Report(**{**plain, "notes": tuple(plain["notes"]), "rows": tuple(plain["rows"])})
 
 
 def override_notes(overrides: Sequence[Override]) -> tuple[str, ...]:

@@ -140,12 +140,18 @@ def _refuse_equal_prompts(prompts: Sequence[Prompt], prompt_ids: Sequence[Ids]) 
             )
 
 
+def missing_shards(prepared: Prepared) -> list[int]:
+    """Numbers of the shards that are not there yet, whole and made under the same contract."""
+    folder, fingerprint = prepared.job.cache / "rollouts", prepared.manifest.fingerprint()
+    return [i for i in range(prepared.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
+
+
 def sample(prepared: Prepared, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
     job, manifest = prepared.job, prepared.manifest
     create_cache(job.cache, manifest)
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
-    missing = [i for i in range(manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
+    missing = missing_shards(prepared)
     if missing:
         progress = Progress(
             job.stage,

@@ -36,7 +36,15 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         return _plan(config, cache)
     with writing(config.out):
         save_config(config, "train", config.out, only_first=True)
-        result = fit(cache, config.student, config.out, config, config.objective, staleness=config.staleness)
+        result = fit(
+            cache,
+            config.student,
+            config.out,
+            config,
+            config.objective,
+            staleness=config.staleness,
+            continue_from=config.continue_from,
+        )
         leave_unless(result.is_main)
         report = _report(config, result, overrides, started_s)
         _write_lineage(config, cache, student, overrides, result.student)

@@ -70,7 +70,9 @@ class PromptRendering(StrictModel):
     template_options: dict[str, JsonValue] = {}
     """Variables handed to the chat template, such as `enable_thinking: false`."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many prompts."""
+    """Use only so many prompts."""
+    skip: int = Field(0, ge=0)
+    """Leave out the first so many prompts; past the end it goes on at the first, as rounds do."""
 
     @field_validator("template_options")
     @classmethod
@@ -295,6 +297,8 @@ class TrainConfig(StageConfig, FinetuneConfig):
     """The loss, as parts."""
     staleness: StalenessLimits = StalenessLimits()
     """Limits past which the run says that the cache is stale."""
+    continue_from: Path | None = None
+    """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
 
 
 class EvalConfig(StrictModel):

@@ -24,6 +24,10 @@ class OptimizerConfig(StrictModel):
     """Learning rate after warm-up; `linear` and `cosine` would reach zero one step after the last."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; none switches clipping off."""
+    steps_before: int = Field(0, ge=0)
+    """Steps done before this run, where it is one round of several; warm-up and schedule go on from there."""
+    steps_in_all: int | None = Field(None, ge=1)
+    """Steps that the schedule covers, where this run is one round of several; none for those of the run."""
 
 
 class StalenessLimits(StrictModel):
@@ -35,6 +39,8 @@ class StalenessLimits(StrictModel):
     """Chi-square of the student now against the student at rollout, per token: E[w^2] - 1."""
     max_log_ratio: float = Field(0.2, ge=0)
     """Mean log-probability lost on the cached tokens since they were sampled, in nats."""
+    stop_when_stale: bool = False
+    """End training with the first step that passes a limit; rounds do unless told otherwise."""
 
 
 class FinetuneConfig(StrictModel):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import (
@@ -18,6 +18,7 @@ from lightopd.schemas.configs import (
     TrainConfig,
     as_prompts,
 )
+from lightopd.schemas.rounds import RoundsConfig
 
 STAGES: dict[str, type[StrictModel]] = {
     "sft": SftConfig,
@@ -54,16 +55,30 @@ class RunConfig(StageConfig):
     """Settings of the train stage."""
     eval: dict[str, Any] = Field({})
     """Settings of the evaluations before and after training, and of the teacher."""
+    rounds: RoundsConfig | None = None
+    """Repeat rollout, precompute and train, each round from the student of the one before; none: once."""
 
     _prompts = field_validator("prompts", "eval_prompts", mode="before")(as_prompts)
 
+    @model_validator(mode="after")
+    def _rounds_train_in_this_process(self) -> "RunConfig":
+        if self.rounds and (self.train.get("devices", 1), self.train.get("nodes", 1)) != (1, 1):
+            raise ValueError(
+                "rounds train on one device, in the process that samples and scores; take devices and nodes "
+                "out of train, or leave rounds out and run the stages of each round one by one"
+            )
+        return self
+
     def chain(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """(name, stage, settings) of every step, in order; the settings build that stage's config."""
+        """(name, stage, settings) of every step, in order; the settings build that stage's config.
+
+        With rounds, `rollout`, `precompute` and `train` are those of round 0; each round evaluates itself.
+        """
         steps = [("sft", "sft")] if self.sft is not None else []
         steps += [("rollout", "rollout"), ("precompute", "precompute")]
         steps += [("eval_teacher", "eval"), ("eval_before", "eval")] if self.eval_prompts else []
         steps += [("train", "train")]
-        steps += [("eval_after", "eval")] if self.eval_prompts else []
+        steps += [("eval_after", "eval")] if self.eval_prompts and not self.rounds else []
         return [(name, stage, self.settings(name)) for name, stage in steps]
 
     def settings(self, name: str) -> dict[str, Any]:
@@ -71,8 +86,12 @@ class RunConfig(StageConfig):
         section: Mapping[str, Any] = getattr(self, "eval" if name.startswith("eval") else name) or {}
         return {**self._shared(name), **section}
 
+    def sampled_by(self) -> Any:
+        """The fine-tuned student, which samples first."""
+        return {"path": str(self.out / "sft" / "student")} if self.sft is not None else self.student
+
     def _shared(self, name: str) -> dict[str, Any]:
-        sampled_by = {"path": str(self.out / "sft" / "student")} if self.sft is not None else self.student
+        sampled_by = self.sampled_by()
         cache, allow = self.out / "cache", self.allow
         if name == "sft":
             return {"prompts": self.prompts, "teacher": self.teacher, "student": self.student,

@@ -35,6 +35,15 @@ class MetricsFile(Callback):  # type: ignore[misc]
             append_metrics(self.path, module.metrics)
 
 
+class StopWhenStale(Callback):  # type: ignore[misc]
+    """Ends training with the step that passed a staleness limit; `Checkpoints` comes after it and saves."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Every rank has the same metrics, so every rank stops."""
+        if module.limits is not None and module.limits.stop_when_stale and module.metrics.get("stale"):
+            trainer.should_stop = True
+
+
 class Checkpoints(Callback):  # type: ignore[misc]
     """Saves a checkpoint every `checkpoint_every` steps and after the last one."""
 
@@ -49,13 +58,18 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Save when one is due; the other ranks wait."""
-        is_last = module.step == self.finetune.steps
+        is_last = module.step == self.finetune.steps or trainer.should_stop
         if module.step % self.finetune.checkpoint_every and not is_last:
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
         gathered = gather(module.student, optimizer, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            state = TrainerState(step=module.step, recipe=self.recipe, objective=asdict(module.state))
+            state = TrainerState(
+                step=module.step,
+                recipe=self.recipe,
+                objective=asdict(module.state),
+                is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
+            )
             path = save_checkpoint(
                 self.folder, module.student, optimizer, self.student, state, module.anchor, gathered
             )

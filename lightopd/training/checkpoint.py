@@ -48,6 +48,8 @@ class TrainerState(StrictModel):
     """What decides the weights: cache content, student, objective, optimiser, batch and order."""
     objective: dict[str, JsonValue] = Field({})
     """State of the objective: curriculum and running means."""
+    is_stale: bool = False
+    """Training ended here because the cache had gone stale."""
     sizes_bytes: dict[str, int] = Field({})
     """Size of every other file of the folder; a folder that lacks one is not whole."""
 

@@ -34,7 +34,8 @@ from lightopd.objectives.validate import check_cache, warnings_of
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
-from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress
+from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress, StopWhenStale
+from lightopd.training.carry import carried_start, carried_state
 from lightopd.training.checkpoint import (
     TrainerState,
     check_same_run,
@@ -105,6 +106,7 @@ def fit(
     objective: ObjectiveConfig,
     *,
     staleness: StalenessLimits | None = None,
+    continue_from: Path | None = None,
 ) -> FitResult:
     """Train `student` against `cache` and write the trained student to `out/student`.
 
@@ -118,6 +120,7 @@ def fit(
         finetune: steps, batch, optimiser, devices.
         objective: the loss.
         staleness: limits of the drift from the student at rollout; None for answers of a teacher.
+        continue_from: `out` of a finished run that made this student; its optimiser state goes on here.
 
     Raises:
         ConfigError: a logger's package is missing, the batch cannot be dealt to the devices, or the
@@ -128,7 +131,7 @@ def fit(
         KeyboardInterrupt: after a clean stop; the last checkpoint is kept.
     """
     with as_worker():
-        return _fit(cache, student, out, finetune, objective, staleness)
+        return _fit(cache, student, out, finetune, objective, staleness, continue_from)
 
 
 def _fit(
@@ -138,6 +141,7 @@ def _fit(
     finetune: FinetuneConfig,
     objective: ObjectiveConfig,
     staleness: StalenessLimits | None,
+    continue_from: Path | None,
 ) -> FitResult:
     asked = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
@@ -146,22 +150,23 @@ def _fit(
     check_cache(objective, cache)
     _check_origin(cache, asked)
     recipe = recipe_of(cache, student, finetune, objective, asked)
+    if continue_from is not None:
+        recipe["continue_from"] = carried_state(continue_from, student)
     run = _Run(cache, student, out, finetune, objective, staleness, asked, recipe)
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
-    start = _start(*found) if found else Start()
+    start = _start(*found) if found else carried_start(continue_from)
     if start.step > finetune.steps:
         raise TrainingError(
             f"{out} has a checkpoint of step {start.step}, and steps is {finetune.steps}; set steps to "
             f"{start.step} or more, or choose another out folder"
         )
+    has_stopped = found is not None and found[1].is_stale and bool(staleness and staleness.stop_when_stale)
     said: Mapping[str, Any] = {}
-    if start.step < finetune.steps:
+    if start.step < finetune.steps and not has_stopped:
         said = start_workers(finetune) if starts_workers else _train(run, start)
-    if is_main():
-        _export(out)
-    return _result(out, finetune.steps, said)
+    return _result(out, _export(out), said)
 
 
 def _start(checkpoint: Path, state: TrainerState) -> Start:
@@ -175,7 +180,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
     module = StudentModule(
-        _load_student(run, start.checkpoint, selected),
+        _load_student(run, start.checkpoint if start.step else None, selected),
         run.objective,
         run.asked,
         run.finetune,
@@ -263,6 +268,7 @@ def _fit_quietly(run: _Run, module: StudentModule, data: CacheData, loggers: lis
     interruption = Interruption()
     callbacks = [
         MetricsFile(run.out / "metrics.csv"),
+        StopWhenStale(),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
         interruption,
@@ -318,10 +324,13 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
         )
 
 
-def _export(out: Path) -> None:
+def _export(out: Path) -> int:
+    """Make `out/student` of the last checkpoint; its step."""
     found = newest_checkpoint(out / "checkpoints")
     assert found is not None
-    export_student(found[0], out / "student")
+    if is_main():
+        export_student(found[0], out / "student")
+    return found[1].step
 
 
 def _result(out: Path, steps: int, said: Mapping[str, Any]) -> FitResult:

@@ -23,11 +23,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step`, 0 to `steps` - 1.
+    """Learning rate of step `step`, 0 to `steps` - 1, of a run or of one round of several.
 
     Warm-up rises linearly and reaches the peak with step `warmup_steps` - 1; `linear` and `cosine` then fall
     and would be zero at step `steps`, so that no step is lost to a rate of zero.
     """
+    step += config.steps_before
+    steps = config.steps_in_all or steps
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

@@ -1,0 +1,53 @@
+"""A run that goes on with the optimiser of a finished run, as one round of several does.
+
+The weights are the student's own; what is carried is the optimiser's moments and the objective's state.
+"""
+
+from pathlib import Path
+
+from lightopd.errors import TrainingError
+from lightopd.lineage import fingerprint_model
+from lightopd.objectives.state import ObjectiveState
+from lightopd.schemas.base import canonical_hash
+from lightopd.schemas.configs import ModelConfig
+from lightopd.training.checkpoint import OPTIMIZER_FILE, TrainerState, load_anchor, newest_checkpoint
+from lightopd.training.module import Start
+from lightopd.weights import hash_tensors
+
+
+def carried_state(run: Path, student: ModelConfig) -> str:
+    """Hash of the optimiser state that a finished run left, for the recipe of the run that goes on with it.
+
+    Args:
+        run: `out` folder of the finished run.
+        student: of the new run; it must be the student that the finished run made.
+
+    Raises:
+        TrainingError: the run has no whole checkpoint, or made another student.
+    """
+    checkpoint, _ = _last(run)
+    made = fingerprint_model(ModelConfig(path=str(run / "student")))
+    if made.identity != fingerprint_model(student).identity:
+        raise TrainingError(
+            f"continue_from is {run}, which made another student than {student.path}; "
+            f"train {run / 'student'}, or leave continue_from out"
+        )
+    return canonical_hash([list(tensor) for tensor in hash_tensors([checkpoint / OPTIMIZER_FILE])])
+
+
+def carried_start(run: Path | None) -> Start:
+    """Step 0 with the optimiser and objective state of a finished run; plain step 0 without one."""
+    if run is None:
+        return Start()
+    checkpoint, state = _last(run)
+    return Start(0, checkpoint, ObjectiveState(**state.objective), load_anchor(checkpoint))  # type: ignore[arg-type]
+
+
+def _last(run: Path) -> tuple[Path, TrainerState]:
+    found = newest_checkpoint(run / "checkpoints")
+    if found is None:
+        raise TrainingError(
+            f"continue_from is {run}, which has no whole checkpoint; finish that run, or leave "
+            "continue_from out for a fresh optimiser"
+        )
+    return found
