@@ -61,9 +61,11 @@ def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder."
     from lightopd.objectives.methods import check_method, find_method
     from lightopd.objectives.validate import cache_facts
     from lightopd.pipelines import RECIPES
+    from lightopd.pipelines.suggest import suggestion
 
     method = find_method(RECIPES / "methods", name)
-    lacks, warnings = check_method(method, cache_facts(open_cache(cache), method.needs))
+    opened = open_cache(cache)
+    lacks, warnings = check_method(method, cache_facts(opened, method.needs))
     for line in warnings:
         typer.echo(f"! {line}")
     for line in lacks:
@@ -71,3 +73,6 @@ def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder."
     if lacks:
         raise typer.Exit(5)
     typer.echo(f"{cache} can serve {name}")
+    wanted = {key: method.settings[key] for key in ("steps", "batch_sequences")}
+    if suggested := suggestion(opened, method.objective, **wanted):
+        typer.echo(f"! {suggested}")

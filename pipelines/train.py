@@ -6,6 +6,7 @@ Refused: a student that did not sample these rollouts, another tokenizer or temp
 its checks or lacks what the objective needs. The trained student is a plain Hugging Face folder.
 """
 
+import logging
 import time
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from lightopd.objectives.needs import needs
 from lightopd.objectives.validate import check_cache, teachers_of
 from lightopd.pipelines.folders import leave_unless, save_config, writing
 from lightopd.pipelines.reports import Report, override_notes, save_report
+from lightopd.pipelines.suggest import suggestion
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
 from lightopd.tokens import load_tokenizer, stop_ids
 from lightopd.training.fit import FitResult, fit
+from lightopd.training.processes import is_main
+
+log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
@@ -32,8 +37,18 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
     cache = open_cache(config.cache, signals=_signals_there(config))
     student = fingerprint_model(config.student)
     overrides = cache.manifest.overrides + _checked(config, cache, student)
+    suggested = suggestion(
+        cache,
+        config.objective,
+        steps=config.steps,
+        batch_sequences=config.batch_sequences,
+        student=config.student.path,
+        out=str(config.out),
+    )
     if dry_run:
-        return _plan(config, cache)
+        return _plan(config, cache, suggested)
+    if suggested and is_main():
+        log.warning("%s", suggested)
     with writing(config.out):
         save_config(config, "train", config.out, only_first=True)
         result = fit(
@@ -90,7 +105,7 @@ def _write_lineage(
     write_student_lineage(folder, lineage)
 
 
-def _plan(config: TrainConfig, cache: Cache) -> Report:
+def _plan(config: TrainConfig, cache: Cache, suggested: str | None) -> Report:
     tokens = sum(marker.tokens for marker in cache.markers)
     rollouts = sum(marker.rows for marker in cache.markers)
     return Report(
@@ -102,7 +117,8 @@ def _plan(config: TrainConfig, cache: Cache) -> Report:
             "steps": config.steps,
             "passes_over_cache": config.steps * config.batch_sequences / max(1, rollouts),
         },
-        notes=("dry run: cache, student and objective fit together; nothing was trained",),
+        notes=("dry run: cache, student and objective fit together; nothing was trained",)
+        + ((suggested,) if suggested else ()),
     )
 
 
