@@ -25,6 +25,7 @@ from lightopd.files import flush
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
+from lightopd.training.adapters import save_student
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         copy_companions(student, part)
-        model.save_pretrained(part)
+        save_student(model, part)
         save_file(_optimizer_tensors(model, optimizer), part / OPTIMIZER_FILE)
         if anchor is not None:
             save_file({name: tensor.contiguous() for name, tensor in anchor.items()}, part / ANCHOR_FILE)
@@ -229,8 +230,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _size_bytes(model: nn.Module) -> int:
-    """Weights and the two moments of Adam."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    """Trained weights and the two moments of Adam."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _short(value: Any) -> str:

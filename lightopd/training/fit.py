@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightopd.cache.shards import output_error
 from lightopd.cache.store import Cache
-from lightopd.engines.models import check_head, context_length_of, load_model
+from lightopd.engines.models import check_head, context_length_of
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.needs import needs
 from lightopd.objectives.parts import Needs
@@ -34,15 +34,16 @@ from lightopd.objectives.validate import check_cache, warnings_of
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.adapters import load_student
 from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress
 from lightopd.training.checkpoint import (
     TrainerState,
     check_same_run,
-    export_student,
     load_anchor,
     newest_checkpoint,
 )
 from lightopd.training.data import CacheData
+from lightopd.training.export import export
 from lightopd.training.held_out import HeldOut, held_out_objective
 from lightopd.training.loggers import make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
@@ -61,7 +62,7 @@ class FitResult:
     """What a finished run says."""
 
     student: Path
-    """Hugging Face folder of the trained student."""
+    """Hugging Face folder of the trained student, or of its adapter."""
     steps: int
     """Optimiser steps done, over all resumptions."""
     metrics: dict[str, float]
@@ -142,7 +143,9 @@ def fit(
     selected = _train(run, start) if start.step < finetune.steps else None
     is_main = rank_zero_only.rank == 0
     if is_main:
-        _export(out)
+        newest = newest_checkpoint(out / "checkpoints")
+        assert newest is not None
+        export(newest[0], student, finetune, out / "student")
     return _result(out, finetune.steps, selected, is_main)
 
 
@@ -214,10 +217,7 @@ def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
 
 
 def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> PreTrainedModel:
-    changes: dict[str, Any] = {"dtype": "float32"}
-    if checkpoint is not None:
-        changes |= {"path": str(checkpoint), "revision": None, "adapter": None}
-    model = load_model(run.student.model_copy(update=changes), "cpu")
+    model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
@@ -278,6 +278,11 @@ def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Tra
 
 
 def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
+    if objective.jump is not None and finetune.adapter is not None:
+        raise ConfigError(
+            "the objective jumps along the update of whole matrices, and adapter trains factors of one; "
+            "leave out adapter, or objective.jump"
+        )
     if objective.jump is not None and not finetune.held_out:
         raise ConfigError(
             "the objective jumps while a score on held-out rollouts improves, and held_out is 0; "
@@ -291,12 +296,6 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
             f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
             f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
         )
-
-
-def _export(out: Path) -> None:
-    found = newest_checkpoint(out / "checkpoints")
-    assert found is not None
-    export_student(found[0], out / "student")
 
 
 def _result(out: Path, steps: int, selected: Selected | None, is_main: bool) -> FitResult:
