@@ -10,8 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.run import STAGES, RunConfig
 
+_OF_MODELS = ModelConfig.model_fields.keys()
 Model = TypeVar("Model", bound=StrictModel)
 
 
@@ -84,6 +86,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(old, Mapping) and "path" in old and isinstance(value, str | Path):
             own = ("revision", "adapter")  # of the folder that was named before
             result[key] = {**{k: v for k, v in old.items() if k not in own}, "path": str(value)}
+        elif isinstance(old, Mapping) and old and old.keys() <= _OF_MODELS and isinstance(value, str | Path):
+            result[key] = {**old, "path": str(value)}  # --set student.adapter=A beside --student BASE
         else:
             result[key] = value
     return result

@@ -3,7 +3,8 @@
     lightopd train --cache CACHE --student STUDENT --out RUN
 
 Refused: a student that did not sample these rollouts, another tokenizer or template, a cache that fails
-its checks or lacks what the objective needs. The trained student is a plain Hugging Face folder.
+its checks or lacks what the objective needs. The trained student is a plain Hugging Face folder, or an
+adapter's.
 """
 
 import logging
@@ -21,6 +22,7 @@ from lightopd.pipelines.suggest import suggestion
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
 from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.training.adapters import trained_student
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.processes import is_main
 
@@ -93,7 +95,7 @@ def _write_lineage(
     folder: Path,
 ) -> None:
     used = needs(config.objective).signals
-    trained = fingerprint_model(config.student.model_copy(update={"path": str(folder), "adapter": None}))
+    trained = fingerprint_model(trained_student(config.student, folder))
     lineage = StudentLineage(
         student=trained,
         base=student,

@@ -206,6 +206,15 @@ class SftConfig(StageConfig):
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
+    @model_validator(mode="after")
+    def _the_student_has_a_folder_of_its_own(self) -> "SftConfig":
+        if self.finetune.adapter is not None and not self.finetune.adapter.merge:
+            raise ValueError(
+                "the fine-tuned student takes over the teacher's tokenizer, which an adapter cannot hold; "
+                "set finetune.adapter.merge to true"
+            )
+        return self
+
 
 class RolloutConfig(StageConfig):
     """The student answers prompts; ids, log-probabilities and rewards are stored."""

@@ -1,8 +1,8 @@
 """How a student is fitted, shared by `sft` and `train`. Defaults live here and nowhere else."""
 
-from typing import Literal
+from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lightopd.schemas.base import StrictModel
 
@@ -43,6 +43,31 @@ class StalenessLimits(StrictModel):
     """End training with the first step that passes a limit; rounds do unless told otherwise."""
 
 
+ALL_LINEAR: Final = "all-linear"
+
+
+class AdapterConfig(StrictModel):
+    """A low-rank adapter on a frozen student; dropout is off, as everywhere in training."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """`dora` also trains the length of every row of an adapted matrix."""
+    rank: int = Field(16, ge=1)
+    """Rank of the update of each matrix."""
+    alpha: int = Field(32, ge=1)
+    """The update is scaled by `alpha / rank`."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
+    """Adapted layers by the last part of their names, such as `q_proj`; all but the output layer."""
+    merge: bool = False
+    """Export one plain model instead of the adapter; may be set when training is done."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_something(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("is empty; name layers such as q_proj, or leave it out")
+        return value
+
+
 class FinetuneConfig(StrictModel):
     """How a student is fitted to answers or to a cache."""
 
@@ -56,6 +81,8 @@ class FinetuneConfig(StrictModel):
     """A row for each rollout, or several end to end that do not see each other; never changes results."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and schedule."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter instead of all weights (extra `adapters`)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
     gradient_checkpointing: bool = False

@@ -69,6 +69,12 @@ class RunConfig(StageConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rounds_train_all_weights(self) -> "RunConfig":
+        if self.rounds and self.train.get("adapter"):
+            raise ValueError("rounds train all weights; take adapter out of train, or leave rounds out")
+        return self
+
     def chain(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(name, stage, settings) of every step, in order; the settings build that stage's config.
 
@@ -104,8 +110,16 @@ class RunConfig(StageConfig):
             return {"cache": cache, "student": sampled_by, "out": self.out / "train", "allow": allow}
         return {"prompts": self.eval_prompts, "out": self.out / name, **self._evaluated(name, sampled_by)}
 
+    def _trained(self, sampled_by: Any) -> dict[str, Any]:
+        """The trained student: a plain folder, or an adapter on the student that training began with."""
+        folder, adapter = self.out / "train" / "student", self.train.get("adapter")
+        if adapter is None or adapter.get("merge"):
+            return {"path": str(folder)}
+        began = sampled_by.model_dump() if isinstance(sampled_by, ModelConfig) else sampled_by
+        return {**began, "adapter": folder}
+
     def _evaluated(self, name: str, sampled_by: Any) -> dict[str, Any]:
-        trained = {"path": str(self.out / "train" / "student")}
+        trained = self._trained(sampled_by)
         model = {"eval_after": trained, "eval_teacher": self.teacher}.get(name, sampled_by)
         measured = {"teacher": self.teacher} if self.eval_divergence and name != "eval_teacher" else {}
         return {"model": model, **measured}

@@ -109,6 +109,12 @@ def test_values_of_sets_are_read_as_yaml(text, value):
     assert type(parse_set(text)["a"]) is type(value)
 
 
+def test_a_models_other_settings_stay_when_its_folder_is_a_flag():
+    flags = {"student": "base", "prompts": "p.jsonl", "cache": "c"}
+    student = load_stage("rollout", [], ["student.adapter=a", "student.dtype=float32"], flags).student
+    assert (student.path, str(student.adapter), student.dtype) == ("base", "a", "float32")
+
+
 def test_another_kind_replaces_a_union_instead_of_mixing_with_it():
     base = {"prompts": {"kind": "file", "path": "p"}}
     assert merged(base, {"prompts": {"kind": "running_totals", "count": 3}})["prompts"] == {

@@ -165,9 +165,8 @@ def test_an_adapter_is_merged_into_the_model(folder, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_without_peft_names_what_to_install(folder, tmp_path):
-    if importlib.util.find_spec("peft") is not None:
-        pytest.skip("peft is installed")
+def test_an_adapter_without_peft_names_what_to_install(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"lightopd\[adapters\]"):
         load(folder, adapter=tmp_path)

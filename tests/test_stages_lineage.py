@@ -1,5 +1,6 @@
 """Ways round a refusal that must stay closed, and folders that must not be spoilt by a refused run."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_models import CHARACTERS, save_model, tokenizer
 
 from lightopd.cache.store import open_cache
 from lightopd.config import load_run, load_stage
-from lightopd.errors import CacheError, InputError, LineageError, OutputError, TrainingError
+from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError, TrainingError
 from lightopd.pipelines import chain, evaluate, precompute, rollout, sft, train
 from lightopd.pipelines.gap import verdict
 from lightopd.schemas.configs import SamplingConfig
@@ -129,3 +130,49 @@ def test_a_flag_changes_the_path_and_keeps_what_the_file_says_beside_it(tmp_path
 )
 def test_the_verdict_on_a_gap_names_its_size_only_where_it_is_a_divergence(gap, temperature, words):
     assert words in verdict(gap, SamplingConfig(temperature=temperature))
+
+
+def test_an_adapter_that_was_trained_samples_is_evaluated_and_is_trained_again(world, tmp_path):
+    adapter = {"adapter": {"rank": 2}}
+    run_train(world, world.cache, tmp_path / "one", **adapter)
+    student = world.sft / "student"
+    given = {"path": str(student), "adapter": str(tmp_path / "one" / "student")}
+    short = ["sampling.max_tokens=10", "shard_rollouts=6"]
+    prompts, cache = world.root / "prompts.jsonl", tmp_path / "cache"
+    asked = {"student": student, "prompts": prompts, "cache": cache}
+    rollout.run(load_stage("rollout", [], [*short, f"student.adapter={given['adapter']}"], asked))
+    manifest = open_cache(cache).manifest
+    assert manifest.sampler.adapter is not None
+    assert manifest.sft.proof == "recorded"
+    precompute.run(load_stage("precompute", [], [], {"cache": cache, "teacher": world.teacher, "top_k": 4}))
+    asked = {"model": given, "prompts": prompts, "out": tmp_path / "eval", "sampling": {"max_tokens": 10}}
+    assert evaluate.run(load_stage("eval", [], [], asked)).figures["rollouts"] == 12
+    with pytest.raises(LineageError, match="the weights are equal, the adapter is not"):
+        run_train(world, cache, tmp_path / "plain", **adapter)
+    run_train(world, cache, tmp_path / "two", student=given, **adapter)
+    lineage = json.loads((tmp_path / "two" / "student" / "lightopd_student.json").read_text())
+    assert lineage["base"]["identity"] == manifest.sampler.identity
+    assert lineage["student"]["weights"] == lineage["base"]["weights"]
+    merged = run_train(world, cache, tmp_path / "dense", student=given)
+    assert merged.figures["steps"] == 1
+
+
+def test_the_chain_evaluates_the_adapter_on_the_student_it_began_with(tmp_path):
+    settings = {
+        "out": tmp_path,
+        "teacher": "t",
+        "student": "s",
+        "prompts": "p.jsonl",
+        "eval_prompts": "e.jsonl",
+    }
+    adapted = load_run([], [], {**settings, "train": {"adapter": {"rank": 2}}})
+    model = adapted.settings("eval_after")["model"]
+    assert (model["path"], model["adapter"]) == ("s", tmp_path / "train" / "student")
+    merged = load_run([], [], {**settings, "train": {"adapter": {"merge": True}}})
+    assert merged.settings("eval_after")["model"] == {"path": str(tmp_path / "train" / "student")}
+
+
+def test_fine_tuning_leaves_no_adapter_without_the_tokenizer_it_learnt():
+    asked = {"teacher": "t", "student": "s", "prompts": "p.jsonl", "out": "o"}
+    with pytest.raises(ConfigError, match=r"set finetune\.adapter\.merge to true"):
+        load_stage("sft", [], ["finetune.adapter.rank=2"], asked)

@@ -25,6 +25,7 @@ from lightopd.files import flush
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
+from lightopd.training.adapters import save_student
 from lightopd.training.sharded import Gathered, placed_like
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         copy_companions(student, part)
-        model.save_pretrained(part, state_dict=gathered.weights if gathered else None)
+        save_student(model, part, gathered.weights if gathered else None)
         moments = gathered.moments if gathered else _optimizer_tensors(model, optimizer)
         save_file(moments, part / OPTIMIZER_FILE)
         if anchor is not None:
@@ -235,8 +236,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _size_bytes(model: nn.Module) -> int:
-    """Weights and the two moments of Adam."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    """Trained weights and the two moments of Adam."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightopd.cache.shards import output_error
 from lightopd.cache.store import Cache
-from lightopd.engines.models import check_head, context_length_of, load_model
+from lightopd.engines.models import check_head, context_length_of
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.needs import needs
 from lightopd.objectives.parts import Needs
@@ -34,16 +34,17 @@ from lightopd.objectives.validate import check_cache, warnings_of
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.adapters import load_student
 from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress, StopWhenStale
 from lightopd.training.carry import carried_start, carried_state
 from lightopd.training.checkpoint import (
     TrainerState,
     check_same_run,
-    export_student,
     load_anchor,
     newest_checkpoint,
 )
 from lightopd.training.data import CacheData
+from lightopd.training.export import export
 from lightopd.training.held_out import HeldOut, held_out_objective
 from lightopd.training.loggers import make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
@@ -65,7 +66,7 @@ class FitResult:
     """What a finished run says."""
 
     student: Path
-    """Hugging Face folder of the trained student."""
+    """Hugging Face folder of the trained student, or of its adapter."""
     steps: int
     """Optimiser steps done, over all resumptions."""
     metrics: dict[str, float]
@@ -166,7 +167,7 @@ def _fit(
     said: Mapping[str, Any] = {}
     if start.step < finetune.steps and not has_stopped:
         said = start_workers(finetune) if starts_workers else _train(run, start)
-    return _result(out, _export(out), said)
+    return _result(out, _export(run), said)
 
 
 def _start(checkpoint: Path, state: TrainerState) -> Start:
@@ -240,10 +241,7 @@ def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
 
 
 def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> PreTrainedModel:
-    changes: dict[str, Any] = {"dtype": "float32"}
-    if checkpoint is not None:
-        changes |= {"path": str(checkpoint), "revision": None, "adapter": None}
-    model = load_model(run.student.model_copy(update=changes), "cpu")
+    model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
@@ -309,6 +307,11 @@ def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Tra
 
 
 def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
+    if objective.jump is not None and finetune.adapter is not None:
+        raise ConfigError(
+            "the objective jumps along the update of whole matrices, and adapter trains factors of one; "
+            "leave out adapter, or objective.jump"
+        )
     if objective.jump is not None and not finetune.held_out:
         raise ConfigError(
             "the objective jumps while a score on held-out rollouts improves, and held_out is 0; "
@@ -324,12 +327,12 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
         )
 
 
-def _export(out: Path) -> int:
+def _export(run: _Run) -> int:
     """Make `out/student` of the last checkpoint; its step."""
-    found = newest_checkpoint(out / "checkpoints")
+    found = newest_checkpoint(run.out / "checkpoints")
     assert found is not None
     if is_main():
-        export_student(found[0], out / "student")
+        export(found[0], run.student, run.finetune, run.out / "student")
     return found[1].step
 
 

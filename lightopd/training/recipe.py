@@ -26,6 +26,7 @@ DECIDES_NOTHING = (
     "checkpoint_every",
     "keep_checkpoints",
     "loggers",
+    "adapter.merge",
 )
 """Settings that may change between a checkpoint and the run that goes on from it: they move results by
 rounding at most (`steps` counts under a schedule that depends on it)."""
@@ -35,14 +36,15 @@ def recipe_of(
     cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, asked: Needs
 ) -> dict[str, JsonValue]:
     """Everything that decides the trained weights, by dotted name."""
-    decisive = {*FinetuneConfig.model_fields} - {*DECIDES_NOTHING}
+    free = {*DECIDES_NOTHING}
     if finetune.optimizer.schedule != "constant":
-        decisive.add("steps")
+        free.remove("steps")
+    settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))
     return {
         "cache": content_id(cache, asked.signals),
         "student": fingerprint_model(student).identity,
         **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in asked.answers},
-        **_flat(finetune.model_dump(mode="json", include=decisive)),
+        **{name: value for name, value in settings.items() if name not in free},
         **_flat(objective.model_dump(mode="json"), "objective."),
     }
 

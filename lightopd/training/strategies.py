@@ -44,8 +44,11 @@ def check_strategy(finetune: FinetuneConfig, objective: ObjectiveConfig) -> None
     """Refuse what a strategy cannot do.
 
     Raises:
-        ConfigError: the objective jumps along whole weights, and no device has them.
+        ConfigError: the objective jumps along whole weights, and no device has them; or an adapter is asked
+            for, whose frozen base is not sharded.
     """
+    if finetune.strategy == FSDP and finetune.adapter is not None:
+        raise ConfigError("an adapter cannot be trained under strategy fsdp; set strategy to ddp")
     if finetune.strategy == FSDP and objective.jump is not None:
         raise ConfigError("the objective jumps, which needs whole weights on a device; set strategy to ddp")
 
