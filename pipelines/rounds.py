@@ -173,8 +173,7 @@ def _run_round(config: RunConfig, one: Round, load_teacher: LoadEngine, load: Lo
     assert config.rounds is not None
     started_s = time.monotonic()
     decisive = _decisive(one)
-    _refuse_other(one.folder, decisive)
-    made_from = canonical_hash(decisive)
+    made_from = _claim(one.folder, decisive)
     finished = finished_report("round", one.folder, made_from)
     if finished is not None:
         return finished
@@ -193,14 +192,17 @@ def _run_round(config: RunConfig, one: Round, load_teacher: LoadEngine, load: Lo
     return report
 
 
-def _refuse_other(folder: Path, decisive: dict[str, JsonValue]) -> None:
-    """Refuse a folder with a finished round of another run; an unfinished one is for its stages to judge.
+def _claim(folder: Path, decisive: dict[str, JsonValue]) -> str:
+    """Hash of what the round is made from, as it was written down when the round was finished.
+
+    A folder with a finished round of another run is refused; an unfinished one is for its stages to judge.
+    A setting that is absent there and none here is the same: a newer version may know more settings.
 
     Raises:
         OutputError: names every setting that differs.
     """
     if not (folder / MADE_FROM).exists():
-        return
+        return canonical_hash(decisive)
     before = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
     names = [name for name in {**before, **decisive} if before.get(name) != decisive.get(name)]
     if names:
@@ -208,6 +210,7 @@ def _refuse_other(folder: Path, decisive: dict[str, JsonValue]) -> None:
             f"{folder} was made under other settings ({', '.join(names)} differ); set these back, or "
             "name another out folder"
         )
+    return canonical_hash(before)
 
 
 def _decisive(one: Round) -> dict[str, JsonValue]:

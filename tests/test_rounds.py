@@ -15,6 +15,7 @@ from lightopd.errors import ConfigError, OutputError, TrainingError
 from lightopd.pipelines import chain, evaluate, rounds, train
 from lightopd.pipelines.keeping import KeptEngines
 from lightopd.prompts import load_prompts
+from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, OptimizerConfig, TrainConfig
 from lightopd.schemas.manifest import StudentLineage
 from lightopd.training.optimizer import learning_rate
@@ -117,6 +118,22 @@ def test_finished_rounds_are_not_repeated(world, finished, tmp_path):
 
     rounds.run(build_run(settings(world, tmp_path / "run")), load=no_engine)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("part-*")}
+
+
+def test_a_round_that_was_made_before_a_setting_existed_is_still_finished(
+    world, finished, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for folder in (tmp_path / "run").glob("round-*"):
+        record, report = folder / "round.json", folder / "round.report.json"
+        known = json.loads(record.read_text())
+        assert known.pop("rollout.sft_teacher") is None
+        record.write_text(json.dumps(known))
+        made_from = {"made_from": canonical_hash(known)}
+        report.write_text(json.dumps({**json.loads(report.read_text()), **made_from}))
+
+    monkeypatch.setattr(train, "run", None)
+    assert run(world, tmp_path / "run").figures["rounds"] == 2
 
 
 @pytest.mark.parametrize(
