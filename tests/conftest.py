@@ -1,5 +1,6 @@
 """Shared worlds: tiny models on disk, and a chain of stages run once over them."""
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,14 @@ def _own_user_cache(tmp_path_factory):
     torch.set_num_threads(1)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_arrive():
+    """A shell makes its background jobs, and all they start, deaf to SIGINT; some tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")
