@@ -4,7 +4,7 @@ N = positions, C = positions in one slice, D = hidden size, K = top-k, V = vocab
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,11 +47,16 @@ def score_positions(
         _score_slice(logits_CV, ids_N[rows], top_k, min_probability)
         for rows, logits_CV in logit_slices(head, hidden_ND)
     ]
-    logprobs_N, counts_N, topk_ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
+    return gathered(slices)
+
+
+def gathered(slices: Sequence[tuple[Tensor, ...]]) -> PositionScores:
+    """Slices of the fields of `PositionScores`, in order, as numpy."""
+    logprobs_N, counts_N, ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
     return PositionScores(
         logprobs_N=logprobs_N.cpu().numpy(),
         topk_counts_N=counts_N.int().cpu().numpy(),
-        topk_ids_NK=topk_ids_NK.int().cpu().numpy(),
+        topk_ids_NK=ids_NK.int().cpu().numpy(),
         topk_logprobs_NK=topk_NK.cpu().numpy(),
         tail_logprobs_N=tail_N.cpu().numpy(),
     )

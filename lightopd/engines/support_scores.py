@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightopd.engines.head_scores import PositionScores, logit_slices
+from lightopd.engines.head_scores import PositionScores, gathered, logit_slices
 from lightopd.engines.models import Head
 from lightopd.schemas.records import Support
 
@@ -34,19 +34,11 @@ def score_support(
         support_NS: int64, ids that are kept whatever their probability; -1 is padding.
         top_k: 0 to V.
     """
-    slices = [
-        _score_slice(logits_CV, ids_N[rows], support_NS[rows], top_k)
-        for rows, logits_CV in logit_slices(head, hidden_ND)
-    ]
-    logprobs_N, counts_N, ids_NM, kept_NM, tail_N = (
-        torch.cat(part).cpu() for part in zip(*slices, strict=True)
-    )
-    return PositionScores(
-        logprobs_N=logprobs_N.numpy(),
-        topk_counts_N=counts_N.int().numpy(),
-        topk_ids_NK=ids_NM.int().numpy(),
-        topk_logprobs_NK=kept_NM.numpy(),
-        tail_logprobs_N=tail_N.numpy(),
+    return gathered(
+        [
+            _score_slice(logits_CV, ids_N[rows], support_NS[rows], top_k)
+            for rows, logits_CV in logit_slices(head, hidden_ND)
+        ]
     )
 
 
