@@ -57,15 +57,26 @@ def render_contexts(
 
     Raises:
         InputError: a prompt of the cache is not in the file or is another one there, or it lacks a column.
-        ConfigError: the template is not valid Jinja.
+        ConfigError: the template is not valid Jinja, or plain prompts are to get a system turn.
     """
     template = _compile(SHIPPED_TEMPLATES.get(config.template, config.template))
     settings = PromptRendering.model_validate(dict(rendering))
+    if settings.render == "plain" and config.turn == "system":
+        raise ConfigError(
+            "the rollouts' prompts are plain text, which has no system turn; set context.turn: user"
+        )
     prompts = {prompt.prompt_id: prompt for prompt in load_prompts(config.prompts, all_columns=True)}
+    places = {prompt_id: f"prompt {row} (id {prompt_id})" for row, prompt_id in enumerate(prompts, start=1)}
     contexts = {}
     for prompt_id, own_ids in asked.items():
-        prompt = _same_prompt(prompts.get(prompt_id), prompt_id, own_ids, tokenizer, settings)
-        shown = _shown(prompt, template, config.turn, settings)
+        if prompt_id not in prompts:
+            raise InputError(
+                f"context.prompts has no prompt {prompt_id}, which the cache has rollouts of; give the file "
+                "the rollouts were made from, with the further columns in it"
+            )
+        prompt, where = prompts[prompt_id], f"{places[prompt_id]} of context.prompts"
+        _check_same(prompt, where, own_ids, tokenizer, settings)
+        shown = _shown(prompt, where, template, config.turn, settings)
         contexts[prompt_id] = render_prompt(shown, tokenizer, settings)
     return contexts
 
@@ -154,27 +165,19 @@ def _compile(text: str) -> Any:
         raise ConfigError(f"context.template is not valid Jinja ({error}); correct it") from error
 
 
-def _same_prompt(
-    prompt: Prompt | None, prompt_id: str, own_ids: Ids, tokenizer: Any, settings: PromptRendering
-) -> Prompt:
-    if prompt is None:
-        raise InputError(
-            f"context.prompts has no prompt {prompt_id}, which the cache has rollouts of; give the file the "
-            "rollouts were made from, with the further columns in it"
-        )
+def _check_same(prompt: Prompt, where: str, own_ids: Ids, tokenizer: Any, settings: PromptRendering) -> None:
     if not np.array_equal(render_prompt(prompt, tokenizer, settings), own_ids):
         raise InputError(
-            f"prompt {prompt_id} of context.prompts is another text than the one the cache has rollouts of; "
-            "give the file the rollouts were made from"
+            f"{where} is another text than the one the cache has rollouts of; give the file the rollouts "
+            "were made from"
         )
-    return prompt
 
 
-def _shown(prompt: Prompt, template: Any, turn: str, settings: PromptRendering) -> Prompt:
+def _shown(prompt: Prompt, where: str, template: Any, turn: str, settings: PromptRendering) -> Prompt:
     """The same conversation with the rendered template in the place of a turn."""
     turns: Sequence[dict[str, Any]] = prompt.messages or ({"role": "user", "content": prompt.text},)
     last = max((i for i, one in enumerate(turns) if one["role"] == "user"), default=len(turns) - 1)
-    text = _fill(prompt, template, turns[last]["content"])
+    text = _fill(prompt, where, template, turns[last]["content"])
     if settings.render == "plain":
         return Prompt(prompt.prompt_id, None, text)
     if turn == "user":
@@ -184,15 +187,18 @@ def _shown(prompt: Prompt, template: Any, turn: str, settings: PromptRendering) 
     return Prompt(prompt.prompt_id, tuple(changed), None)
 
 
-def _fill(prompt: Prompt, template: Any, question: Any) -> str:
-    further = {name: value for name, value in prompt.metadata.items() if value is not None}
-    known = {"answer": prompt.answer, "domain": prompt.domain}
-    variables = {**further, **{name: value for name, value in known.items() if value is not None}}
-    try:
-        text: str = template.render({**variables, "prompt": question})
-    except TemplateError as error:
+def _fill(prompt: Prompt, where: str, template: Any, question: Any) -> str:
+    if not isinstance(question, str):
         raise InputError(
-            f"prompt {prompt.prompt_id} cannot fill context.template ({error}); it has "
-            f"{', '.join(sorted(['prompt', *variables]))}: add the column to the file of context.prompts"
+            f"{where}: its last user turn is no text, and a template fills text only; write it as text"
+        )
+    variables = {**prompt.metadata, "answer": prompt.answer, "domain": prompt.domain, "prompt": question}
+    known = {name: value for name, value in variables.items() if value is not None}
+    try:
+        text: str = template.render(known)
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{where} cannot fill context.template ({error}); it has {', '.join(sorted(known))}: correct the "
+            "template, or add the column to the file"
         ) from error
     return text

@@ -11,17 +11,29 @@ from lightopd.engines.base import Engine
 from lightopd.pipelines.reports import Report
 from lightopd.pipelines.sequences import read_sequences
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PrecomputeConfig
+from lightopd.schemas.manifest import SignalManifest
 
 TRIAL_ROLLOUTS = 32
 """Rollouts that are scored to measure rate and size when no rate is given."""
 
 
+def own_top_k(config: PrecomputeConfig) -> int:
+    """Most likely tokens that the model itself adds at a position."""
+    return 0 if config.support == "student" else config.top_k
+
+
+def support_of(config: PrecomputeConfig) -> str | None:
+    """Signal whose ids are scored as well; None for none."""
+    return None if config.support == "teacher" else config.support_signal
+
+
 def estimate(
     config: PrecomputeConfig,
     cache: Cache,
+    manifest: SignalManifest,
     tokens_per_s: float | None,
     load: Callable[[EngineConfig, ModelConfig], Engine],
-    contexts: Contexts | None = None,
+    contexts: Contexts | None,
 ) -> Report:
     """Tokens, bytes and hours of `precompute`, at the given rate or at one measured on a few rollouts.
 
@@ -32,7 +44,7 @@ def estimate(
         tokens_per_s, bytes_per_token = _measure(config, cache, load, contexts)
         basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
     else:
-        bytes_per_token = _columns_bytes(config)
+        bytes_per_token = _columns_bytes(manifest)
         basis = "rate as given; bytes before compression"
     return Report(
         stage="precompute",
@@ -55,13 +67,13 @@ def _measure(
     load: Callable[[EngineConfig, ModelConfig], Engine],
     contexts: Contexts | None,
 ) -> tuple[float, float]:
-    ids, sequences = read_sequences(cache, 0, contexts)
+    ids, sequences = read_sequences(cache, 0, contexts, support_of(config))
     ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
     engine = load(config.engine, config.teacher)
     try:
-        engine.score(sequences[:1], config.top_k, config.min_probability)
+        engine.score(sequences[:1], own_top_k(config), config.min_probability)
         started_s = time.monotonic()
-        scores = engine.score(sequences, config.top_k, config.min_probability)
+        scores = engine.score(sequences, own_top_k(config), config.min_probability)
         seconds = time.monotonic() - started_s
     finally:
         engine.close()
@@ -70,7 +82,7 @@ def _measure(
     return tokens / max(seconds, 1e-9), len(content) / tokens
 
 
-def _columns_bytes(config: PrecomputeConfig) -> float:
+def _columns_bytes(manifest: SignalManifest) -> float:
     """Sampled log-probability, tail and count at 4 bytes each, and `top_k` ids and values."""
-    value_bytes = 2 if config.topk_dtype == "float16" else 4
-    return 12 + config.top_k * (4 + value_bytes)
+    value_bytes = 2 if manifest.topk_dtype == "float16" else 4
+    return 12 + manifest.top_k * (4 + value_bytes)

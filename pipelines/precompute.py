@@ -26,7 +26,7 @@ from lightopd.engines.noise import compare, measure_noise, reference_logprobs, r
 from lightopd.errors import ConfigError
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.copying import copy_rollouts
-from lightopd.pipelines.estimate import estimate
+from lightopd.pipelines.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.folders import save_config, writing
 from lightopd.pipelines.gap import gap_figures, verdict
 from lightopd.pipelines.overlap import make_and_write
@@ -36,7 +36,7 @@ from lightopd.pipelines.sampling import LoadEngine
 from lightopd.pipelines.sequences import read_prompts, read_sequences
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
-from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, SignalManifest
+from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.tokens import load_tokenizer, stop_ids
@@ -59,7 +59,7 @@ def run(
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)
     if dry_run:
-        return estimate(config, source, tokens_per_s, load, contexts)
+        return estimate(config, source, manifest, tokens_per_s, load, contexts)
     with writing(config.cache):
         cache = copy_rollouts(source, config.cache) if config.rollouts else source
         tokens_per_s = _score(config, cache, manifest, contexts, load)
@@ -89,8 +89,8 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         overrides += check_student(cache.manifest.sampler, teacher, config.allow, "precompute")
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
     engine, precision = describe_engine(config.engine, config.teacher)
-    contexts = _contexts(config, cache, tokenizer, limits)
-    support, widest = _support(config, limits)
+    context, contexts = _contexts(config, cache, tokenizer, limits)
+    support, widest, allowed = _support(config, cache, limits)
     manifest = SignalManifest(
         schema_version=SCHEMA_VERSION,
         name=config.signal,
@@ -99,49 +99,55 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         model=teacher,
         precision=precision,
         tokenizer=found,
-        context=describe_context(config.context, contexts) if config.context and contexts else PLAIN,
+        context=context,
         support=support,
         top_k=widest,
         min_probability=config.min_probability,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
         engine=engine,
-        overrides=overrides,
+        overrides=overrides + allowed,
     )
     return manifest, contexts
 
 
-def _contexts(config: PrecomputeConfig, cache: Cache, tokenizer: Any, limits: ModelLimits) -> Contexts | None:
-    """What the model is shown before each response; None for the student's own prompts."""
+def _contexts(
+    config: PrecomputeConfig, cache: Cache, tokenizer: Any, limits: ModelLimits
+) -> tuple[dict[str, JsonValue], Contexts | None]:
+    """What the model is shown before each response, described and whole; None for the student's own prompts."""
     if config.context is None:
-        return None
+        return PLAIN, None
     own, longest = read_prompts(cache)
     contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
     check_lengths(contexts, longest, limits.context_length, config.teacher.path)
-    return contexts
+    return describe_context(config.context, contexts), contexts
 
 
-def _support(config: PrecomputeConfig, limits: ModelLimits) -> tuple[dict[str, JsonValue] | None, int]:
-    """Whose ids the entries are, for the manifest, and how many there are at most at a position."""
+def _support(
+    config: PrecomputeConfig, cache: Cache, limits: ModelLimits
+) -> tuple[dict[str, JsonValue] | None, int, tuple[Override, ...]]:
+    """Whose ids the entries are, for the manifest; how many there are at most at a position; overrides."""
     if config.support == "teacher":
-        return None, config.top_k
+        return None, config.top_k, ()
     there = open_cache(config.cache, signals=[config.support_signal])
     described: dict[str, JsonValue] = {
         "kind": config.support,
         "signal": config.support_signal,
         "content": content_id(there, [config.support_signal]),
     }
-    theirs = there.signals[config.support_signal].manifest.top_k
+    made = there.signals[config.support_signal].manifest
+    if made.model is None:
+        raise ConfigError(
+            f"signal {config.support_signal} was imported: no model is named; make it with the student"
+        )
+    overrides = check_student(cache.manifest.sampler, made.model, config.allow, "precompute")
+    theirs = made.top_k
     if theirs == 0:
         raise ConfigError(
             f"signal {config.support_signal} of {config.cache} has no top-k; make it with --top-k 16, say, "
             "under another name, and set support_signal"
         )
-    return described, min(theirs + _own_top_k(config), limits.vocabulary_size)
-
-
-def _own_top_k(config: PrecomputeConfig) -> int:
-    return 0 if config.support == "student" else config.top_k
+    return described, min(theirs + own_top_k(config), limits.vocabulary_size), overrides
 
 
 def _score(
@@ -197,9 +203,8 @@ def _measured(
 def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
-    support = None if config.support == "teacher" else config.support_signal
-    ids, sequences = read_sequences(cache, index, contexts, support)
-    return ids, engine.score(sequences, _own_top_k(config), config.min_probability)
+    ids, sequences = read_sequences(cache, index, contexts, support_of(config))
+    return ids, engine.score(sequences, own_top_k(config), config.min_probability)
 
 
 def _write_shard(

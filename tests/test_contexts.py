@@ -13,13 +13,14 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import open_cache, signal_folder
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
-from lightopd.contexts import CONTEXTS, read_contexts
+from lightopd.contexts import CONTEXTS, read_contexts, render_contexts
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError
-from lightopd.pipelines import RECIPES, precompute, train
+from lightopd.pipelines import RECIPES, precompute, rollout, train
 from lightopd.pipelines.rescore import rescore
 from lightopd.pipelines.sequences import read_sequences
-from lightopd.schemas.configs import ModelConfig
-from lightopd.tokens import load_tokenizer
+from lightopd.prompts import load_prompts
+from lightopd.schemas.configs import ContextConfig, ModelConfig, PromptRendering
+from lightopd.tokens import load_tokenizer, render_prompt
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_verify_finds_contexts_that_are_gone_or_changed(world, cache, solved):
 
 
 def test_a_missing_column_a_missing_prompt_and_another_text_are_named(world, cache, solved, tmp_path):
-    with pytest.raises(InputError, match=r"'solution' is undefined.*add the column"):
+    with pytest.raises(InputError, match=r"prompt 1 \(id p0\).*'solution' is undefined.*add the column"):
         score(cache, world.teacher, (world.root / "prompts.jsonl"))
     lines = solved.read_text().splitlines()
     fewer = tmp_path / "fewer.jsonl"
@@ -146,7 +147,7 @@ def test_a_missing_column_a_missing_prompt_and_another_text_are_named(world, cac
     ids = pq.read_table(shard_path(cache / "rollouts", 0)).column("prompt_id").to_pylist()
     changed = tmp_path / "changed.jsonl"
     changed.write_text(json.dumps({"id": ids[0], "prompt": "another question", "solution": "s"}))
-    with pytest.raises(InputError, match="another text"):
+    with pytest.raises(InputError, match=r"prompt 1 \(id p0\) of context.prompts is another text"):
         score(cache, world.teacher, changed)
 
 
@@ -165,3 +166,29 @@ def test_templates_are_checked_when_the_config_is_read(world, cache, solved):
 def test_a_template_cannot_reach_into_python(world, cache, solved):
     with pytest.raises(InputError, match="cannot fill"):
         score(cache, world.teacher, solved, template="{{ prompt.__class__.__mro__ }}")
+
+
+def test_a_template_that_cannot_be_computed_is_no_traceback(world, cache, solved):
+    with pytest.raises(InputError, match="cannot fill"):
+        score(cache, world.teacher, solved, template="{{ prompt / 2 }}")
+
+
+def test_plain_prompts_have_no_system_turn(world, solved, tmp_path):
+    asked = {"student": world.sft / "student", "cache": tmp_path / "plain"}
+    prompts = {"kind": "file", "path": str(solved), "render": "plain"}
+    sets = ["sampling.max_tokens=4"]
+    rollout.run(load_stage("rollout", [], sets, {**asked, "prompts": prompts}))
+    with pytest.raises(ConfigError, match="no system turn"):
+        score(tmp_path / "plain", world.teacher, solved, "context.turn=system")
+    score(tmp_path / "plain", world.teacher, solved)
+
+
+def test_a_turn_of_parts_is_refused_by_name(world, tmp_path):
+    tokenizer = load_tokenizer(ModelConfig(path=str(world.teacher)))
+    path = tmp_path / "parts.jsonl"
+    turn = {"role": "user", "content": ["1", "+"]}
+    path.write_text(json.dumps({"id": "p", "messages": [turn]}))
+    config = ContextConfig(template=SHORT, prompts=str(path))
+    own = render_prompt(load_prompts(config.prompts)[0], tokenizer, PromptRendering())
+    with pytest.raises(InputError, match=r"prompt 1 .* is no text"):
+        render_contexts(config, tokenizer, {}, {"p": own})

@@ -13,7 +13,7 @@ from lightopd.cache.store import open_cache, signal_folder
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.engines.fake import FakeEngine
-from lightopd.errors import CacheError, ConfigError, OutputError
+from lightopd.errors import CacheError, ConfigError, LineageError, OutputError
 from lightopd.pipelines import precompute
 from lightopd.pipelines.rescore import rescore
 from lightopd.pipelines.sequences import read_sequences
@@ -113,3 +113,16 @@ def test_the_fake_engine_knows_the_same_support():
     assert found.topk_logprobs[0] == by_id[0][8]
     assert set(found.topk_ids[1:]) == {0, 8}
     assert found.tail_logprobs[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_ids_of_another_model_than_the_student_are_refused(world, cache):
+    with pytest.raises(LineageError, match="sampled"):
+        score(cache, world.teacher, "other", 4, support="student", support_signal="teacher")
+
+
+def test_a_dry_run_counts_the_students_entries_too(world, cache):
+    asked = {"cache": cache, "teacher": world.teacher, "signal": "other", "top_k": 4, "support": "both"}
+    config = load_stage("precompute", [], [], asked)
+    given = precompute.run(config, dry_run=True, tokens_per_s=100.0)
+    assert given.figures["bytes_per_token"] == 12 + 7 * 6
+    assert precompute.run(config, dry_run=True).figures["tokens_per_s"] > 0
