@@ -17,18 +17,15 @@ of a hundredth of its size; both shuffle in the same window, which the small cac
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peers import peer_python
+from workers import in_process, main, peak_mib, report, write_cache
 
 if TYPE_CHECKING:
     from lightopd.training.data import StepDataset
@@ -36,6 +33,7 @@ if TYPE_CHECKING:
 TOP_K = 32
 VOCABULARY = 49_152
 LENGTHS = (64, 448)
+CACHE = {"lengths": LENGTHS, "top_k": TOP_K, "vocabulary_size": VOCABULARY}
 SPEED_SIZES = {"num_shards": 4, "per_shard": 512}
 GROWTH_PER_SHARD = 64
 GROWTH_SHARDS = (3, 300)
@@ -141,8 +139,7 @@ def work_memory(contender: str, path: Path) -> list[float]:
     """Peak resident set in MiB after one epoch."""
     assert contender == "ours"
     read_ours(open_ours(path, window_bytes(path) / 2**30))
-    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
-    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 1024]
+    return [peak_mib()]
 
 
 def window_bytes(path: Path) -> int:
@@ -154,75 +151,35 @@ def window_bytes(path: Path) -> int:
     return int(index.bytes_S[: GROWTH_SHARDS[0]].sum())
 
 
-def in_process(python: str, measure: str, contender: str, path: Path) -> list[float]:
-    command = [python, __file__, "--worker", measure, contender, str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    values: list[float] = json.loads(finished.stdout.splitlines()[-1])
-    return values
-
-
-def work(measure: str, contender: str, path: Path) -> None:
-    import pyarrow as pa
-    import torch
-
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-    print(json.dumps({"speed": work_speed, "memory": work_memory}[measure](contender, path)))
-
-
-def report(name: str, ours: float, against: float, goal: str, unit: str, peer: str) -> None:
-    figures = {"ours": round(ours, 3), "against": round(against, 3), "ratio": round(ours / against, 3)}
-    print(json.dumps({"name": name, **figures, "goal": goal, "unit": unit, "peer": peer}), flush=True)
-
-
 def report_speed(folder: Path) -> None:
-    from peers import peer_python
-
     path = folder / "speed"
-    make_cache(path, **SPEED_SIZES)
-    ours = in_process(sys.executable, "speed", "ours", path)
-    peer = in_process(str(peer_python()), "speed", "datasets", path)
+    write_cache(path, **CACHE, **SPEED_SIZES)
+    ours = in_process(__file__, "speed", "ours", path)
+    peer = in_process(__file__, "speed", "datasets", path, str(peer_python()))
     unit = "response tokens per CPU second"
-    report("loader_first_epoch", ours[0], 1e6, ">= 1", unit, "one million")
-    report("loader_first_epoch_vs_datasets", ours[0], peer[0], ">= 3", unit, "datasets, from Parquet")
-    report("loader_later_epochs_vs_datasets", ours[1], peer[1], ">= 3", unit, "datasets, memory-mapped Arrow")
+    for name, epoch, against, goal, what in (
+        ("loader_first_epoch", 0, 1e6, ">= 1", "one million"),
+        ("loader_first_epoch_vs_datasets", 0, peer[0], ">= 3", "datasets, its conversion to Arrow included"),
+        ("loader_first_epoch_vs_converted", 0, peer[1], "-", "datasets, converted before"),
+        ("loader_later_epochs_vs_datasets", 1, peer[1], ">= 3", "datasets, memory-mapped Arrow"),
+    ):
+        report(name, ours[epoch], against, ours[epoch] / against, goal, unit, what)
 
 
 def report_growth(folder: Path) -> None:
     peaks = []
     for shards in GROWTH_SHARDS:
-        make_cache(folder / str(shards), num_shards=shards, per_shard=GROWTH_PER_SHARD)
-        peaks += in_process(sys.executable, "memory", "ours", folder / str(shards))
+        write_cache(folder / str(shards), **CACHE, num_shards=shards, per_shard=GROWTH_PER_SHARD)
+        peaks += in_process(__file__, "memory", "ours", folder / str(shards))
     small, large = peaks
-    times = GROWTH_SHARDS[1] // GROWTH_SHARDS[0]
-    report("loader_memory_growth", large, small, "<= 1.2", "MiB", f"ours, a cache {times} times smaller")
+    peer = f"ours, a cache {GROWTH_SHARDS[1] // GROWTH_SHARDS[0]} times smaller"
+    report("loader_memory_growth", large, small, large / small, "<= 1.2", "MiB", peer)
 
 
-def make_cache(path: Path, num_shards: int, per_shard: int) -> None:
-    """Write a cache in a process of its own, since a child inherits its parent's peak memory on Linux."""
-    code = (
-        "from pathlib import Path; from synthetic_cache import write_random_cache; "
-        f"write_random_cache(Path({str(path)!r}), num_shards={num_shards}, per_shard={per_shard}, "
-        f"lengths={LENGTHS}, top_k={TOP_K}, vocabulary_size={VOCABULARY})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    job = parser.parse_args().worker
-    if job is not None:
-        work(job[0], job[1], Path(job[2]))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        report_speed(Path(folder))
-        report_growth(Path(folder))
+def report_all(folder: Path) -> None:
+    report_speed(folder)
+    report_growth(folder)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"speed": work_speed, "memory": work_memory}, report_all)

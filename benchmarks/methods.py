@@ -25,21 +25,20 @@ import pyarrow.parquet as pq
 import torch
 
 from lightopd.cache.shards import shard_path, write_shard
-from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder, signal_names
-from lightopd.cache.tables import rollouts_to_table, table_to_rollouts
+from lightopd.cache.store import open_cache, rollouts_folder, signal_names
 from lightopd.config import build, merged
 from lightopd.objectives.methods import find_method, list_methods
 from lightopd.objectives.needs import needs
-from lightopd.objectives.transforms import pair_rollouts
-from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, train
+from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, sft, train
+from lightopd.pipelines.joining import join
 from lightopd.schemas.configs import (
     EvalConfig,
     ModelConfig,
     PrecomputeConfig,
     RolloutConfig,
+    SftConfig,
     TrainConfig,
 )
-from lightopd.schemas.records import Rollout
 from lightopd.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +160,7 @@ SPECIAL = (
                 "select": [
                     {
                         "kind": "teacher_validated",
-                        "answers": str(WORK / "answers"),
+                        "answers": str(WORK / "sft" / "answers"),
                         "min_teacher": 0.5,
                         "sampler": "top",
                         "prompts": 1000,
@@ -195,17 +194,11 @@ def cases() -> list[Case]:
     return [case for name in plain for case in special.get(name, [Case(name)])]
 
 
-def sample(name: str, model: Path, n: int, seed: int) -> Path:
-    """Cache of the model's rollouts on the training prompts."""
-    sampling = SAMPLING | {"n": n, "seed": seed}
-    settings = {"prompts": TRAINED, "student": str(model), "cache": WORK / name, "sampling": sampling}
-    rollout.run(build(RolloutConfig, settings | SAMPLED))
-    return WORK / name
-
-
 def plain_cache() -> Path:
-    """The student's rollouts, each total a turn."""
-    cache = sample("plain", STUDENT, 4, 0)
+    """The student's rollouts on the training prompts, each total a turn."""
+    cache = WORK / "plain"
+    settings = {"prompts": TRAINED, "student": str(STUDENT), "cache": cache}
+    rollout.run(build(RolloutConfig, settings | {"sampling": SAMPLING | {"n": 4, "seed": 0}} | SAMPLED))
     if not signal_names(cache):
         mark_turns(cache)
     return cache
@@ -213,24 +206,16 @@ def plain_cache() -> Path:
 
 def pairs_cache() -> Path:
     """The teacher's answer to each prompt beside the student's first."""
-    student = open_cache(plain_cache(), signals=())
-    teacher = open_cache(sample("answers", TEACHER, 1, 2), signals=())
-    rows = pair_rollouts(rollouts_of(teacher), rollouts_of(student)).rollouts
-    size = student.manifest.shard_rollouts
-    changed = {"origin": "imported", "sampling": None, "num_shards": -(-len(rows) // size)}
-    manifest = student.manifest.model_copy(update=changed)
-    create_cache(WORK / "pairs", manifest)
-    folder = rollouts_folder(WORK / "pairs")
-    for shard in range(manifest.num_shards):
-        table = rollouts_to_table(rows[shard * size : (shard + 1) * size])
-        write_shard(folder, shard, table, kind="rollouts", fingerprint=manifest.fingerprint())
+    join(WORK / "pairs", [answers_cache(), plain_cache()], pairs=True)
     return WORK / "pairs"
 
 
-def rollouts_of(cache: Cache) -> list[Rollout]:
-    """All rows."""
-    tables = [pq.read_table(shard_path(rollouts_folder(cache.path), shard)) for shard in cache.shards]
-    return [row for table in tables for row in table_to_rollouts(table)]
+def answers_cache() -> Path:
+    """The teacher's answers, as `sft` keeps them."""
+    settings = {"prompts": TRAINED, "teacher": str(TEACHER), "student": str(STUDENT), "out": WORK / "sft"}
+    sampling = {"sampling": SAMPLING | {"n": 1, "seed": 2}}
+    sft.run(build(SftConfig, settings | sampling | SAMPLED | {"part": "answers"}))
+    return WORK / "sft" / "answers"
 
 
 def mark_turns(path: Path) -> None:
@@ -275,7 +260,7 @@ def measure(case: Case, learning_rate: float, before: Mapping[str, Any]) -> dict
     config = config_of(case, plain_cache() if case.cache == "plain" else pairs_cache(), learning_rate)
     asked = needs(config.objective)
     if asked.answers:
-        sample("answers", TEACHER, 1, 2)
+        answers_cache()
     score(config.cache, asked.signals)
     shutil.rmtree(config.out, ignore_errors=True)
     started_s = time.monotonic()

@@ -21,17 +21,13 @@ and the ratio is the median over pairs. Memory is the growth of the peak residen
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peers import peer_python
+from workers import in_process, main, peak_mib, report, write_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,89 +222,39 @@ def work_trl(case: str, path: Path) -> dict[str, list[float]]:
     return {"trl": time_steps(student, teacher, prompts, responses, TIMED_TRL_STEPS)}
 
 
-def peak_mib() -> float:
-    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 1024
-
-
-def in_process(measure: str, case: str, path: Path, python: str = sys.executable) -> dict[str, list[float]]:
-    command = [python, __file__, "--worker", measure, case, str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if finished.returncode:
-        sys.exit(finished.stderr)
-    values: dict[str, list[float]] = json.loads(finished.stdout.splitlines()[-1])
-    return values
-
-
-def work(measure: str, case: str, path: Path) -> None:
-    import logging
-
-    import torch
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    functions = {"time": work_time, "memory": work_memory, "trl": work_trl}
-    print("\n" + json.dumps(functions[measure](case, path)))
-
-
-def report(name: str, ours: float, against: float, ratio: float, goal: str, unit: str, peer: str) -> None:
-    figures = {"ours": round(ours, 3), "against": round(against, 3), "ratio": round(ratio, 3)}
-    print(json.dumps({"name": name, **figures, "goal": goal, "unit": unit, "peer": peer}), flush=True)
-
-
 def report_case(case: str, path: Path, sft_mib: float) -> float:
     """Against SFT; returns CPU seconds of our step."""
-    seconds = in_process("time", case, path)
+    seconds = in_process(__file__, "time", case, path)
     ratio = statistics.median(ours / sft for ours, sft in zip(seconds["ours"], seconds["sft"], strict=True))
     ours, sft = (statistics.median(seconds[name]) for name in ("ours", "sft"))
     peer = "SFT, chunked cross-entropy"
     report(f"step_time_{case}", ours, sft, ratio, GOALS[case], "CPU seconds", peer)
-    (mib,) = in_process("memory", case, path)["peak"]
+    (mib,) = in_process(__file__, "memory", case, path)["peak"]
     report(f"step_memory_{case}", mib, sft_mib, mib / sft_mib, GOALS[case], "MiB", peer)
     return ours
 
 
 def report_all(folder: Path) -> None:
-    from peers import peer_python
-
     path = folder / "cache"
-    code = (
-        "from pathlib import Path; from synthetic_cache import write_random_cache; "
-        f"write_random_cache(Path({str(path)!r}), num_shards=1, per_shard={ROLLOUTS}, lengths={LENGTHS}, "
-        f"top_k=64, vocabulary_size={SIZES['vocab_size']}, prompt_tokens={PROMPT_TOKENS})"
+    write_cache(
+        path,
+        num_shards=1,
+        per_shard=ROLLOUTS,
+        lengths=LENGTHS,
+        top_k=64,
+        vocabulary_size=SIZES["vocab_size"],
+        prompt_tokens=PROMPT_TOKENS,
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-    (sft_mib,) = in_process("memory", "sft", path)["peak"]
+    (sft_mib,) = in_process(__file__, "memory", "sft", path)["peak"]
     ours = {case: report_case(case, path, sft_mib) for case in GOALS}
-    packed = statistics.median(in_process("time", "packed", path)["ours"])
-    report(
-        "step_time_packed",
-        packed,
-        ours["sampled"],
-        packed / ours["sampled"],
-        "-",
-        "CPU seconds",
-        "padded rows",
-    )
-    live = statistics.median(in_process("trl", "live", path, str(peer_python()))["trl"])
+    packed = statistics.median(in_process(__file__, "time", "packed", path)["ours"])
+    ratio = packed / ours["sampled"]
+    report("step_time_packed", packed, ours["sampled"], ratio, "-", "CPU seconds", "padded rows")
+    live = statistics.median(in_process(__file__, "trl", "live", path, str(peer_python()))["trl"])
     for case in GOALS:
         peer = "trl 1.16 DistillationTrainer, live teacher, no sampling"
         report(f"step_time_{case}_vs_trl", ours[case], live, ours[case] / live, "< 1", "CPU seconds", peer)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    job = parser.parse_args().worker
-    if job is not None:
-        work(job[0], job[1], Path(job[2]))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        report_all(Path(folder))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"time": work_time, "memory": work_memory, "trl": work_trl}, report_all)

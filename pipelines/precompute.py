@@ -114,7 +114,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
 def _contexts(
     config: PrecomputeConfig, cache: Cache, tokenizer: Any, limits: ModelLimits
 ) -> tuple[dict[str, JsonValue], Contexts | None]:
-    """What the model is shown before each response, described and whole; None for the student's own prompts."""
+    """What the model is shown before each response, described and whole; None: the student's own."""
     if config.context is None:
         return PLAIN, None
     own, longest = read_prompts(cache)

@@ -82,7 +82,8 @@ def test_verify_finds_a_row_under_another_writers_name(sources, tmp_path):
 
 def test_pairs_are_the_first_answer_of_each_to_every_prompt_that_has_both(world, sources, tmp_path):
     few = tmp_path / "few.jsonl"
-    few.write_text("\n".join((world.root / "prompts.jsonl").read_text().splitlines()[3:]))
+    lines = (world.root / "prompts.jsonl").read_text().splitlines()[3:]
+    few.write_text("\n".join([*lines, '{"prompt": "9*9=", "id": "unanswered"}']))
     asked = {"student": world.sft / "student", "prompts": few, "cache": tmp_path / "few"}
     sets = ["sampling.max_tokens=6", "sampling.n=2", "shard_rollouts=4"]
     rollout.run(load_stage("rollout", [], sets, asked))
@@ -92,8 +93,21 @@ def test_pairs_are_the_first_answer_of_each_to_every_prompt_that_has_both(world,
         (f"p{i}", origin) for i in range(3, 12) for origin in ("student", "teacher")
     )
     assert {row.sample_index for row in rows} == {0}
-    assert report.dropped == {"teacher's answer without a student's": 3, "further answers to a prompt": 9}
+    assert report.dropped == {
+        "teacher's answer without a student's": 3,
+        "student's rollout without a teacher's": 1,
+        "further answers to a prompt": 10,
+    }
     assert verify(tmp_path / "pairs") == []
+
+
+def test_pairs_of_different_prompts_are_refused(world, sources, tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"prompt": "9*9=", "id": "unanswered"}')
+    asked = {"student": world.sft / "student", "prompts": path, "cache": tmp_path / "other"}
+    rollout.run(load_stage("rollout", [], ["sampling.max_tokens=6"], asked))
+    with pytest.raises(CacheError, match="no prompt has both"):
+        join(tmp_path / "pairs", [sources[0], tmp_path / "other"], pairs=True)
 
 
 def test_the_answers_of_one_prompt_lie_in_shards_near_each_other(sources, tmp_path):

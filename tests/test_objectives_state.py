@@ -6,15 +6,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from cache_cases import make_rollout
 from objective_cases import evaluate, make_world, objective, recipe
 from torch import Tensor, nn
 
-from lightopd.errors import InputError
 from lightopd.objectives.callbacks import anchor_of, is_jump_step, jump, movable
 from lightopd.objectives.needs import needs
 from lightopd.objectives.state import ObjectiveState, advance, term_factor, visible_tokens
-from lightopd.objectives.transforms import pair_rollouts
 from lightopd.schemas.objective_weights import WeightJump
 
 INDEX_N = np.arange(12)
@@ -151,39 +148,3 @@ def test_a_rejected_jump_leaves_every_bit_as_it_was():
     found = jump(WeightJump(), parameters, anchor_of(parameters_at(0.1)), lambda: next(scores))
     assert found.accepted == 0
     assert all(torch.equal(parameters[name], before[name]) for name in before)
-
-
-def test_pairs_take_the_first_answer_of_each_prompt_that_both_have():
-    rng = np.random.default_rng(0)
-    prompt = np.arange(3, dtype=np.int32)
-
-    def answer(name: str, prompt_id: str, sample: int):
-        return make_rollout(
-            rng, 3, rollout_id=name, prompt_id=prompt_id, sample_index=sample, prompt_ids=prompt
-        )
-
-    teacher = [answer("t1", "a", 1), answer("t0", "a", 0), answer("t2", "b", 0), answer("t3", "c", 0)]
-    student = [answer("s0", "b", 0), answer("s1", "a", 0), answer("s2", "d", 0)]
-    pairs = pair_rollouts(teacher, student)
-    assert [(row.rollout_id, row.origin) for row in pairs.rollouts] == [
-        ("t0", "teacher"),
-        ("s1", "student"),
-        ("t2", "teacher"),
-        ("s0", "student"),
-    ]
-    assert pairs.dropped == {
-        "teacher answer without a student's": 1,
-        "student answer without a teacher's": 1,
-        "further answers to a prompt": 1,
-    }
-
-
-def test_pairs_of_prompts_rendered_in_two_ways_are_refused():
-    rng = np.random.default_rng(0)
-    one, other = (
-        make_rollout(rng, 3, prompt_id="a", prompt_ids=np.array(ids, np.int32)) for ids in ([1, 2], [1, 3])
-    )
-    with pytest.raises(InputError, match="prompt a has other ids"):
-        pair_rollouts([one], [other])
-    with pytest.raises(InputError, match="no prompt has both"):
-        pair_rollouts([one], [])
