@@ -36,7 +36,6 @@ from lightopd.schemas.configs import ModelConfig, VllmEngine
 
 TOP_K = 64
 CONTEXT = 1024
-SHARD_SEQUENCES = 48
 NUM_ROUNDS = 4
 SMOLLM2 = {
     "vocab_size": 49_152,
@@ -54,8 +53,8 @@ NARROW = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-MODELS = {"smollm2 width": (SMOLLM2, 2), "narrow": (NARROW, 8)}
-"""Sizes, and number of shards."""
+MODELS = {"smollm2 width": (SMOLLM2, 2, 48), "narrow": (NARROW, 4, 256)}
+"""Sizes, number of shards, and sequences in one; 256 is what `rollout` makes, too many for the slow model."""
 
 
 def save_model(folder: Path, sizes: dict[str, int]) -> ModelConfig:
@@ -77,7 +76,9 @@ def make_sequences(vocabulary: int, count: int) -> list[records.Sequence]:
     return [records.Sequence(ids(int(random.integers(10, 40))), ids(int(length))) for length in lengths]
 
 
-def score_and_write(engine: VllmInProcess, sequences: Sequence[records.Sequence], folder: Path) -> None:
+def score_and_write(
+    engine: VllmInProcess, sequences: Sequence[records.Sequence], folder: Path, shard_size: int
+) -> None:
     """What `precompute` does with some shards."""
 
     def write(shard: int, scores: list[records.Scores]) -> None:
@@ -85,8 +86,8 @@ def score_and_write(engine: VllmInProcess, sequences: Sequence[records.Sequence]
         write_shard(folder, shard, table, kind="signals/teacher", fingerprint="benchmark")
 
     make_and_write(
-        range(len(sequences) // SHARD_SEQUENCES),
-        lambda shard: engine.score(sequences[shard * SHARD_SEQUENCES :][:SHARD_SEQUENCES], TOP_K),
+        range(len(sequences) // shard_size),
+        lambda shard: engine.score(sequences[shard * shard_size :][:shard_size], TOP_K),
         write,
         lambda shard: None,
     )
@@ -112,12 +113,12 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started_s
 
 
-def measure(engine: VllmInProcess, folder: Path, num_shards: int) -> dict[str, list[float]]:
+def measure(engine: VllmInProcess, folder: Path, num_shards: int, shard_size: int) -> dict[str, list[float]]:
     """Response tokens per second of each contender, round by round."""
-    sequences = make_sequences(engine.vocabulary_size, num_shards * SHARD_SEQUENCES)
+    sequences = make_sequences(engine.vocabulary_size, num_shards * shard_size)
     tokens = sum(len(pair.response_ids) for pair in sequences)
     contenders: dict[str, Callable[[], Any]] = {
-        "ours": lambda: score_and_write(engine, sequences, folder),
+        "ours": lambda: score_and_write(engine, sequences, folder, shard_size),
         "flat": lambda: bare_pass(engine, sequences, True),
         "dict": lambda: bare_pass(engine, sequences, False),
     }
@@ -148,13 +149,13 @@ def report(model: str, rates: dict[str, list[float]], version: str) -> None:
 
 def main() -> None:
     """Measure on both models."""
-    for name, (sizes, num_shards) in MODELS.items():
+    for name, (sizes, num_shards, shard_size) in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             model = save_model(Path(folder) / "model", sizes)
             (Path(folder) / "shards").mkdir()
             engine = load_vllm_engine(VllmEngine(kv_cache_gib=1.0), model)
             try:
-                rates = measure(engine, Path(folder) / "shards", num_shards)
+                rates = measure(engine, Path(folder) / "shards", num_shards, shard_size)
             finally:
                 engine.close()
             report(name, rates, engine.record.version)
