@@ -5,20 +5,14 @@
 Called again with the same settings it goes on from the newest whole checkpoint, or finds everything done.
 """
 
-import contextlib
 import logging
 import math
-import signal
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from pydantic import JsonValue
 from transformers import PreTrainedModel
@@ -35,7 +29,7 @@ from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.adapters import load_student
-from lightopd.training.callbacks import Checkpoints, Interruption, MetricsFile, Progress, StopWhenStale
+from lightopd.training.callbacks import Checkpoints, MetricsFile, Progress, StopWhenStale
 from lightopd.training.carry import carried_start, carried_state
 from lightopd.training.checkpoint import (
     TrainerState,
@@ -55,8 +49,9 @@ from lightopd.training.processes import as_worker, is_main, is_worker, must_star
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import ShardStore, check_shards
-from lightopd.training.strategies import check_strategy, environments, make_strategy, refusals_told
+from lightopd.training.strategies import check_strategy
 from lightopd.training.student import prepare_student
+from lightopd.training.trainer import run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +188,8 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     _say(warnings_of(run.objective), selected.notes)
     index = selected.trained
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
-    _fit_quietly(run, module, CacheData(store, index, run.finetune, start.step), loggers)
+    data = CacheData(store, index, run.finetune, start.step)
+    run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
     said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes}
     report(said)
     return said
@@ -261,49 +257,14 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> Pre
     return prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
 
 
-def _fit_quietly(run: _Run, module: StudentModule, data: CacheData, loggers: list[Logger]) -> None:
-    """Run Lightning's trainer, with its banner and hints kept off the screen."""
-    interruption = Interruption()
-    callbacks = [
+def _callbacks(run: _Run) -> list[Callback]:
+    """In the order they hear of a step: the row first, then what may end the run, then the checkpoint."""
+    return [
         MetricsFile(run.out / "metrics.csv"),
         StopWhenStale(),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
-        interruption,
     ]
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    with _quiet_libraries():
-        trainer = _make_trainer(run, callbacks, loggers)
-        try:
-            trainer.fit(module, datamodule=data)
-        except SystemExit:
-            if not interruption.was_pressed:
-                raise
-            signal.signal(signal.SIGINT, on_interrupt)
-            raise KeyboardInterrupt from None
-
-
-def _make_trainer(run: _Run, callbacks: list[Any], loggers: list[Logger]) -> Trainer:
-    finetune = run.finetune
-    has_gpu = torch.cuda.is_available()
-    with refusals_told(finetune):
-        return Trainer(
-            accelerator={"auto": "gpu" if has_gpu else "cpu"}.get(finetune.accelerator, finetune.accelerator),
-            devices=finetune.devices,
-            num_nodes=finetune.nodes,
-            strategy=make_strategy(finetune),
-            plugins=environments(),
-            precision=finetune.precision,
-            max_epochs=1,
-            logger=loggers or False,
-            callbacks=callbacks,
-            default_root_dir=run.out,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-        )
 
 
 def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
@@ -350,23 +311,3 @@ def _result(out: Path, steps: int, said: Mapping[str, Any]) -> FitResult:
         notes=tuple(said.get("notes", ())),
         is_main=is_main(),
     )
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hints, banners and bars of libraries off; what matters to the user is said by this package."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    had_bars = transformers.logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.|lightning_fabric\.")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if had_bars:
-                transformers.logging.enable_progress_bar()
