@@ -257,6 +257,16 @@ def test_answers_of_a_teacher_are_fitted_without_drift_or_signal(train, make_cac
         train("ratio", REVERSE_KL, cache=answers)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_held_out_rollouts_are_measured_with_the_weights_after_the_step(train, precision):
+    held_out = {"steps": 1, "held_out": 6, "precision": precision}
+    trained = train("out", REVERSE_KL, optimizer=OptimizerConfig(lr=1e-2), **held_out)
+    unmoved = OptimizerConfig(lr=1e-30, weight_decay=0)
+    again = train("again", REVERSE_KL, student=trained.student, optimizer=unmoved, **held_out)
+    before = train("before", REVERSE_KL, optimizer=unmoved, **held_out)
+    assert trained.metrics["held_out"] == again.metrics["held_out"] != before.metrics["held_out"]
+
+
 def test_only_the_newest_checkpoints_stay(train, tmp_path):
     train(checkpoint_every=1, keep_checkpoints=2)
     names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
