@@ -133,6 +133,11 @@ def _report(
         if result.first_stale_step
         else ()
     )
+    best = (
+        (f"the student is that of step {result.exported_step}, the best by {config.best.metric}",)
+        if config.best
+        else ()
+    )
     return Report(
         stage="train",
         out=str(config.out),
@@ -143,6 +148,6 @@ def _report(
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*stale, *result.notes, *override_notes(overrides)),
+        notes=(*stale, *best, *result.notes, *override_notes(overrides)),
         seconds=seconds,
     )

@@ -2,7 +2,7 @@
 
 from typing import Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
 
@@ -68,6 +68,15 @@ class AdapterConfig(StrictModel):
         return value
 
 
+class BestConfig(StrictModel):
+    """Export the best student of a run in place of the last one."""
+
+    metric: Literal["held_out"] = "held_out"
+    """Lowest divergence on the rollouts held out."""
+    patience: int | None = Field(None, ge=1)
+    """End training after so many measurements in a row that are no better; none: train to the end."""
+
+
 class FinetuneConfig(StrictModel):
     """How a student is fitted to answers or to a cache."""
 
@@ -83,6 +92,8 @@ class FinetuneConfig(StrictModel):
     """Optimiser and schedule."""
     adapter: AdapterConfig | None = None
     """Train an adapter instead of all weights (extra `adapters`)."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of a moving average of the weights, which is measured and exported in their place."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
     gradient_checkpointing: bool = False
@@ -105,9 +116,19 @@ class FinetuneConfig(StrictModel):
     """Rollouts kept out of training, in whole prompts; the divergence on them goes to `metrics.csv`."""
     held_out_every: int = Field(10, ge=1)
     """Steps between measurements on the rollouts held out; the last step always makes one."""
+    best: BestConfig | None = None
+    """Keep the checkpoint of the best measurement as well, and export that one."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Lightning loggers beside `metrics.csv`, which is always written; their packages must be installed."""
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "FinetuneConfig":
+        if self.best and self.best.metric == "held_out" and not self.held_out:
+            raise ValueError(
+                "best.metric is held_out, and held_out is 0; set held_out to 50 or more rollouts"
+            )
+        return self

@@ -75,6 +75,15 @@ class RunConfig(StageConfig):
             raise ValueError("rounds train all weights; take adapter out of train, or leave rounds out")
         return self
 
+    @model_validator(mode="after")
+    def _rounds_average_nothing(self) -> "RunConfig":
+        if self.rounds and self.train.get("ema_decay"):
+            raise ValueError(
+                "the average of ema_decay would begin anew in every round, and its student sample the next; "
+                "take ema_decay out of train, or leave rounds out"
+            )
+        return self
+
     def chain(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(name, stage, settings) of every step, in order; the settings build that stage's config.
 

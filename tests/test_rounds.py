@@ -331,6 +331,11 @@ def test_a_finished_evaluation_is_not_measured_again(world, tmp_path, monkeypatc
     assert (tmp_path / "eval" / "answers").is_dir()
 
 
+def test_averaged_weights_are_refused_in_rounds_where_they_are_loaded(world, tmp_path):
+    with pytest.raises(ConfigError, match="take ema_decay out of train"):
+        build_run(settings(world, tmp_path, train={"ema_decay": 0.9}))
+
+
 def test_rounds_on_several_devices_are_refused_where_they_are_loaded(world, tmp_path):
     with pytest.raises(ConfigError, match="rounds train on one device"):
         build_run(settings(world, tmp_path, train={"devices": 2}))

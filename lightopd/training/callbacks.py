@@ -1,6 +1,7 @@
 """What happens after a step: its row in metrics.csv, a checkpoint when one is due, a progress line."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from pydantic import JsonValue
 
 from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.schemas.finetune import BestConfig, FinetuneConfig
+from lightopd.training.best import is_over, judge
 from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
 from lightopd.training.metrics import append_metrics
 from lightopd.training.module import StudentModule
@@ -44,8 +46,33 @@ class StopWhenStale(Callback):  # type: ignore[misc]
             trainer.should_stop = True
 
 
+class KeepBest(Callback):  # type: ignore[misc]
+    """Notes the best measurement, ends training when no better one comes; `Checkpoints` comes after it."""
+
+    def __init__(self, config: BestConfig) -> None:
+        self.config = config
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Every rank has the same metrics, so every rank finds the same."""
+        value = module.metrics[self.config.metric]
+        if math.isnan(value):  # not measured at this step
+            return
+        module.best = judge(module.best, self.config, module.step, value)
+        if not is_over(module.best, self.config):
+            return
+        trainer.should_stop = True
+        if trainer.is_global_zero:
+            log.info(
+                "%d measurements of %s in a row were no better than %.4g at step %d: training ends",
+                module.best.waited,
+                self.config.metric,
+                module.best.value,
+                module.best.step,
+            )
+
+
 class Checkpoints(Callback):  # type: ignore[misc]
-    """Saves a checkpoint every `checkpoint_every` steps and after the last one."""
+    """Saves a checkpoint every `checkpoint_every` steps, after the last one and after the best so far."""
 
     def __init__(
         self,
@@ -59,21 +86,32 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Save when one is due; the other ranks wait."""
         is_last = module.step == self.finetune.steps or trainer.should_stop
-        if module.step % self.finetune.checkpoint_every and not is_last:
+        best_step = module.best.step if module.best else None
+        is_due = module.step % self.finetune.checkpoint_every == 0
+        if not (is_due or is_last or module.step == best_step):
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
-        gathered = gather(module.student, optimizer, keep=trainer.is_global_zero)
+        average = module.average.tensors if module.average else {}
+        gathered = gather(module.student, optimizer, average, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             state = TrainerState(
                 step=module.step,
                 recipe=self.recipe,
                 objective=asdict(module.state),
                 is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
+                best=module.best,
             )
             path = save_checkpoint(
-                self.folder, module.student, optimizer, self.student, state, module.anchor, gathered
+                self.folder,
+                module.student,
+                optimizer,
+                self.student,
+                state,
+                anchor=module.anchor,
+                average=average,
+                gathered=gathered,
             )
-            prune_checkpoints(self.folder, self.finetune.keep_checkpoints)
+            prune_checkpoints(self.folder, self.finetune.keep_checkpoints, best_step)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()
 

@@ -10,7 +10,8 @@ from lightopd.lineage import fingerprint_model
 from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
-from lightopd.training.checkpoint import OPTIMIZER_FILE, TrainerState, load_anchor, newest_checkpoint
+from lightopd.training.averaging import AVERAGE_FILE
+from lightopd.training.checkpoint import OPTIMIZER_FILE, TrainerState, exported_checkpoint, load_anchor
 from lightopd.training.module import Start
 from lightopd.weights import hash_tensors
 
@@ -23,9 +24,14 @@ def carried_state(run: Path, student: ModelConfig) -> str:
         student: of the new run; it must be the student that the finished run made.
 
     Raises:
-        TrainingError: the run has no whole checkpoint, or made another student.
+        TrainingError: the run has no whole checkpoint, made another student, or exported averaged weights.
     """
-    checkpoint, _ = _last(run)
+    checkpoint, _ = _exported(run)
+    if (checkpoint / AVERAGE_FILE).is_file():
+        raise TrainingError(
+            f"continue_from is {run}, whose student has averaged weights, and its optimiser other ones; "
+            "leave ema_decay out there, or leave continue_from out for a fresh optimiser"
+        )
     made = fingerprint_model(ModelConfig(path=str(run / "student")))
     if made.identity != fingerprint_model(student).identity:
         raise TrainingError(
@@ -39,12 +45,12 @@ def carried_start(run: Path | None) -> Start:
     """Step 0 with the optimiser and objective state of a finished run; plain step 0 without one."""
     if run is None:
         return Start()
-    checkpoint, state = _last(run)
+    checkpoint, state = _exported(run)
     return Start(0, checkpoint, ObjectiveState(**state.objective), load_anchor(checkpoint))  # type: ignore[arg-type]
 
 
-def _last(run: Path) -> tuple[Path, TrainerState]:
-    found = newest_checkpoint(run / "checkpoints")
+def _exported(run: Path) -> tuple[Path, TrainerState]:
+    found = exported_checkpoint(run / "checkpoints")
     if found is None:
         raise TrainingError(
             f"continue_from is {run}, which has no whole checkpoint; finish that run, or leave "

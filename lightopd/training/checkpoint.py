@@ -26,6 +26,8 @@ from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
 from lightopd.training.adapters import save_student
+from lightopd.training.averaging import AVERAGE_FILE
+from lightopd.training.best import Best
 from lightopd.training.sharded import Gathered, placed_like
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ANCHOR_FILE = "jump_anchor.safetensors"
+NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE)
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
@@ -51,6 +54,8 @@ class TrainerState(StrictModel):
     """State of the objective: curriculum and running means."""
     is_stale: bool = False
     """Training ended here because the cache had gone stale."""
+    best: Best | None = None
+    """The best measurement so far, where the best student is exported in place of the last."""
     sizes_bytes: dict[str, int] = Field({})
     """Size of every other file of the folder; a folder that lacks one is not whole."""
 
@@ -61,7 +66,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     student: ModelConfig,
     state: TrainerState,
+    *,
     anchor: Mapping[str, Tensor] | None = None,
+    average: Mapping[str, Tensor] | None = None,
     gathered: Gathered | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all, and return it.
@@ -73,12 +80,13 @@ def save_checkpoint(
         student: where tokenizer and generation settings are copied from.
         state: step and identity of the run.
         anchor: weights that the next jump starts from, where the objective jumps.
-        gathered: whole tensors of a sharded `model` and its `optimizer`.
+        average: averaged weights, where an average is kept.
+        gathered: whole tensors of a sharded `model`, its `optimizer` and `average`.
 
     Raises:
         OutputError: no space or no permission; older checkpoints are untouched.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = checkpoint_path(folder, state.step)
     part = folder / f".{final.name}.tmp"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -88,7 +96,9 @@ def save_checkpoint(
         moments = gathered.moments if gathered else _optimizer_tensors(model, optimizer)
         save_file(moments, part / OPTIMIZER_FILE)
         if anchor is not None:
-            save_file({name: tensor.contiguous() for name, tensor in anchor.items()}, part / ANCHOR_FILE)
+            save_file(_on_host(anchor), part / ANCHOR_FILE)
+        if average:
+            save_file(_on_host(gathered.average if gathered else average), part / AVERAGE_FILE)
         _write_state(part, state)
         for file in part.rglob("*"):
             flush(file)
@@ -119,9 +129,35 @@ def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
     return None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half written."""
-    for path in [*folder.glob(".step-*.tmp"), *_checkpoints(folder)[:-keep]]:
+def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The checkpoint that the run's student is made of: the best where one is kept, else the newest.
+
+    Raises:
+        TrainingError: the best checkpoint is gone or not whole.
+    """
+    found = newest_checkpoint(folder)
+    if found is None or found[1].best is None:
+        return found
+    path = checkpoint_path(folder, found[1].best.step)
+    state = _whole_state(path)
+    if state is None:
+        raise TrainingError(
+            f"checkpoint {path}, the best of the run, is gone or not whole; delete the checkpoints after it "
+            "and give the same command again, which trains these steps once more"
+        )
+    return path, state
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return folder / f"step-{step:06d}"
+
+
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, and what a killed run left half written."""
+    best = None if best_step is None else checkpoint_path(folder, best_step)
+    old = [path for path in _checkpoints(folder)[:-keep] if path != best]
+    for path in [*folder.glob(".step-*.tmp"), *old]:
         shutil.rmtree(path)
 
 
@@ -172,9 +208,7 @@ def export_student(checkpoint: Path, student: Path) -> None:
     try:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(
-            checkpoint, part, ignore=shutil.ignore_patterns(STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE)
-        )
+        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*NOT_EXPORTED))
         for file in part.rglob("*"):
             flush(file)
         if student.exists():
@@ -209,6 +243,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _write_state(part: Path, state: TrainerState) -> None:

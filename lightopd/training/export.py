@@ -1,36 +1,66 @@
 """The student that a run hands over, made from a checkpoint."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightopd.cache.shards import output_error
 from lightopd.engines.models import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.adapters import load_student, save_student
+from lightopd.training.averaging import lay_average, load_average
 from lightopd.training.checkpoint import copy_companions, export_student
 
 
 def export(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, folder: Path) -> None:
     """Write the student of a checkpoint to `folder`, replacing what is there, whole or not at all.
 
-    An adapter stays an adapter unless `finetune.adapter.merge` asks for one plain model.
+    Averaged weights, where the checkpoint has them, go before its own. An adapter stays an adapter unless
+    `finetune.adapter.merge` asks for one plain model.
 
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.
     """
-    if finetune.adapter is None or not finetune.adapter.merge:
-        export_student(checkpoint, folder)
-        return
-    part = folder.with_name(f".{folder.name}.merged")
-    adapted = student.model_copy(update={"dtype": "float32", "adapter": checkpoint})
-    model = load_model(adapted, "cpu")
+    parts = [folder.with_name(f".{folder.name}.{made}") for made in ("averaged", "merged")]
+    try:
+        source = _averaged(checkpoint, student, finetune, parts[0])
+        if finetune.adapter is not None and finetune.adapter.merge:
+            source = _merged(source, student, parts[1])
+        export_student(source, folder)
+    finally:
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _averaged(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, part: Path) -> Path:
+    """A folder with the averaged weights of a checkpoint; the checkpoint itself where it has none."""
+    average = load_average(checkpoint)
+    if not average:
+        return checkpoint
+    model = load_student(student, finetune, checkpoint)
+    lay_average(model, average)
+    with _made_anew(part, 4 * model.num_parameters()):
+        copy_companions(student, part)
+        save_student(model, part)
+    return part
+
+
+def _merged(adapter: Path, student: ModelConfig, part: Path) -> Path:
+    """A folder with one plain model of the student's base and an adapter."""
+    model = load_model(student.model_copy(update={"dtype": "float32", "adapter": adapter}), "cpu")
+    with _made_anew(part, 4 * model.num_parameters()):
+        copy_companions(student, part)
+        model.save_pretrained(part)
+    return part
+
+
+@contextmanager
+def _made_anew(part: Path, size_bytes: int) -> Iterator[None]:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        copy_companions(student, part)
-        model.save_pretrained(part)
-        export_student(part, folder)
+        yield
     except OSError as error:
-        raise output_error(error, folder, 4 * model.num_parameters()) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise output_error(error, part, size_bytes) from error

@@ -29,11 +29,13 @@ from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.adapters import load_student
-from lightopd.training.callbacks import Checkpoints, MetricsFile, Progress, StopWhenStale
+from lightopd.training.best import is_over
+from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
 from lightopd.training.carry import carried_start, carried_state
 from lightopd.training.checkpoint import (
     TrainerState,
     check_same_run,
+    exported_checkpoint,
     load_anchor,
     newest_checkpoint,
 )
@@ -51,7 +53,7 @@ from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import ShardStore, check_shards
 from lightopd.training.strategies import check_strategy
 from lightopd.training.student import prepare_student
-from lightopd.training.trainer import run_trainer
+from lightopd.training.trainer import quiet_libraries, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,10 @@ class FitResult:
     """Hugging Face folder of the trained student, or of its adapter."""
     steps: int
     """Optimiser steps done, over all resumptions."""
+    exported_step: int
+    """The step whose student is exported: the last, or the best."""
     metrics: dict[str, float]
-    """Numbers of the last step; empty when metrics.csv was removed."""
+    """Numbers of that step; empty when metrics.csv was removed."""
     tokens: int
     """Prompt and response tokens trained on, padding left out."""
     seconds: float
@@ -152,22 +156,28 @@ def _fit(
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
-    start = _start(*found) if found else carried_start(continue_from)
+    start = _start(*found, finetune) if found else carried_start(continue_from)
     if start.step > finetune.steps:
         raise TrainingError(
             f"{out} has a checkpoint of step {start.step}, and steps is {finetune.steps}; set steps to "
             f"{start.step} or more, or choose another out folder"
         )
-    has_stopped = found is not None and found[1].is_stale and bool(staleness and staleness.stop_when_stale)
     said: Mapping[str, Any] = {}
-    if start.step < finetune.steps and not has_stopped:
+    if start.step < finetune.steps and not (found and _has_ended(run, found[1])):
         said = start_workers(finetune) if starts_workers else _train(run, start)
-    return _result(out, _export(run), said)
+    return _result(run, said)
 
 
-def _start(checkpoint: Path, state: TrainerState) -> Start:
+def _has_ended(run: _Run, state: TrainerState) -> bool:
+    """Whether a run ended before its last step, under the limits that are set now."""
+    is_stale = state.is_stale and run.limits is not None and run.limits.stop_when_stale
+    return is_stale or is_over(state.best, run.finetune.best)
+
+
+def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
-    return Start(state.step, checkpoint, objective, load_anchor(checkpoint))
+    best = state.best if finetune.best else None
+    return Start(state.step, checkpoint, objective, load_anchor(checkpoint), best)
 
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
@@ -262,6 +272,7 @@ def _callbacks(run: _Run) -> list[Callback]:
     return [
         MetricsFile(run.out / "metrics.csv"),
         StopWhenStale(),
+        *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
     ]
@@ -288,22 +299,22 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
         )
 
 
-def _export(run: _Run) -> int:
-    """Make `out/student` of the last checkpoint; its step."""
-    found = newest_checkpoint(run.out / "checkpoints")
+def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
+    """Make `out/student`, and say what it is."""
+    folder, student = run.out / "checkpoints", run.out / "student"
+    found, last = exported_checkpoint(folder), newest_checkpoint(folder)
     assert found is not None
+    assert last is not None
     if is_main():
-        export(found[0], run.student, run.finetune, run.out / "student")
-    return found[1].step
-
-
-def _result(out: Path, steps: int, said: Mapping[str, Any]) -> FitResult:
-    rows = read_metrics(out / "metrics.csv")
+        with quiet_libraries():
+            export(found[0], run.student, run.finetune, student)
+    rows = read_metrics(run.out / "metrics.csv")
     stale = [int(row["step"]) for row in rows if row.get("stale")]
     return FitResult(
-        student=out / "student",
-        steps=steps,
-        metrics=rows[-1] if rows else {},
+        student=student,
+        steps=last[1].step,
+        exported_step=found[1].step,
+        metrics=next((row for row in rows if row["step"] == found[1].step), {}),
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
         first_stale_step=stale[0] if stale else None,

@@ -29,6 +29,8 @@ from lightopd.objectives.parts import Needs
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.averaging import WeightAverage
+from lightopd.training.best import Best
 from lightopd.training.checkpoint import load_optimizer
 from lightopd.training.data import Rows, collate, count_totals, index_in_response, show
 from lightopd.training.held_out import HeldOut, held_out_loss
@@ -63,6 +65,8 @@ class Start:
     """Of the objective."""
     anchor: dict[str, Tensor] | None = None
     """Weights that jumps start from; None for those of the student now."""
+    best: Best | None = None
+    """The best measurement so far."""
 
 
 class StudentModule(LightningModule):  # type: ignore[misc]
@@ -101,6 +105,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.state = start.state
         self.anchor = start.anchor
         self.checkpoint = start.checkpoint
+        self.best = start.best
+        self.average: WeightAverage | None = None
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self._held_out_rows: list[Rows] = []
@@ -118,9 +124,11 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return make_optimizer(self.student, self.finetune.optimizer)
 
     def on_train_start(self) -> None:
-        """Load the optimiser's state, where there is one, read what is held out, and start the clock."""
+        """Load what a checkpoint has beside the weights, read what is held out, and start the clock."""
         if self.checkpoint is not None:
             load_optimizer(self.checkpoint, self.student, self.optimizers(use_pl_optimizer=False))
+        if self.finetune.ema_decay is not None:
+            self.average = WeightAverage(self.student, self.finetune.ema_decay, self.checkpoint)
         if self.held_out is not None:
             place = (self.global_rank, self.trainer.world_size)
             self._held_out_rows = self.held_out.rows(*place)
@@ -161,8 +169,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.step += 1
         means = {name: _mean(name, *pair) for name, pair in totals.items()}
         self.state = advance(self.objective, self.state, means)
-        measured = {**self._jump(), **self._measure()}
-        self._publish(means, totals["tokens"][0], {**measured, "grad_norm": norm, "lr": rate})
+        jumped = self._jump()
+        if self.average is not None:
+            self.average.update()
+        with self.average.in_place() if self.average and self._is_measured() else nullcontext():
+            measured = self._measure()
+        self._publish(means, totals["tokens"][0], {**jumped, **measured, "grad_norm": norm, "lr": rate})
 
     def _shown(self, micro_batches: list[Rows]) -> list[Rows]:
         """What the curriculum shows of the step, with totals counted over all ranks."""
@@ -233,8 +245,11 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         """The held-out loss when it is due, NaN between, nothing where nothing is held out."""
         if self.held_out is None:
             return {}
-        is_due = self.step % self.finetune.held_out_every == 0 or self.step == self.finetune.steps
-        return {"held_out": self._held_out_loss() if is_due else float("nan")}
+        return {"held_out": self._held_out_loss() if self._is_measured() else float("nan")}
+
+    def _is_measured(self) -> bool:
+        is_last = self.step == self.finetune.steps
+        return self.held_out is not None and (is_last or self.step % self.finetune.held_out_every == 0)
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None

@@ -27,6 +27,9 @@ DECIDES_NOTHING = (
     "keep_checkpoints",
     "loggers",
     "adapter.merge",
+    "best",
+    "best.metric",
+    "best.patience",
 )
 """Settings that may change between a checkpoint and the run that goes on from it: they move results by
 rounding at most (`steps` counts under a schedule that depends on it)."""

@@ -5,6 +5,7 @@ output head) is one group that stays gathered from the forward to the end of the
 loss reads the head's weight after the model has run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -30,6 +31,8 @@ class Gathered:
     """By the names of the model's state; tied names share a tensor."""
     moments: dict[str, Tensor]
     """State of the optimiser, `key/parameter`."""
+    average: dict[str, Tensor]
+    """Averaged weights, by the names of the parameters."""
 
 
 def shard_student(student: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -64,12 +67,15 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
-def gather(student: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> Gathered | None:
+def gather(
+    student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
+) -> Gathered | None:
     """Collect a sharded student and its optimiser, tensor by tensor; None when it is not sharded.
 
     Args:
         student: the same on every rank; all ranks must call.
         optimizer: over its parameters.
+        average: averaged weights, sharded like the student; empty where none are kept.
         keep: whether this rank keeps what it gathers.
     """
     if not isinstance(student, FSDPModule):
@@ -87,7 +93,8 @@ def gather(student: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) 
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    return Gathered(weights, moments) if keep else Gathered({}, {})
+    averaged = {name: _on_host(tensor, keep=keep) for name, tensor in average.items()}
+    return Gathered(weights, moments, averaged) if keep else Gathered({}, {}, {})
 
 
 def _on_host(tensor: Tensor, *, keep: bool) -> Tensor:

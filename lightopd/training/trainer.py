@@ -34,7 +34,7 @@ def run_trainer(
     """
     interruption = Interruption()
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with _quiet_libraries():
+    with quiet_libraries():
         trainer = _make_trainer(out, finetune, [*callbacks, interruption], loggers)
         try:
             trainer.fit(module, datamodule=data)
@@ -70,7 +70,7 @@ def _make_trainer(
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hints, banners and bars of libraries off; what matters to the user is said by this package."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_runs import CALM
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_cache, create_signal, open_cache, rollouts_folder, signal_folder
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
+from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
+from lightopd.training.fit import fit
 
 VOCABULARY = 64
 SIZES = {
@@ -73,6 +78,32 @@ def make_cache(student_folder, teacher):
         return write_cache(Path(path), changed, scores, per_shard, top_k, **manifest)
 
     return make
+
+
+@pytest.fixture
+def cache(make_cache, tmp_path):
+    return make_cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def train(cache, student_folder, tmp_path):
+    """Function that trains into a folder of the test."""
+
+    def run(out="out", objective=(), cache=cache, student=student_folder, staleness=None, **settings):
+        defaults = {
+            "steps": 6,
+            "batch_sequences": 8,
+            "micro_batch_tokens": 60,
+            "optimizer": CALM,
+            "checkpoint_every": 3,
+        }
+        finetune = FinetuneConfig(**(defaults | settings))
+        config = ObjectiveConfig(**dict(objective))
+        return fit(
+            cache, ModelConfig(path=str(student)), tmp_path / out, finetune, config, staleness=staleness
+        )
+
+    return run
 
 
 def make_rollout(student, index):

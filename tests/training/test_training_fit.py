@@ -9,74 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from training_runs import REVERSE_KL, assert_close, assert_same_bits, rows_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
-from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
-from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.checkpoint import newest_checkpoint
-from lightopd.training.fit import fit
 from lightopd.training.metrics import read_metrics
-
-CLOCKED = ("seconds", "tokens_per_second")
-"""Columns that no two runs share."""
-REVERSE_KL = {"target": {"kind": "divergence"}, "token_weights": [{"kind": "ratio", "cap": 2.0}]}
-# Adam divides by the root of its second moment: a larger floor keeps noise of near-zero gradients small.
-CALM = OptimizerConfig(lr=1e-3, eps=1e-3)
-
-
-@pytest.fixture
-def cache(make_cache, tmp_path):
-    return make_cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def train(cache, student_folder, tmp_path):
-    """Function that trains into a folder of the test."""
-
-    def run(out="out", objective=(), cache=cache, student=student_folder, staleness=None, **settings):
-        defaults = {
-            "steps": 6,
-            "batch_sequences": 8,
-            "micro_batch_tokens": 60,
-            "optimizer": CALM,
-            "checkpoint_every": 3,
-        }
-        finetune = FinetuneConfig(**(defaults | settings))
-        config = ObjectiveConfig(**dict(objective))
-        return fit(
-            cache, ModelConfig(path=str(student)), tmp_path / out, finetune, config, staleness=staleness
-        )
-
-    return run
-
-
-def rows_of(result):
-    rows = read_metrics(result.student.parent / "metrics.csv")
-    return [{name: value for name, value in row.items() if name not in CLOCKED} for row in rows]
-
-
-def weights_of(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
-def assert_same_bits(one, other):
-    assert rows_of(one) == rows_of(other)
-    left, right = weights_of(one.student), weights_of(other.student)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def assert_close(one, other, tolerance=1e-6):
-    for left, right in zip(rows_of(one), rows_of(other), strict=True):
-        assert left == pytest.approx(right, rel=tolerance, abs=tolerance)
-    left, right = weights_of(one.student), weights_of(other.student)
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
 
 
 def test_the_first_step_is_lightning_opd_as_worked_out_in_float64(train, cache, student_folder):

@@ -20,6 +20,8 @@ SETTINGS = {
     "checkpoint_every": 2,
     "held_out": 4,
     "held_out_every": 3,
+    "ema_decay": 0.8,
+    "best": {"metric": "held_out"},
 }
 # Importing takes longer than the run: every life is a fork of a process that has imported and done nothing.
 NURSERY = """
