@@ -19,18 +19,17 @@ from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
-from lightopd.engines.describe import describe_engine, model_limits
-from lightopd.errors import InputError
+from lightopd.engines.describe import describe_engine
 from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.progress import Progress
-from lightopd.prompts import load_prompts
+from lightopd.rendering import render_prompts
 from lightopd.rewards.judge import judge
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
 from lightopd.schemas.manifest import CacheManifest, ModelFingerprint, Override, SftLineage
 from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
-from lightopd.tokens import load_tokenizer, prompt_text, render_prompt, response_text, stop_ids
+from lightopd.tokens import prompt_text, response_text
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +77,8 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
     Raises:
         InputError: unusable prompts, or a prompt that leaves no room for a response.
     """
-    prompts = load_prompts(job.prompts)
-    tokenizer = load_tokenizer(job.model)
-    stops = stop_ids(tokenizer, job.model)
-    limits = model_limits(job.model)
-    prompt_ids = [render_prompt(prompt, tokenizer, job.prompts) for prompt in prompts]
-    _refuse_long_prompts(prompts, prompt_ids, limits.context_length, job.model)
-    _refuse_equal_prompts(prompts, prompt_ids)
+    rendered = render_prompts(job.prompts, job.model)
+    prompts, prompt_ids = rendered.prompts, rendered.prompt_ids
     pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
     engine, precision = describe_engine(job.engine, job.model)
@@ -96,8 +90,8 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         sampler=sampler,
         precision=precision,
         sft=job.sft,
-        tokenizer=fingerprint_tokenizer(tokenizer, stops),
-        vocabulary_size=limits.vocabulary_size,
+        tokenizer=fingerprint_tokenizer(rendered.tokenizer, rendered.stops),
+        vocabulary_size=rendered.limits.vocabulary_size,
         rendering={"render": job.prompts.render, "template_options": job.prompts.template_options},
         sampling=job.sampling,
         prompts=canonical_hash([_content(prompt, ids) for prompt, ids in pairs] + [[job.keep_text]]),
@@ -107,37 +101,12 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         engine=engine,
         overrides=job.overrides,
     )
-    return Prepared(job, prompts, prompt_ids, tokenizer, stops, sampler, manifest)
+    return Prepared(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
 
 
 def _content(prompt: Prompt, ids: Ids) -> list[Any]:
     """What of a prompt decides the bytes of its rollouts: a corrected answer changes their rewards."""
     return [prompt.prompt_id, ids.tolist(), prompt.answer, prompt.domain, prompt.verifier]
-
-
-def _refuse_long_prompts(
-    prompts: Sequence[Prompt], prompt_ids: Sequence[Ids], context_length: int, model: ModelConfig
-) -> None:
-    for row, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True), start=1):
-        if len(ids) >= context_length:
-            raise InputError(
-                f"prompt {row} (id {prompt.prompt_id}) has {len(ids)} tokens, the context of {model.path} is "
-                f"{context_length}; shorten or remove it"
-            )
-        if len(ids) == 0:
-            raise InputError(f"prompt {row} (id {prompt.prompt_id}) has no tokens; give it text or remove it")
-
-
-def _refuse_equal_prompts(prompts: Sequence[Prompt], prompt_ids: Sequence[Ids]) -> None:
-    """Rollouts are keyed by content: equal prompts would make rows that cannot be told apart."""
-    seen: dict[bytes, int] = {}
-    for row, ids in enumerate(prompt_ids):
-        first = seen.setdefault(ids.tobytes(), row)
-        if first != row:
-            raise InputError(
-                f"prompt {row + 1} (id {prompts[row].prompt_id}) has the same tokens as prompt {first + 1} "
-                f"(id {prompts[first].prompt_id}); remove one, and raise sampling.n for more rollouts"
-            )
 
 
 def missing_shards(prepared: Prepared) -> list[int]:
