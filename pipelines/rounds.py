@@ -230,7 +230,13 @@ def _decisive(one: Round) -> dict[str, JsonValue]:
 
 
 def _round_report(one: Round, reports: list[Report], started_s: float) -> Report:
-    found = {key: report.figures[key] for report in reports for key in FIGURES if key in report.figures}
+    found = {
+        key: report.figures[key]
+        for report in reports
+        for key in FIGURES
+        # Accuracy during training may be that of other prompts: a column holds one or the other.
+        if key in report.figures and not (key == "avg_at_k" and report.stage == "train" and one.eval)
+    }
     seconds = time.monotonic() - started_s
     figures: dict[str, JsonValue] = {
         "round": one.index,

@@ -22,6 +22,7 @@ from lightopd.pipelines.suggest import suggestion
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
 from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.training.accuracy import AccuracyMeter, make_meter
 from lightopd.training.adapters import trained_student
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.processes import is_main
@@ -39,6 +40,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
     cache = open_cache(config.cache, signals=_signals_there(config))
     student = fingerprint_model(config.student)
     overrides = cache.manifest.overrides + _checked(config, cache, student)
+    accuracy = None if config.accuracy is None else make_meter(config.accuracy, config.student)
     suggested = suggestion(
         cache,
         config.objective,
@@ -48,7 +50,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         out=str(config.out),
     )
     if dry_run:
-        return _plan(config, cache, suggested)
+        return _plan(config, cache, suggested, accuracy)
     if suggested and is_main():
         log.warning("%s", suggested)
     with writing(config.out):
@@ -61,6 +63,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
             config.objective,
             staleness=config.staleness,
             continue_from=config.continue_from,
+            accuracy=accuracy,
         )
         leave_unless(result.is_main)
         report = _report(config, result, overrides, started_s)
@@ -107,7 +110,7 @@ def _write_lineage(
     write_student_lineage(folder, lineage)
 
 
-def _plan(config: TrainConfig, cache: Cache, suggested: str | None) -> Report:
+def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: AccuracyMeter | None) -> Report:
     tokens = sum(marker.tokens for marker in cache.markers)
     rollouts = sum(marker.rows for marker in cache.markers)
     return Report(
@@ -118,6 +121,7 @@ def _plan(config: TrainConfig, cache: Cache, suggested: str | None) -> Report:
             "response_tokens": tokens,
             "steps": config.steps,
             "passes_over_cache": config.steps * config.batch_sequences / max(1, rollouts),
+            **({} if accuracy is None else {"accuracy_answers": accuracy.num_answers(config.steps)}),
         },
         notes=("dry run: cache, student and objective fit together; nothing was trained",)
         + ((suggested,) if suggested else ()),

@@ -293,6 +293,21 @@ class PrecomputeConfig(StageConfig):
         return self
 
 
+class AccuracyConfig(StrictModel):
+    """The student answers prompts while it is trained: `avg_at_k` in `metrics.csv`."""
+
+    prompts: PromptsConfig
+    """Held-out prompts with answers; those without one are not asked."""
+    every: int = Field(50, ge=1)
+    """Steps between measurements; the last step always makes one."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the student answers; `n` is the k of avg@k."""
+    generate_rollouts: int = Field(64, ge=1)
+    """Answers that a device generates together."""
+
+    _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+
 class TrainConfig(StageConfig, FinetuneConfig):
     """A student is trained against the cache, with no teacher alive."""
 
@@ -308,6 +323,8 @@ class TrainConfig(StageConfig, FinetuneConfig):
     """Limits past which the run says that the cache is stale."""
     continue_from: Path | None = None
     """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
+    accuracy: AccuracyConfig | None = None
+    """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
 
 
 class EvalConfig(StrictModel):

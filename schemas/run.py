@@ -99,7 +99,18 @@ class RunConfig(StageConfig):
     def settings(self, name: str) -> dict[str, Any]:
         """Settings of one step: what the run shares, with the step's section laid on top."""
         section: Mapping[str, Any] = getattr(self, "eval" if name.startswith("eval") else name) or {}
+        if name == "train" and isinstance(section.get("accuracy"), Mapping):
+            section = {**section, "accuracy": self._accuracy(section["accuracy"])}
         return {**self._shared(name), **section}
+
+    def _accuracy(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Accuracy during training: asked as the evaluations around it, unless its section says otherwise."""
+        evaluation = self.settings("eval_after")
+        shared = {name: evaluation[name] for name in ("prompts", "sampling") if evaluation.get(name)}
+        evaluated, sampling = shared.get("sampling"), own.get("sampling")
+        if isinstance(evaluated, Mapping) and isinstance(sampling, Mapping):
+            own = {**own, "sampling": {**evaluated, **sampling}}
+        return {**shared, **own}
 
     def sampled_by(self) -> Any:
         """The fine-tuned student, which samples first."""

@@ -59,3 +59,8 @@ def write_prompts(path: Path, count: int) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def checksum(response, answer, metadata):
+    """A reward that any other response is likely to change; random models answer nothing right."""
+    return sum(place * ord(letter) for place, letter in enumerate(response, start=1)) % 101 / 100

@@ -79,11 +79,13 @@ def generate(
     keys: Sequence[str],
     stop_ids: Sequence[int],
     batch_rows: int,
+    setting: str = "engine.generate_rollouts",
 ) -> list[Sample]:
     """One response per prompt, in the order given.
 
     Args:
         batch_rows: responses drawn together; prompts of similar length share a batch.
+        setting: what a user calls `batch_rows`, for the advice when memory is not enough.
 
     Raises:
         EngineError: NaN or +inf logits, or not enough memory for a batch.
@@ -93,7 +95,7 @@ def generate(
         range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index].tobytes(), index)
     )
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64, device=loaded.device)
-    with memory_advice("generate a batch", "engine.generate_rollouts", batch_rows):
+    with memory_advice("generate a batch", setting, batch_rows):
         for start in range(0, len(order), batch_rows):
             rows = [
                 _new_row(index, keys[index], len(prompts[index]), sampling, loaded.context_length)

@@ -28,6 +28,7 @@ from lightopd.objectives.validate import check_cache, warnings_of
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.accuracy import AccuracyMeter
 from lightopd.training.adapters import load_student
 from lightopd.training.best import is_over
 from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
@@ -69,7 +70,7 @@ class FitResult:
     exported_step: int
     """The step whose student is exported: the last, or the best."""
     metrics: dict[str, float]
-    """Numbers of that step; empty when metrics.csv was removed."""
+    """What was measured at that step; empty when metrics.csv was removed."""
     tokens: int
     """Prompt and response tokens trained on, padding left out."""
     seconds: float
@@ -96,6 +97,7 @@ class _Run:
     limits: StalenessLimits | None
     asked: Needs
     recipe: dict[str, JsonValue]
+    accuracy: AccuracyMeter | None
 
 
 def fit(
@@ -107,6 +109,7 @@ def fit(
     *,
     staleness: StalenessLimits | None = None,
     continue_from: Path | None = None,
+    accuracy: AccuracyMeter | None = None,
 ) -> FitResult:
     """Train `student` against `cache` and write the trained student to `out/student`.
 
@@ -121,6 +124,7 @@ def fit(
         objective: the loss.
         staleness: limits of the drift from the student at rollout; None for answers of a teacher.
         continue_from: `out` of a finished run that made this student; its optimiser state goes on here.
+        accuracy: asks the student during training and decides nothing; None for no questions.
 
     Raises:
         ConfigError: a logger's package is missing, the batch cannot be dealt to the devices, or the
@@ -131,7 +135,7 @@ def fit(
         KeyboardInterrupt: after a clean stop; the last checkpoint is kept.
     """
     with as_worker():
-        return _fit(cache, student, out, finetune, objective, staleness, continue_from)
+        return _fit(cache, student, out, finetune, objective, staleness, continue_from, accuracy)
 
 
 def _fit(
@@ -142,17 +146,18 @@ def _fit(
     objective: ObjectiveConfig,
     staleness: StalenessLimits | None,
     continue_from: Path | None,
+    accuracy: AccuracyMeter | None,
 ) -> FitResult:
     asked = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
     _check_jump(objective, finetune)
-    check_strategy(finetune, objective)
+    check_strategy(finetune, objective, asks_student=accuracy is not None)
     check_cache(objective, cache)
     _check_origin(cache, asked)
     recipe = recipe_of(cache, student, finetune, objective, asked)
     if continue_from is not None:
         recipe["continue_from"] = carried_state(continue_from, student)
-    run = _Run(cache, student, out, finetune, objective, staleness, asked, recipe)
+    run = _Run(cache, student, out, finetune, objective, staleness, asked, recipe, accuracy)
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
@@ -192,6 +197,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         run.finetune,
         limits=run.limits,
         held_out=held_out,
+        accuracy=run.accuracy,
         start=start,
     )
     _make_room(run.out, start.step)
@@ -309,12 +315,13 @@ def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
         with quiet_libraries():
             export(found[0], run.student, run.finetune, student)
     rows = read_metrics(run.out / "metrics.csv")
+    measured = next((row for row in rows if row["step"] == found[1].step), {})
     stale = [int(row["step"]) for row in rows if row.get("stale")]
     return FitResult(
         student=student,
         steps=last[1].step,
         exported_step=found[1].step,
-        metrics=next((row for row in rows if row["step"] == found[1].step), {}),
+        metrics={name: value for name, value in measured.items() if not math.isnan(value)},
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
         first_stale_step=stale[0] if stale else None,

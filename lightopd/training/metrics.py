@@ -5,7 +5,8 @@ stands there twice and the file is the same as that of an undisturbed run.
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,13 +38,16 @@ def _total(sums: Sequence[Sums], name: str, side: int) -> Tensor:
 def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """Add one row, in one write; the first row also writes the header.
 
+    A run may go on with a measurement more or less than it began with: what was not measured is NaN.
+
     Raises:
         OutputError: the file cannot be written.
     """
-    row = ",".join(repr(value) for value in metrics.values())
     try:
         is_new = not path.exists() or path.stat().st_size == 0
-        header = ",".join(metrics) + "\n" if is_new else ""
+        columns = list(metrics) if is_new else _columns_with(path, metrics)
+        header = ",".join(columns) + "\n" if is_new else ""
+        row = ",".join(repr(metrics.get(name, math.nan)) for name in columns)
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{header}{row}\n")
     except OSError as error:
@@ -62,8 +66,24 @@ def keep_metrics(path: Path, step: int) -> None:
         return
     header, *rows = _whole_lines(path) or [""]
     kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
+    _rewrite(path, [header, *kept] if kept else [])
+
+
+def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
+    """The file's columns, once those of `names` that it lacks have been added."""
+    with path.open(encoding="utf-8") as file:
+        columns = file.readline().rstrip("\n").split(",")
+    new = [name for name in names if name not in columns]
+    if new:
+        header, *rows = (line.rstrip("\n") for line in _whole_lines(path))
+        lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
+        _rewrite(path, [f"{line}\n" for line in lines])
+    return columns + new
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join([header, *kept]) if kept else "", encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 

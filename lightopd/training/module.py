@@ -29,6 +29,7 @@ from lightopd.objectives.parts import Needs
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.averaging import WeightAverage
 from lightopd.training.best import Best
 from lightopd.training.checkpoint import load_optimizer
@@ -79,6 +80,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
+        accuracy: asks the student prompts when it is due; None for never.
         start: where the run goes on.
     """
 
@@ -91,6 +93,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         *,
         limits: StalenessLimits | None = None,
         held_out: HeldOut | None = None,
+        accuracy: AccuracyMeter | None = None,
         start: Start = Start(),
     ) -> None:
         super().__init__()
@@ -101,6 +104,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.finetune = finetune
         self.limits = limits
         self.held_out = held_out
+        self.accuracy = accuracy
         self.step = start.step
         self.state = start.state
         self.anchor = start.anchor
@@ -172,8 +176,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         jumped = self._jump()
         if self.average is not None:
             self.average.update()
-        with self.average.in_place() if self.average and self._is_measured() else nullcontext():
-            measured = self._measure()
+        is_asked = self._is_asked(means)
+        is_measured = is_asked or self._is_measured()
+        with self.average.in_place() if self.average and is_measured else nullcontext():
+            measured = {**self._measure(), **self._accuracy(is_asked)}
         self._publish(means, totals["tokens"][0], {**jumped, **measured, "grad_norm": norm, "lr": rate})
 
     def _shown(self, micro_batches: list[Rows]) -> list[Rows]:
@@ -259,6 +265,26 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return held_out_loss(
             self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
         )
+
+    def _accuracy(self, is_asked: bool) -> dict[str, float]:
+        """avg@k when it is due, NaN between, nothing where nobody asks; its time is not the step's."""
+        if self.accuracy is None:
+            return {}
+        if not is_asked:
+            return {AVG_AT_K: float("nan")}
+        began_s = time.monotonic()
+        place = (self.global_rank, self.trainer.world_size)
+        value = self.accuracy.measure(self.student, self.step, place, self._reduce)
+        self._step_began_s += time.monotonic() - began_s
+        return {AVG_AT_K: value}
+
+    def _is_asked(self, means: Mapping[str, float]) -> bool:
+        """Whether the student answers prompts at this step; the last one counts, and one that ends the run."""
+        if self.accuracy is None:
+            return False
+        stops_stale = self.limits is not None and self.limits.stop_when_stale
+        is_last = self.step == self.finetune.steps or (stops_stale and self._drift(means).get("stale"))
+        return bool(is_last) or self.accuracy.is_due(self.step)
 
     def _reduce(self, flat: Tensor) -> Tensor:
         """Sum over the ranks."""

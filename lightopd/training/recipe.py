@@ -26,6 +26,7 @@ DECIDES_NOTHING = (
     "checkpoint_every",
     "keep_checkpoints",
     "loggers",
+    "accuracy",
     "adapter.merge",
     "best",
     "best.metric",
