@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import write_prompts
+from tiny_models import save_model, write_prompts
 
 from lightopd.config import build_run, load_stage
 from lightopd.engines.memory import memory_advice
 from lightopd.errors import ConfigError, EngineError, InputError
-from lightopd.pipelines import evaluate, train
+from lightopd.pipelines import evaluate, rounds, train
 from lightopd.schemas.configs import AccuracyConfig, ModelConfig, TrainConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training import accuracy
@@ -117,8 +117,11 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(run, settings):
     assert left == right
 
 
-def test_under_mixed_precision_answers_are_those_of_the_float32_student(run, prompts, tmp_path):
-    report = run(precision="bf16-mixed")
+@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"gradient_checkpointing": True}])
+def test_answers_are_those_of_the_plain_float32_student_however_it_is_trained(
+    run, prompts, tmp_path, settings
+):
+    report = run(**settings)
     assert report.figures["avg_at_k"] == evaluated(report, prompts, tmp_path / "eval")
 
 
@@ -143,8 +146,10 @@ def test_a_run_may_go_on_with_or_without_measurements(run):
     values = column(run("later", steps=4))
     assert [math.isnan(value) for value in values] == [True, True, True, False]
     run("earlier", steps=3)
-    values = column(run("earlier", asked=None, steps=4))
+    report = run("earlier", asked=None, steps=4)
+    values = column(report)
     assert [math.isnan(value) for value in values] == [True, False, False, True]
+    assert report.figures["avg_at_k"] == values[2]
 
 
 def test_a_run_that_ends_because_the_cache_is_stale_is_measured_at_its_end(run):
@@ -249,6 +254,13 @@ def test_an_answer_that_the_verifier_cannot_use_is_refused_before_training(run, 
     path.write_text(prompts.read_text() + json.dumps({"prompt": "2=", "answer": "two"}) + "\n")
     with pytest.raises(InputError, match="last_number needs an answer with a number in it, got 'two'"):
         run(asked={"prompts": {"path": path, "verifier": "last_number"}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_with_ids_that_the_student_does_not_have_are_refused(prompts, tmp_path):
+    student = ModelConfig(path=str(save_model(tmp_path / "narrow", 0, vocabulary=9)))
+    with pytest.raises(InputError, match="outside the model's vocabulary of 9"):
+        make_meter(AccuracyConfig(prompts=prompts), student)
 
 
 def test_shares_of_weights_are_refused(run):
@@ -284,6 +296,30 @@ def test_a_run_file_lends_the_prompts_and_the_sampling_of_its_evaluations():
     assert (str(found.prompts.path), found.sampling.n) == ("own.jsonl", 4)
     with pytest.raises(ConfigError, match=r"section train: accuracy.prompts is missing"):
         build_run({name: value for name, value in plain.items() if name != "eval_prompts"})
+
+
+def test_rounds_show_their_evaluations_and_may_be_asked_otherwise_later(world, prompts, tmp_path):
+    sampling = {"n": 1, "max_tokens": 4}
+    plain = {
+        "out": str(tmp_path / "run"),
+        "teacher": str(world.teacher),
+        "student": str(world.sft / "student"),
+        "prompts": str(world.root / "prompts.jsonl"),
+        "eval_prompts": {"path": str(prompts), "verifier": VERIFIER},
+        "rollout": {"sampling": sampling, "shard_rollouts": 4},
+        "precompute": {"top_k": 0},
+        "eval": {"sampling": {**sampling, "seed": 3}},
+        "train": {"steps": 1, "batch_sequences": 4, "accuracy": {"sampling": {"n": 2}}},
+        "rounds": {"steps": 2, "prompts_per_round": 4, "eval_every": 2},
+    }
+    rows = rounds.run(build_run(plain)).rows
+    during, after = (
+        json.loads((tmp_path / "run" / "round-001" / name).read_text())["figures"]["avg_at_k"]
+        for name in ("train/train.report.json", "eval/eval.report.json")
+    )
+    assert during != after
+    assert [row["avg_at_k"] for row in rows] == [None, after]
+    assert rounds.run(build_run(plain | {"train": {**plain["train"], "accuracy": None}})).rows == rows
 
 
 def test_a_column_that_comes_later_is_nan_before_and_one_that_ends_is_nan_after(tmp_path):
