@@ -279,7 +279,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return {AVG_AT_K: value}
 
     def _is_asked(self, means: Mapping[str, float]) -> bool:
-        """Whether the student answers prompts at this step; the last one counts, and one that ends the run."""
+        """Whether the student answers prompts now: when it is due, and at the last step, however it comes."""
         if self.accuracy is None:
             return False
         stops_stale = self.limits is not None and self.limits.stop_when_stale

@@ -117,8 +117,12 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(run, settings):
     assert left == right
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"gradient_checkpointing": True}])
-def test_answers_are_those_of_the_plain_float32_student_however_it_is_trained(
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "bf16-mixed"}, {"gradient_checkpointing": True}, {"ema_decay": 0.6}],
+    ids=["mixed", "recomputed", "averaged"],
+)
+def test_answers_are_those_of_the_exported_float32_student_however_it_is_trained(
     run, prompts, tmp_path, settings
 ):
     report = run(**settings)
@@ -149,7 +153,7 @@ def test_a_run_may_go_on_with_or_without_measurements(run):
     report = run("earlier", asked=None, steps=4)
     values = column(report)
     assert [math.isnan(value) for value in values] == [True, False, False, True]
-    assert report.figures["avg_at_k"] == values[2]
+    assert "avg_at_k" not in report.figures, "not measured is not a number"
 
 
 def test_a_run_that_ends_because_the_cache_is_stale_is_measured_at_its_end(run):
