@@ -207,6 +207,12 @@ class SftConfig(StageConfig):
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
     @model_validator(mode="after")
+    def _best_is_held_out(self) -> "SftConfig":
+        if self.finetune.best and self.finetune.best.metric != "held_out":
+            raise ValueError("sft measures no accuracy; set finetune.best.metric to held_out")
+        return self
+
+    @model_validator(mode="after")
     def _the_student_has_a_folder_of_its_own(self) -> "SftConfig":
         if self.finetune.adapter is not None and not self.finetune.adapter.merge:
             raise ValueError(
@@ -325,6 +331,12 @@ class TrainConfig(StageConfig, FinetuneConfig):
     """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
     accuracy: AccuracyConfig | None = None
     """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
+
+    @model_validator(mode="after")
+    def _best_accuracy_is_measured(self) -> "TrainConfig":
+        if self.best and self.best.metric == "avg_at_k" and self.accuracy is None:
+            raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
+        return self
 
 
 class EvalConfig(StrictModel):

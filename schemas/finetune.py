@@ -71,8 +71,8 @@ class AdapterConfig(StrictModel):
 class BestConfig(StrictModel):
     """Export the best student of a run in place of the last one."""
 
-    metric: Literal["held_out"] = "held_out"
-    """Lowest divergence on the rollouts held out."""
+    metric: Literal["held_out", "avg_at_k"] = "held_out"
+    """Lowest divergence on the rollouts held out, or highest accuracy of `train.accuracy`."""
     patience: int | None = Field(None, ge=1)
     """End training after so many measurements in a row that are no better; none: train to the end."""
 

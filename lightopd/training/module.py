@@ -176,11 +176,11 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         jumped = self._jump()
         if self.average is not None:
             self.average.update()
-        is_asked = self._is_asked(means)
-        is_measured = is_asked or self._is_measured()
-        with self.average.in_place() if self.average and is_measured else nullcontext():
-            measured = {**self._measure(), **self._accuracy(is_asked)}
-        self._publish(means, totals["tokens"][0], {**jumped, **measured, "grad_norm": norm, "lr": rate})
+        drift = self._drift(means)
+        is_stopped = self.limits is not None and self.limits.stop_when_stale and drift.get("stale")
+        measured = self._measure(is_last=self.step == self.finetune.steps or bool(is_stopped))
+        others = {**drift, **jumped, **measured, "grad_norm": norm, "lr": rate}
+        self._publish(means, totals["tokens"][0], others)
 
     def _shown(self, micro_batches: list[Rows]) -> list[Rows]:
         """What the curriculum shows of the step, with totals counted over all ranks."""
@@ -247,15 +247,16 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             name: tensor.cpu() for name, tensor in anchor_of(dict(self.student.named_parameters())).items()
         }
 
-    def _measure(self) -> dict[str, float]:
-        """The held-out loss when it is due, NaN between, nothing where nothing is held out."""
-        if self.held_out is None:
-            return {}
-        return {"held_out": self._held_out_loss() if self._is_measured() else float("nan")}
-
-    def _is_measured(self) -> bool:
-        is_last = self.step == self.finetune.steps
-        return self.held_out is not None and (is_last or self.step % self.finetune.held_out_every == 0)
+    def _measure(self, *, is_last: bool) -> dict[str, float]:
+        """Held-out loss and avg@k when they are due, NaN between; nothing where neither is asked for."""
+        is_due: dict[str, bool] = {}
+        if self.held_out is not None:
+            is_due["held_out"] = is_last or self.step % self.finetune.held_out_every == 0
+        if self.accuracy is not None:
+            is_due[AVG_AT_K] = is_last or self.accuracy.is_due(self.step)
+        measures = {"held_out": self._held_out_loss, AVG_AT_K: self._avg_at_k}
+        with self.average.in_place() if self.average and any(is_due.values()) else nullcontext():
+            return {name: measures[name]() if due else float("nan") for name, due in is_due.items()}
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
@@ -266,25 +267,14 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
         )
 
-    def _accuracy(self, is_asked: bool) -> dict[str, float]:
-        """avg@k when it is due, NaN between, nothing where nobody asks; its time is not the step's."""
-        if self.accuracy is None:
-            return {}
-        if not is_asked:
-            return {AVG_AT_K: float("nan")}
+    def _avg_at_k(self) -> float:
+        """Mean reward of the student's answers; its time is not the step's."""
+        assert self.accuracy is not None
         began_s = time.monotonic()
         place = (self.global_rank, self.trainer.world_size)
         value = self.accuracy.measure(self.student, self.step, place, self._reduce)
         self._step_began_s += time.monotonic() - began_s
-        return {AVG_AT_K: value}
-
-    def _is_asked(self, means: Mapping[str, float]) -> bool:
-        """Whether the student answers prompts now: when it is due, and at the last step, however it comes."""
-        if self.accuracy is None:
-            return False
-        stops_stale = self.limits is not None and self.limits.stop_when_stale
-        is_last = self.step == self.finetune.steps or (stops_stale and self._drift(means).get("stale"))
-        return bool(is_last) or self.accuracy.is_due(self.step)
+        return value
 
     def _reduce(self, flat: Tensor) -> Tensor:
         """Sum over the ranks."""
@@ -322,7 +312,6 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "step": self.step,
             "loss": means["loss"],
             **{name: mean for name, mean in means.items() if name not in NOT_LOGGED},
-            **self._drift(means),
             **others,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny_models import save_model, write_prompts
 
@@ -157,9 +158,24 @@ def test_a_run_may_go_on_with_or_without_measurements(run):
 
 
 def test_a_run_that_ends_because_the_cache_is_stale_is_measured_at_its_end(run):
-    report = run(staleness={"min_ess": 1.0, "stop_when_stale": True}, asked={"every": 50})
+    report = run(staleness={"min_ess": 1.0, "stop_when_stale": True}, asked={"every": 50}, held_out=4)
     assert report.figures["steps"] < 5
     assert not math.isnan(column(report)[-1])
+    assert not math.isnan(rows_of(report)[-1]["held_out"])
+
+
+def test_the_student_with_the_highest_accuracy_is_exported(run, prompts, tmp_path):
+    best = {"metric": "avg_at_k"}
+    report = run(asked={"every": 1}, optimizer={"lr": 3e-2}, best=best)
+    values = column(report)
+    assert max(values) > values[-1]
+    assert report.figures["avg_at_k"] == max(values) == evaluated(report, prompts, tmp_path / "eval")
+    assert report.figures["step"] == 1 + values.index(max(values))
+    with pytest.raises(ValidationError, match=r"nothing measures it; set accuracy\.prompts"):
+        run(asked=None, best=best)
+    model_settings = {"prompts": "p.jsonl", "out": "out", "teacher": "t", "student": "s"}
+    with pytest.raises(ConfigError, match=r"set finetune\.best\.metric to held_out"):
+        load_stage("sft", [], ["finetune.best.metric=avg_at_k"], model_settings)
 
 
 def test_the_time_of_a_measurement_is_not_counted_as_that_of_a_step(run, monkeypatch):
