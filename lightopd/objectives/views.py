@@ -4,7 +4,7 @@ R = rollouts, N = their response tokens laid end to end; numpy.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,23 @@ from lightopd.objectives.table import CacheView
 from lightopd.schemas.cache import ROLLOUTS
 
 
-def cache_views(cache: Cache, wanted: Needs) -> Iterator[CacheView]:
+def cache_views(
+    cache: Cache, wanted: Needs, shards: Iterable[ShardColumns] | None = None
+) -> Iterator[CacheView]:
     """One view per shard, in order; rows in the order of the shard.
 
     Args:
         cache: complete, with the signals that `wanted` names.
         wanted: what the objective needs.
+        shards: all shards in order, with the columns that `wanted` names; None reads them.
 
     Raises:
         CacheError: a shard is missing or damaged, or a top-k log-probability is not a number.
     """
     teacher = mean_rewards(wanted.answers)
-    for shard in cache.shards:
-        columns = read_shard_columns(cache, shard, wanted.signals, topk=wanted.topk)
+    if shards is None:
+        shards = (read_shard_columns(cache, n, wanted.signals, topk=wanted.topk) for n in cache.shards)
+    for shard, columns in zip(cache.shards, shards, strict=True):
         _check_topk(columns, shard)
         path = shard_path(rollouts_folder(cache.path), shard)
         origins = read_columns(path, ROLLOUTS, ["origin"]).column("origin").to_pylist()

@@ -14,7 +14,7 @@ from lightopd.objectives.prepare import prepare
 from lightopd.objectives.views import cache_views
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.training.plan import CacheIndex
-from lightopd.training.shards import index_cache
+from lightopd.training.shards import FirstReading, index_cache
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,13 @@ class Selected:
     """What was dropped, and warnings; for the stage's report."""
 
 
-def select_rollouts(cache: Cache, objective: ObjectiveConfig, asked: Needs, held_out: int) -> Selected:
+def select_rollouts(
+    cache: Cache,
+    objective: ObjectiveConfig,
+    asked: Needs,
+    held_out: int,
+    reading: FirstReading | None = None,
+) -> Selected:
     """Read the whole cache once for what the objective decides before the first step, and index the rest.
 
     Args:
@@ -38,13 +44,15 @@ def select_rollouts(cache: Cache, objective: ObjectiveConfig, asked: Needs, held
         objective: the loss.
         asked: its needs.
         held_out: rollouts to hold out, at least; whole prompts are.
+        reading: of the same cache, signals and top-k, used up here; None reads the cache and keeps nothing.
 
     Raises:
         CacheError: a value is not finite, or the cache cannot serve a part; see `objectives.prepare`.
         ConfigError: no rollout would be left to train on.
     """
-    prepared = prepare(objective, cache_views(cache, asked))
-    index = index_cache(cache, asked.signals, asked.topk, prepared)
+    prepared = prepare(objective, cache_views(cache, asked, reading))
+    parts = None if reading is None else reading.parts
+    index = index_cache(cache, asked.signals, asked.topk, prepared, parts)
     notes = list(prepared.notes)
     if asked.together:
         index, dropped = together(index)

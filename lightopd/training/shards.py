@@ -1,9 +1,9 @@
 """The cache as the trainer reads it: checked once, indexed, and held in bounded memory."""
 
-# P = trainable rollouts of the cache, S = shards
+# P = trainable rollouts of the cache, S = shards, R = rollouts of one shard
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
+from lightopd.cache.reader import ShardColumns, read_shard_columns
 from lightopd.cache.shards import file_sha256, shard_path
 from lightopd.cache.store import Cache, rollouts_folder, signal_folder
-from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
 from lightopd.objectives.prepare import Prepared
 from lightopd.objectives.views import group_number
-from lightopd.schemas.cache import ROLLOUTS
 from lightopd.schemas.manifest import ShardMarker
 from lightopd.training.plan import CacheIndex
 
 Stamps = dict[Path, tuple[int, int]]
 """Size in bytes and time of last change in nanoseconds, by file."""
+
+IndexPart = tuple[NDArray[Any], ...]
+"""Of one shard, [R] each: shard, row, prompt tokens, response tokens, trained tokens, group."""
 
 ROLLOUT_BYTES = 512
 """Generous share of a rollout's strings and per-rollout values in memory."""
@@ -51,29 +52,34 @@ def check_shards(cache: Cache, signals: Sequence[str]) -> Stamps:
 
 
 def index_cache(
-    cache: Cache, signals: Sequence[str], topk: Sequence[str], prepared: Prepared | None = None
+    cache: Cache,
+    signals: Sequence[str],
+    topk: Sequence[str],
+    prepared: Prepared | None = None,
+    parts: Sequence[IndexPart] | None = None,
 ) -> CacheIndex:
-    """Read where every trainable rollout lies and how long it is.
+    """Find out where every trainable rollout lies and how long it is.
 
     Args:
         cache: complete.
         signals: names of the signals that will be read.
         topk: those whose top-k will be read as well.
         prepared: which rollouts the objective selects, and its columns; None for all, without columns.
+        parts: of all shards, in order, from `index_shard`; None reads the rollouts for them.
 
     Raises:
         CacheError: a rollout has an empty prompt; the message names file and row.
     """
-    parts = [_index_shard(cache, shard) for shard in cache.shards]
+    if parts is None:
+        parts = [index_shard(cache, shard, read_shard_columns(cache, shard)) for shard in cache.shards]
     shard_P, row_P, prompts_P, responses_P, trained_P, groups_P = (
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
         for column in range(6)
     )
     has_tokens_P = trained_P > 0
     is_kept_P = has_tokens_P if prepared is None else has_tokens_P & prepared.keep_R
-    per_token = _bytes_per_token(cache, signals, topk)
     bytes_S = np.zeros(max(cache.shards, default=-1) + 1, dtype=np.int64)
-    np.add.at(bytes_S, shard_P, 4 * prompts_P + per_token * responses_P.astype(np.int64) + ROLLOUT_BYTES)
+    np.add.at(bytes_S, shard_P, _bytes_of(cache, signals, topk, prompts_P, responses_P))
     return CacheIndex(
         shard_P=shard_P[is_kept_P],
         row_P=row_P[is_kept_P],
@@ -85,6 +91,72 @@ def index_cache(
         num_left_out=int((~has_tokens_P).sum()),
         columns={} if prepared is None else {n: c[is_kept_P] for n, c in prepared.columns.items()},
     )
+
+
+def index_shard(cache: Cache, shard: int, columns: ShardColumns) -> IndexPart:
+    """A shard's part of the index.
+
+    Raises:
+        CacheError: a rollout has an empty prompt; the message names file and row.
+    """
+    prompts_R = np.diff(columns.prompt_offsets)
+    if (prompts_R == 0).any():
+        raise CacheError(
+            f"{shard_path(rollouts_folder(cache.path), shard)} row {int((prompts_R == 0).argmax())}: the "
+            "prompt is empty, so nothing predicts the first response token; roll out again with prompts of "
+            "at least one token"
+        )
+    trained_R = np.diff(
+        np.concatenate([[0], np.cumsum(columns.loss_mask_N, dtype=np.int64)])[columns.offsets]
+    )
+    rows_R = np.arange(len(prompts_R))
+    counts = (np.full(len(rows_R), shard), rows_R, prompts_R, np.diff(columns.offsets), trained_R)
+    groups = [group_number(prompt) for prompt in columns.prompt_ids_by_user]
+    return *(count_R.astype(np.int32) for count_R in counts), np.array(groups, dtype=np.int64)
+
+
+@dataclass(slots=True)
+class FirstReading:
+    """Every shard once, before the first step; all stay in memory where the whole cache fits.
+
+    Iterating gives the shards in order.
+    """
+
+    cache: Cache
+    signals: tuple[str, ...]
+    topk: tuple[str, ...]
+    """Signals whose top-k is read as well."""
+    stamps: Stamps
+    """Of the files when they were checked."""
+    limit_bytes: int
+    """Most bytes held."""
+    parts: list[IndexPart] = field(default_factory=list)
+    """Of the index, complete after the reading."""
+    _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
+
+    def __iter__(self) -> Iterator[ShardColumns]:
+        """Read the shards.
+
+        Raises:
+            CacheError: a file has changed since it was checked or is damaged, or a prompt is empty.
+        """
+        size_bytes = 0
+        for shard in self.cache.shards:
+            columns = _read_unchanged(self.cache, shard, self.signals, self.topk, self.stamps)
+            part = index_shard(self.cache, shard, columns)
+            self.parts.append(part)
+            size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
+            if size_bytes > self.limit_bytes:
+                self._held.clear()
+            else:
+                self._held[shard] = columns
+            yield columns
+
+    def store(self, index: CacheIndex) -> "ShardStore":
+        """The shards for training, after the reading."""
+        return ShardStore(
+            self.cache, self.signals, self.topk, self.stamps, index.bytes_S, self.limit_bytes, self._held
+        )
 
 
 @dataclass(slots=True)
@@ -112,25 +184,38 @@ class ShardStore:
         if number in self._held:
             self._held.move_to_end(number)
             return self._held[number]
-        self._check_unchanged(number)
         while self._held and self._held_bytes() + self.bytes_S[number] > self.limit_bytes:
             self._held.popitem(last=False)
-        self._held[number] = read_shard_columns(self.cache, number, self.signals, topk=self.topk)
+        self._held[number] = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
         return self._held[number]
 
     def _held_bytes(self) -> int:
         return int(sum(self.bytes_S[number] for number in self._held))
 
-    def _check_unchanged(self, number: int) -> None:
-        folders = [rollouts_folder(self.cache.path)]
-        folders += [signal_folder(self.cache.path, name) for name in self.signals]
-        for path in (shard_path(folder, number) for folder in folders):
-            found = _stamp(path) if path.exists() else None
-            if found != self.stamps[path]:
-                raise CacheError(
-                    f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
-                    f"{self.cache.path}`, and start again from the last checkpoint"
-                )
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader process that is not a fork gets no decoded shards sent; it reads its own."""
+        return ShardStore, (
+            self.cache,
+            self.signals,
+            self.topk,
+            self.stamps,
+            self.bytes_S,
+            self.limit_bytes,
+        )
+
+
+def _read_unchanged(
+    cache: Cache, shard: int, signals: tuple[str, ...], topk: tuple[str, ...], stamps: Stamps
+) -> ShardColumns:
+    folders = [rollouts_folder(cache.path), *(signal_folder(cache.path, name) for name in signals)]
+    for path in (shard_path(folder, shard) for folder in folders):
+        found = _stamp(path) if path.exists() else None
+        if found != stamps[path]:
+            raise CacheError(
+                f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
+                f"{cache.path}`, and start again from the last checkpoint"
+            )
+    return read_shard_columns(cache, shard, signals, topk=topk)
 
 
 def _files(cache: Cache, signals: Sequence[str]) -> list[tuple[Path, ShardMarker]]:
@@ -151,23 +236,17 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _index_shard(cache: Cache, shard: int) -> tuple[NDArray[Any], ...]:
-    path = shard_path(rollouts_folder(cache.path), shard)
-    table = read_columns(path, ROLLOUTS, ("prompt_id", "prompt_ids", "response_ids", "loss_mask"))
-    _, prompt_offsets = flat_column(table.column("prompt_ids"))
-    _, offsets = flat_column(table.column("response_ids"))
-    mask_N, _ = flat_column(table.column("loss_mask"))
-    trained = np.diff(np.concatenate([[0], np.cumsum(mask_N, dtype=np.int64)])[offsets])
-    prompts = np.diff(prompt_offsets)
-    if (prompts == 0).any():
-        raise CacheError(
-            f"{path} row {int((prompts == 0).argmax())}: the prompt is empty, so nothing predicts the first "
-            "response token; roll out again with prompts of at least one token"
-        )
-    rows = np.arange(table.num_rows)
-    columns = (np.full(table.num_rows, shard), rows, prompts, np.diff(offsets), trained)
-    groups = [group_number(prompt) for prompt in table.column("prompt_id").to_pylist()]
-    return *(column.astype(np.int32) for column in columns), np.array(groups, dtype=np.int64)
+def _bytes_of(
+    cache: Cache,
+    signals: Sequence[str],
+    topk: Sequence[str],
+    prompts_R: NDArray[np.integer],
+    responses_R: NDArray[np.integer],
+) -> NDArray[np.int64]:
+    """What each rollout counts with in memory."""
+    per_token = _bytes_per_token(cache, signals, topk)
+    size_R: NDArray[np.int64] = 4 * prompts_R + per_token * responses_R.astype(np.int64) + ROLLOUT_BYTES
+    return size_R
 
 
 def _bytes_per_token(cache: Cache, signals: Sequence[str], topk: Sequence[str]) -> int:
