@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
 
-prints one JSON line per figure. The first epoch is read at top-32 from disk to padded tensors: SHA-256 of
-every file, checksums of every page, the index, the shuffle, micro-batches. Against it stands `datasets`,
-which reads the same columns of the same files, shuffled, into the same padded tensors, and checks nothing.
-Its first epoch converts the files to Arrow; its later ones read that from a memory map, ours the decoded
-shards that the window holds. Tokens are response tokens, seconds are CPU seconds on one thread, medians over
-rounds.
+prints one JSON line per figure. The first epoch is read at top-32 from disk to padded tensors, as `lightopd
+train` reads it: SHA-256 of every file, checksums of every page, what the objective takes from the whole cache
+(which looks for numbers that are not finite), the index, the shuffle, micro-batches. Against it stands
+`datasets`, which reads the same columns of the same files, shuffled, into the same padded tensors, and checks
+nothing. Its first epoch converts the files to Arrow; its later ones read that from a memory map, ours the
+decoded shards that the window holds. Tokens are response tokens, seconds are CPU seconds on one thread,
+medians over rounds.
 
 Memory is the peak resident set of a process that reads one epoch of a cache, against one that reads a cache
 of a hundredth of its size; both shuffle in the same window, which the small cache fills.
@@ -45,22 +46,26 @@ SCORES = ("logprobs", "topk_counts", "topk_ids", "topk_logprobs", "tail_logprobs
 
 
 def open_ours(path: Path, window_gib: float) -> StepDataset:
-    """The loader's dataset over a cache, every byte of which is compared with its checksum first."""
+    """The loader's dataset over a cache, opened as by a training run with a divergence over the top-k."""
     from lightopd.cache.store import open_cache
+    from lightopd.objectives.needs import needs
     from lightopd.schemas.finetune import FinetuneConfig
+    from lightopd.schemas.objectives import ObjectiveConfig
     from lightopd.training.data import StepDataset
     from lightopd.training.plan import make_plan
-    from lightopd.training.shards import ShardStore, check_shards, index_cache
+    from lightopd.training.selection import select_rollouts
+    from lightopd.training.shards import FirstReading, check_shards
 
-    cache = open_cache(path)
-    stamps = check_shards(cache, ("teacher",))
-    index = index_cache(cache, ("teacher",), ("teacher",))
     finetune = FinetuneConfig(
         batch_sequences=BATCH, micro_batch_tokens=MICRO_BATCH_TOKENS, shuffle_gib=window_gib
     )
-    plan = make_plan(index, finetune, 0, 1)
-    store = ShardStore(cache, ("teacher",), ("teacher",), stamps, index.bytes_S, plan.window_bytes)
-    return StepDataset(plan, store)
+    objective = ObjectiveConfig.model_validate({"target": {"kind": "divergence"}})
+    asked = needs(objective)
+    cache = open_cache(path)
+    stamps = check_shards(cache, asked.signals)
+    reading = FirstReading(cache, asked.signals, asked.topk, stamps, int(window_gib * 2**30))
+    index = select_rollouts(cache, objective, asked, 0, reading).trained
+    return StepDataset(make_plan(index, finetune, 0, 1), reading.store(index))
 
 
 def read_ours(dataset: StepDataset) -> int:

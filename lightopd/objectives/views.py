@@ -5,6 +5,7 @@ R = rollouts, N = their response tokens laid end to end; numpy.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ def _check_topk(columns: ShardColumns, shard: int) -> None:
                 )
 
 
+@lru_cache(maxsize=4096)
 def group_number(prompt_id: str) -> int:
     """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1

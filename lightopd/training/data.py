@@ -106,7 +106,8 @@ def gather(
         CacheError: a shard has changed since training began, or is damaged.
     """
     places = [(store.shard(int(index.shard_P[entry])), int(index.row_P[entry])) for entry in entries]
-    spans = [(shard, shard.offsets[row], shard.offsets[row + 1]) for shard, row in places]
+    # Slices by Python's integers take a quarter of the time of those by numpy's.
+    spans = [(shard, int(shard.offsets[row]), int(shard.offsets[row + 1])) for shard, row in places]
     # Log-probabilities of a teacher's own answers, or of nobody, say nothing about the student's drift.
     is_own = store.cache.manifest.origin == "student"
     return Rows(
@@ -265,10 +266,10 @@ def _prompt(shard: ShardColumns, row: int) -> NDArray[np.int32]:
 
 def _join(spans: Sequence[tuple[Any, int, int]], name: str) -> Any:
     """One column over several spans of tokens; None when any of the shards lacks it."""
-    pieces = [(getattr(columns, name), start, end) for columns, start, end in spans]
-    if any(column is None for column, _, _ in pieces):
+    columns = [getattr(shard, name) for shard, _, _ in spans]
+    if any(column is None for column in columns):
         return None
-    return np.concatenate([column[start:end] for column, start, end in pieces])
+    return np.concatenate([column[start:end] for column, (_, start, end) in zip(columns, spans, strict=True)])
 
 
 def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) -> SignalRows:
@@ -276,11 +277,12 @@ def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) ->
     if any(columns.topk_offsets is None for columns, _, _ in own):
         return SignalRows(_join(own, "logprobs_N"), None, None, None, None)
     entries = [(columns, *_entries(columns, start, end)) for columns, start, end in own]
-    counts = [np.diff(columns.topk_offsets[start : end + 1]) for columns, start, end in own]  # type: ignore[index]
+    ends = [columns.topk_offsets[start + 1 : end + 1] for columns, start, end in own]  # type: ignore[index]
+    starts = [columns.topk_offsets[start:end] for columns, start, end in own]  # type: ignore[index]
     return SignalRows(
         logprobs_N=_join(own, "logprobs_N"),
         tail_logprobs_N=_join(own, "tail_logprobs_N"),
-        counts_N=np.concatenate(counts),
+        counts_N=np.concatenate(ends) - np.concatenate(starts),
         topk_ids_C=_join(entries, "topk_ids_C"),
         topk_logprobs_C=_join(entries, "topk_logprobs_C"),
     )

@@ -1,5 +1,6 @@
 """From shards to tensors: every number must arrive where it belongs."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightopd.objectives.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data import CacheData, StepDataset, collate, gather
 from lightopd.training.plan import make_plan
-from lightopd.training.shards import ShardStore, check_shards, index_cache
+from lightopd.training.shards import FirstReading, ShardStore, check_shards, index_cache
 
 CPU = torch.device("cpu")
 TOTALS = BatchTotals(3, 30)
@@ -153,6 +154,47 @@ def test_shards_in_memory_stay_within_the_limit(make_cache, tmp_path):
         assert store._held_bytes() <= store.limit_bytes
     assert set(store._held) <= {2, 3, 0}
     assert store.shard(0) is store.shard(0)
+
+
+@pytest.mark.parametrize(("spare_bytes", "num_held"), [(0, 3), (-1, 0)])
+def test_a_cache_stays_in_memory_after_its_first_reading_only_as_a_whole(
+    make_cache, tmp_path, spare_bytes, num_held
+):
+    cache = make_cache(tmp_path / "cache")
+    plain, index = open_store(cache)
+    reading = FirstReading(
+        cache, plain.signals, plain.topk, plain.stamps, int(index.bytes_S.sum()) + spare_bytes
+    )
+    columns = list(reading)
+    store = reading.store(index_cache(cache, plain.signals, plain.topk, parts=reading.parts))
+    assert [store.shard(number) is columns[number] for number in range(3)] == [num_held == 3] * 3
+    assert np.array_equal(store.bytes_S, index.bytes_S)
+
+
+def test_the_first_reading_gives_the_index_of_a_reading_for_it_alone(make_cache, tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    plain, index = open_store(cache)
+    reading = FirstReading(cache, plain.signals, plain.topk, plain.stamps, 2**30)
+    assert len(list(reading)) == 3
+    found = index_cache(cache, plain.signals, plain.topk, parts=reading.parts)
+    for name in ("shard_P", "row_P", "prompts_P", "responses_P", "trained_P", "groups_P"):
+        assert np.array_equal(getattr(found, name), getattr(index, name))
+
+
+def test_a_shard_that_changes_between_its_check_and_its_first_reading_is_noticed(make_cache, tmp_path):
+    plain, _ = open_store(make_cache(tmp_path / "cache"))
+    path = shard_path(signal_folder(plain.cache.path, "teacher"), 1)
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(CacheError, match=r"part-00001.parquet has changed or is gone since training began"):
+        list(FirstReading(plain.cache, plain.signals, plain.topk, plain.stamps, 2**30))
+
+
+def test_a_store_that_is_sent_to_another_process_leaves_its_shards_behind(make_cache, tmp_path):
+    store, _ = open_store(make_cache(tmp_path / "cache"))
+    store.shard(0)
+    sent = pickle.loads(pickle.dumps(store))
+    assert not sent._held
+    assert sent.shard(0).rollout_ids == store.shard(0).rollout_ids
 
 
 def test_the_size_a_shard_counts_with_is_no_less_than_its_columns(make_cache, tmp_path):
