@@ -173,14 +173,15 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
     layout = lay_out(rows.prompts_R + rows.responses_R, rows.row_tokens)
     starts_R = torch.from_numpy(layout.starts_R).to(device)
     row_N = torch.repeat_interleave(responses_R, output_size=len(rows.response_ids_N))
-    index_N = torch.arange(len(row_N), device=device) - _starts(responses_R)[row_N]
+    # On a CPU index_select and scatter take a third of the time of indexing with brackets.
+    index_N = torch.arange(len(row_N), device=device) - _starts(responses_R).index_select(0, row_N)
     row_P = torch.repeat_interleave(prompts_R, output_size=len(rows.prompt_ids_P))
-    index_P = torch.arange(len(row_P), device=device) - _starts(prompts_R)[row_P]
-    positions_N = (starts_R + prompts_R)[row_N] + index_N - 1
+    index_P = torch.arange(len(row_P), device=device) - _starts(prompts_R).index_select(0, row_P)
+    positions_N = (starts_R + prompts_R).index_select(0, row_N) + index_N - 1
     ids_N = _long(rows.response_ids_N, device)
     flat_BT = torch.full((layout.num_padded,), PADDING_TOKEN, device=device)
-    flat_BT[starts_R[row_P] + index_P] = _long(rows.prompt_ids_P, device)
-    flat_BT[positions_N + 1] = ids_N
+    flat_BT.scatter_(0, starts_R.index_select(0, row_P) + index_P, _long(rows.prompt_ids_P, device))
+    flat_BT.scatter_(0, positions_N + 1, ids_N)
     is_trained_N = torch.from_numpy(rows.loss_mask_N).to(device)
     return Microbatch(
         input_ids_BT=flat_BT.view(-1, layout.width),
