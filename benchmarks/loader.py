@@ -127,17 +127,19 @@ def open_peer(path: Path, arrow: str) -> Any:
 
 def work_speed(contender: str, path: Path) -> list[float]:
     """Tokens per CPU second of the first epoch and of the second, medians over rounds."""
-    rates: tuple[list[float], list[float]] = ([], [])
-    for _ in range(NUM_ROUNDS):
-        with tempfile.TemporaryDirectory() as arrow:
-            start = time.process_time()
-            dataset: Any = open_peer(path, arrow) if contender == "datasets" else open_ours(path, 2.0)
-            read: Callable[[Any], int] = read_peer if contender == "datasets" else read_ours
-            for epoch in rates:
-                tokens = read(dataset)
-                epoch.append(tokens / (time.process_time() - start))
-                start = time.process_time()
-    return [statistics.median(epoch) for epoch in rates]
+    rounds = [one_round(contender, path) for _ in range(NUM_ROUNDS)]
+    return [statistics.median(rates) for rates in zip(*rounds, strict=True)]
+
+
+def one_round(contender: str, path: Path) -> tuple[float, float]:
+    """Tokens per CPU second of a first epoch and of a second; what they read is freed at the end."""
+    with tempfile.TemporaryDirectory() as arrow:
+        start_s = time.process_time()
+        dataset: Any = open_peer(path, arrow) if contender == "datasets" else open_ours(path, 2.0)
+        read: Callable[[Any], int] = read_peer if contender == "datasets" else read_ours
+        first = read(dataset) / (time.process_time() - start_s)
+        start_s = time.process_time()
+        return first, read(dataset) / (time.process_time() - start_s)
 
 
 def work_memory(contender: str, path: Path) -> list[float]:
