@@ -1,10 +1,15 @@
-"""Runs of several ranks without the seconds that each would spend importing."""
+"""Runs of several ranks without the seconds that each would spend importing, and one rank alone."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Importing takes longer than a small run: every rank is a fork of a process that has only imported.
 NURSERY = """
@@ -80,3 +85,13 @@ def variables(count):
         common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         for rank in range(count)
     ]
+
+
+@contextmanager
+def as_rank(rank, count):
+    """A mesh of so many devices as one of its ranks sees it; nobody else is there."""
+    dist.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (count,))
+    finally:
+        dist.destroy_process_group()

@@ -4,17 +4,21 @@ import json
 
 import pytest
 import torch
+from ranks import as_rank
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.adapters import load_student
 from lightopd.training.carry import carried_state
 from lightopd.training.checkpoint import newest_checkpoint
 from lightopd.training.fit import fit
 from lightopd.training.held_out import HeldOut
 from lightopd.training.metrics import read_metrics
+from lightopd.training.sharded import shard_student
 from lightopd.training.shards import ShardStore, check_shards, index_cache
 from lightopd.training.shares import StoredSet, has_set, is_shared
 
@@ -144,6 +148,20 @@ def test_passes_without_gradient_and_recomputed_layers_change_nothing(
     assert_students_close(one, two)
     held_out = [[row["held_out"] for row in run] for run in rows]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("adapter", [None, {"kind": "lora"}, {"kind": "dora"}])
+def test_every_layer_is_a_group_of_its_own_and_a_rank_keeps_half(student_folder, adapter):
+    student = load_student(ModelConfig(path=str(student_folder)), FinetuneConfig(adapter=adapter), None)
+    whole = sum(parameter.numel() for parameter in student.parameters())
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    with as_rank(1, 2) as mesh:
+        shard_student(student, mesh)
+        groups = [name for name, module in student.named_modules() if isinstance(module, FSDPModule)]
+        kept = sum(parameter.to_local().numel() for parameter in student.parameters())
+    assert [name[-9:] for name in groups] == ["", ".layers.0", ".layers.1"]
+    assert kept == pytest.approx(whole / 2, rel=0.05)
+    assert [name for name, parameter in student.named_parameters() if parameter.requires_grad] == trained
 
 
 def test_a_jump_is_refused(make_cache, student_folder, tmp_path):

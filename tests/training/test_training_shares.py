@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from model_families import FAMILIES, make_model
+from ranks import as_rank
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from lightopd.errors import InputError
@@ -39,16 +36,6 @@ TENSORS = {
     "one": torch.tensor([3.0]),
 }
 WHOLE = {"step": torch.tensor(12.0)}
-
-
-@contextmanager
-def as_rank(rank, count):
-    """A mesh of so many devices as one of its ranks sees it; nobody else is there."""
-    dist.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (count,))
-    finally:
-        dist.destroy_process_group()
 
 
 def share_of(tensor, mesh):
@@ -96,6 +83,7 @@ def test_each_process_gets_its_own_rows_whoever_wrote_them(tmp_path, written_by,
                 assert torch.equal(found.to_local(), parameter.to_local())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_the_shares_with_its_own_reader(tmp_path):
     write_all(tmp_path / "model", 3, TENSORS)
     found = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
