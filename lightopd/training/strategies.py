@@ -49,8 +49,8 @@ def check_strategy(
         asks_student: whether the student answers prompts during training.
 
     Raises:
-        ConfigError: the objective jumps along whole weights, and no device has them; or the student would have
-            to answer from shares of weights.
+        ConfigError: the objective jumps along whole weights, and no device has them; or the student has to
+            answer from shares of weights.
     """
     if finetune.strategy == FSDP and asks_student:
         raise ConfigError(
