@@ -6,7 +6,7 @@ B = sequences, T = positions, D = hidden size, V = vocabulary.
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lightopd.errors import ConfigError, EngineError, InputError
 from lightopd.lineage import model_folder
@@ -90,10 +91,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(model: ModelConfig, device: torch.device | str) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig, device: torch.device | str, tensors: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """Load a model for inference: evaluation mode, adapter merged, on the device.
 
-    Weights are read from safetensors only, so that loading runs no code of theirs.
+    Weights are read from safetensors only, so that loading runs no code of theirs. `tensors` stand for those
+    in the folder, by the names of the model's state.
 
     Raises:
         InputError: no such folder, no safetensors weights, weights missing or of other shapes.
@@ -103,7 +107,7 @@ def load_model(model: ModelConfig, device: torch.device | str) -> PreTrainedMode
     # as zero they change nothing. Threads inherit the setting, so it precedes the first parallel work.
     torch.set_flush_denormal(True)
     with _quiet_transformers():
-        loaded = _read_model(model)
+        loaded = _read_model(model, tensors)
         if model.adapter is not None:
             loaded = _merge_adapter(loaded, model.adapter)
     return loaded.eval().to(device)
@@ -199,24 +203,40 @@ def context_length_of(model: PreTrainedModel) -> int:
     )
 
 
-def _read_model(model: ModelConfig) -> PreTrainedModel:
+def outline(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder without its weights (on torch's `meta` device)."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    assert isinstance(made, PreTrainedModel)
+    return made
+
+
+def _read_model(model: ModelConfig, tensors: Mapping[str, Tensor] | None) -> PreTrainedModel:
     folder = model_folder(model).path
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; check the path")
-    if not any(folder.glob("*.safetensors")):
+    if tensors is None and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no .safetensors file; save the model with save_pretrained, since other formats "
             f"can run code when they are loaded"
         )
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
+        how: dict[str, Any] = {
+            "dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
+            "attn_implementation": model.attention,
+            "output_loading_info": True,
+        }
+        loaded, info = (
+            AutoModelForCausalLM.from_pretrained(
+                folder,
+                trust_remote_code=model.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                **how,
+            )
+            if tensors is None
+            else _from_tensors(folder, tensors, how, trust_remote_code=model.trust_remote_code)
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -231,6 +251,17 @@ def _read_model(model: ModelConfig) -> PreTrainedModel:
         )
     assert isinstance(loaded, PreTrainedModel)
     return loaded
+
+
+def _from_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], how: Mapping[str, Any], *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model whose weights are these tensors, and what transformers says of the loading."""
+    empty = outline(folder, trust_remote_code=trust_remote_code)
+    loaded, info = type(empty).from_pretrained(None, config=empty.config, state_dict=dict(tensors), **how)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded, info
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

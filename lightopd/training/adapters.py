@@ -19,6 +19,7 @@ from lightopd.engines.models import load_model
 from lightopd.errors import ConfigError, InputError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import ALL_LINEAR, AdapterConfig, FinetuneConfig
+from lightopd.training.shares import is_shared, whole_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +41,8 @@ def load_student(student: ModelConfig, finetune: FinetuneConfig, checkpoint: Pat
         if checkpoint is not None:
             changes |= {"path": str(checkpoint), "revision": None, "adapter": None}
         # peft freezes the model that it merges an adapter into.
-        return load_model(student.model_copy(update=changes), "cpu").requires_grad_(True)
+        tensors = whole_weights(checkpoint) if checkpoint is not None and is_shared(checkpoint) else None
+        return load_model(student.model_copy(update=changes), "cpu", tensors).requires_grad_(True)
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")
     base = load_model(student.model_copy(update={**changes, "adapter": None}), "cpu")
@@ -70,7 +72,7 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
         return
     from peft import get_peft_model_state_dict  # type: ignore[import-not-found,unused-ignore]
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightopd.training.sharded import placed_like
+from lightopd.training.shares import AVERAGE, StoredSet, has_set
 
-AVERAGE_FILE = "average.safetensors"
+AVERAGE_FILE = f"{AVERAGE}.safetensors"
 
 
 class WeightAverage:
@@ -33,9 +33,9 @@ class WeightAverage:
         self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.tensors: dict[str, Tensor] = {}
         """By the names of the parameters."""
-        stored = {} if checkpoint is None else load_average(checkpoint)
+        stored = StoredSet(checkpoint, AVERAGE) if checkpoint and has_set(checkpoint, AVERAGE) else None
         for name, parameter in self._trained.items():
-            source = placed_like(stored[name], parameter) if stored else parameter.detach()
+            source = stored.like(name, parameter) if stored else parameter.detach()
             self.tensors[name] = source.clone()
 
     def update(self) -> None:

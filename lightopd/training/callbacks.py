@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from pydantic import JsonValue
+from torch.distributed.fsdp import FSDPModule
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
@@ -18,6 +19,8 @@ from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_c
 from lightopd.training.metrics import append_metrics
 from lightopd.training.module import StudentModule
 from lightopd.training.sharded import gather
+from lightopd.training.shares import AVERAGE
+from lightopd.training.together import save_together
 
 log = logging.getLogger(__name__)
 
@@ -90,30 +93,30 @@ class Checkpoints(Callback):  # type: ignore[misc]
         is_due = module.step % self.finetune.checkpoint_every == 0
         if not (is_due or is_last or module.step == best_step):
             return
-        optimizer = module.optimizers(use_pl_optimizer=False)
-        average = module.average.tensors if module.average else {}
-        gathered = gather(module.student, optimizer, average, keep=trainer.is_global_zero)
+        state = TrainerState(
+            step=module.step,
+            recipe=self.recipe,
+            objective=asdict(module.state),
+            is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
+            best=module.best,
+        )
+        path = self._save(trainer, module, state)
         if trainer.is_global_zero:
-            state = TrainerState(
-                step=module.step,
-                recipe=self.recipe,
-                objective=asdict(module.state),
-                is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
-                best=module.best,
-            )
-            path = save_checkpoint(
-                self.folder,
-                module.student,
-                optimizer,
-                self.student,
-                state,
-                anchor=module.anchor,
-                average=average,
-                gathered=gathered,
-            )
             prune_checkpoints(self.folder, self.finetune.keep_checkpoints, best_step)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()
+
+    def _save(self, trainer: Trainer, module: StudentModule, state: TrainerState) -> Path | None:
+        """Save on the first rank, or on all where each has a share of the student; None on the others."""
+        model, optimizer = module.student, module.optimizers(use_pl_optimizer=False)
+        average = module.average.tensors if module.average else {}
+        place = self.folder, model, optimizer, self.student, state
+        if isinstance(model, FSDPModule) and self.finetune.adapter is None:
+            return save_together(*place, {AVERAGE: average} if average else {})
+        gathered = gather(model, optimizer, average, keep=trainer.is_global_zero)
+        if not trainer.is_global_zero:
+            return None
+        return save_checkpoint(*place, anchor=module.anchor, average=average, gathered=gathered)
 
 
 class Progress(Callback):  # type: ignore[misc]

@@ -10,14 +10,16 @@ from lightopd.lineage import fingerprint_model
 from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
-from lightopd.training.averaging import AVERAGE_FILE
 from lightopd.training.checkpoint import OPTIMIZER_FILE, TrainerState, exported_checkpoint, load_anchor
 from lightopd.training.module import Start
+from lightopd.training.shares import AVERAGE, OPTIMIZER, StoredSet, has_set
 from lightopd.weights import hash_tensors
 
 
 def carried_state(run: Path, student: ModelConfig) -> str:
     """Hash of the optimiser state that a finished run left, for the recipe of the run that goes on with it.
+
+    It is the same however many processes wrote the state.
 
     Args:
         run: `out` folder of the finished run.
@@ -27,7 +29,7 @@ def carried_state(run: Path, student: ModelConfig) -> str:
         TrainingError: the run has no whole checkpoint, made another student, or exported averaged weights.
     """
     checkpoint, _ = _exported(run)
-    if (checkpoint / AVERAGE_FILE).is_file():
+    if has_set(checkpoint, AVERAGE):
         raise TrainingError(
             f"continue_from is {run}, whose student has averaged weights, and its optimiser other ones; "
             "leave ema_decay out there, or leave continue_from out for a fresh optimiser"
@@ -38,7 +40,11 @@ def carried_state(run: Path, student: ModelConfig) -> str:
             f"continue_from is {run}, which made another student than {student.path}; "
             f"train {run / 'student'}, or leave continue_from out"
         )
-    return canonical_hash([list(tensor) for tensor in hash_tensors([checkpoint / OPTIMIZER_FILE])])
+    if (checkpoint / OPTIMIZER).is_dir():
+        tensors = StoredSet(checkpoint, OPTIMIZER).hashes()
+    else:
+        tensors = hash_tensors([checkpoint / OPTIMIZER_FILE])
+    return canonical_hash([list(tensor) for tensor in tensors])
 
 
 def carried_start(run: Path | None) -> Start:

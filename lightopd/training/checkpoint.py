@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ from lightopd.schemas.manifest import STUDENT_LINEAGE
 from lightopd.training.adapters import save_student
 from lightopd.training.averaging import AVERAGE_FILE
 from lightopd.training.best import Best
-from lightopd.training.sharded import Gathered, placed_like
+from lightopd.training.sharded import Gathered, moments_of
+from lightopd.training.shares import AVERAGE, MODEL, OPTIMIZER, StoredSet
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
 ANCHOR_FILE = "jump_anchor.safetensors"
-NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE)
+NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE, MODEL, OPTIMIZER, AVERAGE)
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
@@ -86,8 +87,7 @@ def save_checkpoint(
     Raises:
         OutputError: no space or no permission; older checkpoints are untouched.
     """
-    final = checkpoint_path(folder, state.step)
-    part = folder / f".{final.name}.tmp"
+    part, final = checkpoint_folders(folder, state.step)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -99,14 +99,9 @@ def save_checkpoint(
             save_file(_on_host(anchor), part / ANCHOR_FILE)
         if average:
             save_file(_on_host(gathered.average if gathered else average), part / AVERAGE_FILE)
-        _write_state(part, state)
-        for file in part.rglob("*"):
-            flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        flush(folder)
+        complete_checkpoint(part, final, state)
     except OSError as error:
-        raise output_error(error, final, _size_bytes(model)) from error
+        raise output_error(error, final, size_bytes(model)) from error
     except SafetensorError as error:
         raise OutputError(
             f"cannot write checkpoint {final} ({error}); earlier checkpoints are kept: free space, run again"
@@ -114,6 +109,26 @@ def save_checkpoint(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return final
+
+
+def checkpoint_folders(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint of the run's `checkpoints/` is written, and where it lies once it is whole."""
+    final = checkpoint_path(folder, step)
+    return folder / f".{final.name}.tmp", final
+
+
+def complete_checkpoint(part: Path, final: Path, state: TrainerState) -> None:
+    """Write the state beside what lies in `part`, flush everything, and give the folder its name.
+
+    Raises:
+        OSError: no space or no permission; `final` is untouched, or gone where it was written before.
+    """
+    _write_state(part, state)
+    for file in part.rglob("*"):
+        flush(file)
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    flush(final.parent)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
@@ -162,14 +177,14 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> 
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give a new optimiser the state that a checkpoint holds."""
-    tensors = load_file(path / OPTIMIZER_FILE)
+    """Give a new optimiser the state in a checkpoint; of a sharded model, a process reads its own rows."""
+    stored = StoredSet(path, OPTIMIZER)
     for name, parameter in model.named_parameters():
-        if f"step/{name}" in tensors:
+        if f"step/{name}" in stored:
             optimizer.state[parameter] = {
-                "step": tensors[f"step/{name}"],
-                "exp_avg": placed_like(tensors[f"exp_avg/{name}"], parameter),
-                "exp_avg_sq": placed_like(tensors[f"exp_avg_sq/{name}"], parameter),
+                "step": stored.whole(f"step/{name}"),
+                "exp_avg": stored.like(f"exp_avg/{name}", parameter),
+                "exp_avg_sq": stored.like(f"exp_avg_sq/{name}", parameter),
             }
 
 
@@ -198,8 +213,15 @@ def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonVal
         )
 
 
-def export_student(checkpoint: Path, student: Path) -> None:
+def export_student(
+    checkpoint: Path, student: Path, write_weights: Callable[[Path], None] | None = None
+) -> None:
     """Copy a checkpoint's model to `student`, replacing what is there, whole or not at all.
+
+    Args:
+        checkpoint: a model's folder, or one with its weights in shares.
+        student: the folder to make.
+        write_weights: writes the weights into a folder, where those of the checkpoint are stored in shares.
 
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.
@@ -209,6 +231,8 @@ def export_student(checkpoint: Path, student: Path) -> None:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*NOT_EXPORTED))
+        if write_weights is not None:
+            write_weights(part)
         for file in part.rglob("*"):
             flush(file)
         if student.exists():
@@ -218,6 +242,8 @@ def export_student(checkpoint: Path, student: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def copy_companions(student: ModelConfig, folder: Path) -> None:
@@ -237,12 +263,7 @@ def copy_companions(student: ModelConfig, folder: Path) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    return _on_host(moments_of(model, optimizer))
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,7 +294,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def _size_bytes(model: nn.Module) -> int:
+def size_bytes(model: nn.Module) -> int:
     """Trained weights and the two moments of Adam."""
     return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 

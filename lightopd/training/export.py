@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from lightopd.cache.shards import output_error
@@ -10,19 +11,26 @@ from lightopd.engines.models import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.adapters import load_student, save_student
+from lightopd.training.assembly import write_whole
 from lightopd.training.averaging import lay_average, load_average
 from lightopd.training.checkpoint import copy_companions, export_student
+from lightopd.training.shares import is_shared
 
 
 def export(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, folder: Path) -> None:
     """Write the student of a checkpoint to `folder`, replacing what is there, whole or not at all.
 
     Averaged weights, where the checkpoint has them, go before its own. An adapter stays an adapter unless
-    `finetune.adapter.merge` asks for one plain model.
+    `finetune.adapter.merge` asks for one plain model. Weights that several processes stored in shares are put
+    together with one decoder layer in memory at a time.
 
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.
     """
+    if is_shared(checkpoint):
+        trusts = student.trust_remote_code
+        export_student(checkpoint, folder, partial(write_whole, checkpoint, trust_remote_code=trusts))
+        return
     parts = [folder.with_name(f".{folder.name}.{made}") for made in ("averaged", "merged")]
     try:
         source = _averaged(checkpoint, student, finetune, parts[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightopd.engines.models import last_hidden
@@ -25,10 +25,10 @@ FORWARD = "sharded_last_hidden"
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Whole tensors of a sharded student on the host of the first rank; empty on the others."""
+    """What is trained of a sharded student, whole, on the host of the first rank; empty on the others."""
 
     weights: dict[str, Tensor]
-    """By the names of the model's state; tied names share a tensor."""
+    """By the names of the model's parameters."""
     moments: dict[str, Tensor]
     """State of the optimiser, `key/parameter`."""
     average: dict[str, Tensor]
@@ -59,41 +59,47 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, where and how a parameter lies."""
-    if not isinstance(parameter, DTensor):
-        return tensor.to(parameter.device)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+def weights_of(student: PreTrainedModel) -> dict[str, Tensor]:
+    """What is stored of a student, by the names of its state, where it lies; tied weights once."""
+    ignored = student._keys_to_ignore_on_save or ()
+    names: dict[Tensor, str] = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if name not in ignored:
+            names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in names.items()}
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimiser over a model's parameters, `key/parameter`, where it lies."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
 
 
 def gather(
     student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
 ) -> Gathered | None:
-    """Collect a sharded student and its optimiser, tensor by tensor; None when it is not sharded.
+    """Collect what is trained of a sharded student; None when it is not sharded.
+
+    It suits an adapter, which is small. All ranks must call.
 
     Args:
-        student: the same on every rank; all ranks must call.
-        optimizer: over its parameters.
+        student: the same on every rank.
+        optimizer: over its trained parameters.
         average: averaged weights, sharded like the student; empty where none are kept.
         keep: whether this rank keeps what it gathers.
     """
     if not isinstance(student, FSDPModule):
         return None
     student.reshard()  # a pass without gradient leaves the outer group gathered
-    weights: dict[str, Tensor] = {}
-    known: dict[Tensor, Tensor] = {}
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if tensor not in known:
-            known[tensor] = _on_host(tensor, keep=keep)
-        weights[name] = known[tensor]
-    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
-    moments = {
-        f"{key}/{names[parameter]}": _on_host(value, keep=keep)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-    averaged = {name: _on_host(tensor, keep=keep) for name, tensor in average.items()}
+    trained = {name: tensor for name, tensor in student.named_parameters() if tensor.requires_grad}
+    weights, moments, averaged = (
+        {name: _on_host(tensor, keep=keep) for name, tensor in tensors.items()}
+        for tensors in (trained, moments_of(student, optimizer), average)
+    )
     return Gathered(weights, moments, averaged) if keep else Gathered({}, {}, {})
 
 

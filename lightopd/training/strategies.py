@@ -49,16 +49,14 @@ def check_strategy(
         asks_student: whether the student answers prompts during training.
 
     Raises:
-        ConfigError: the objective jumps along whole weights, and no device has them; or an adapter is asked
-            for, whose frozen base is not sharded; or the student would have to answer from shares of weights.
+        ConfigError: the objective jumps along whole weights, and no device has them; or the student has to
+            answer from shares of weights.
     """
     if finetune.strategy == FSDP and asks_student:
         raise ConfigError(
             "accuracy during training needs whole weights on a device; set strategy to ddp, or leave out "
             "accuracy and use lightopd eval"
         )
-    if finetune.strategy == FSDP and finetune.adapter is not None:
-        raise ConfigError("an adapter cannot be trained under strategy fsdp; set strategy to ddp")
     if finetune.strategy == FSDP and objective.jump is not None:
         raise ConfigError("the objective jumps, which needs whole weights on a device; set strategy to ddp")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 from training_runs import CALM
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -43,6 +44,15 @@ def _one_thread(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Function that calls `fit` in one process for each device; see `Ranks`."""
+    nursery = Ranks()
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait(timeout=60)
 
 
 def save_model(folder, model):

@@ -1,23 +1,26 @@
 """FSDP over two processes on CPU (gloo): the run of one process, its checkpoints, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from ranks import as_rank
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.training.adapters import load_student
+from lightopd.training.carry import carried_state
 from lightopd.training.checkpoint import newest_checkpoint
 from lightopd.training.fit import fit
 from lightopd.training.held_out import HeldOut
 from lightopd.training.metrics import read_metrics
+from lightopd.training.sharded import shard_student
 from lightopd.training.shards import ShardStore, check_shards, index_cache
+from lightopd.training.shares import StoredSet, has_set, is_shared
 
 SETTINGS = {
     "steps": 6,
@@ -26,75 +29,106 @@ SETTINGS = {
     "optimizer": {"lr": 1e-4, "eps": 1e-3},
     "checkpoint_every": 2,
 }
-SHARDED = {"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}
-SCRIPT = """
-import sys
-from pathlib import Path
-from lightopd.cache.store import open_cache
-from lightopd.errors import ConfigError
-from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.objectives import ObjectiveConfig
-from lightopd.training import callbacks
-from lightopd.training.fit import fit
-cache, student, out, settings, objective = sys.argv[1:]
-finetune = FinetuneConfig.model_validate_json(settings)
-objective = ObjectiveConfig.model_validate_json(objective)
-gather = callbacks.gather
-def noted(student, optimizer, *, keep):
-    gathered = gather(student, optimizer, keep=keep)
-    held = [parameter.to_local().numel() for parameter in student.parameters()]
-    share = sum(held) / sum(parameter.numel() for parameter in student.parameters())
-    (Path(out) / f"share-{keep}").write_text(str(share))
-    return gathered
-callbacks.gather = noted
-fit(open_cache(Path(cache)), ModelConfig(path=student), Path(out), finetune, objective)
-"""
+SHARDED = {"devices": 2, "strategy": "fsdp"}
 
 
-def run_whole(cache, student, out, objective=(), **settings):
-    finetune = FinetuneConfig(**(SETTINGS | settings))
-    fit(cache, ModelConfig(path=str(student)), out, finetune, ObjectiveConfig(**dict(objective)))
+def run_whole(cache, student, out, objective=(), continue_from=None, **settings):
+    finetune, student = FinetuneConfig(**(SETTINGS | settings)), ModelConfig(path=str(student))
+    fit(cache, student, out, finetune, ObjectiveConfig(**dict(objective)), continue_from=continue_from)
 
 
-def run_sharded(cache, student, out, objective=(), **settings):
-    """Train over two processes; returns what share of the weights each of them held at the end."""
-    words = [cache.path, student, out, json.dumps(SETTINGS | SHARDED | settings), json.dumps(dict(objective))]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [float(file.read_text()) for file in sorted(out.glob("share-*"))]
+@pytest.fixture
+def run_sharded(ranks):
+    """Function that trains over two processes."""
+
+    def run(cache, student, out, objective=(), **settings):
+        ranks(cache, student, out, objective, **(SETTINGS | SHARDED | settings))
+
+    return run
 
 
 def assert_close(one, other):
     left, right = (read_metrics(folder / "metrics.csv") for folder in (one, other))
     for name in ("loss", "grad_norm", "entropy"):
         assert [row[name] for row in left] == pytest.approx([row[name] for row in right], rel=1e-6, abs=1e-6)
-    checkpoints = [newest_checkpoint(folder / "checkpoints")[0] for folder in (one, other)]
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        weights = [load_file(checkpoint / file) for checkpoint in checkpoints]
-        assert weights[0].keys() == weights[1].keys()
-        for name, tensor in weights[0].items():
-            torch.testing.assert_close(tensor, weights[1][name], rtol=1e-6, atol=1e-6)
+    for name in ("model", "optimizer", "average"):
+        assert has_set(checkpoint_of(one), name) == has_set(checkpoint_of(other), name)
+        if not has_set(checkpoint_of(one), name):
+            continue
+        left, right = (whole_set(folder, name) for folder in (one, other))
+        assert left.keys() == right.keys()
+        for key, tensor in left.items():
+            torch.testing.assert_close(tensor, right[key], rtol=1e-6, atol=1e-6)
+
+
+def assert_students_close(one, other):
+    left, right = (load_file(out / "student" / "model.safetensors") for out in (one, other))
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        torch.testing.assert_close(tensor, right[key], rtol=1e-6, atol=1e-6)
+
+
+def checkpoint_of(out):
+    return newest_checkpoint(out / "checkpoints")[0]
+
+
+def whole_set(out, name):
+    stored = StoredSet(checkpoint_of(out), name)
+    return {key: stored.whole(key) for key in stored}
 
 
 @pytest.mark.slow
-def test_two_shards_give_the_run_of_one_process_and_go_on(make_cache, student_folder, tmp_path):
+def test_two_shards_give_the_run_of_one_process_and_go_on(run_sharded, make_cache, student_folder, tmp_path):
     cache, one, two = make_cache(tmp_path / "cache"), tmp_path / "one", tmp_path / "two"
     run_whole(cache, student_folder, one)
     run_whole(cache, student_folder, two, steps=2)
     run_sharded(cache, student_folder, two, steps=4)
-    shares = run_sharded(cache, student_folder, two)
-    assert shares == [pytest.approx(0.5, abs=0.05)] * 2
+    run_sharded(cache, student_folder, two)
     assert_close(one, two)
+    assert_students_close(one, two)
+    sizes = [file.stat().st_size for file in checkpoint_of(two).glob("*/rank-*-of-00002.safetensors")]
+    whole = sum(
+        (checkpoint_of(one) / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")
+    )
+    assert len(sizes) == 4
+    assert sum(sizes) == pytest.approx(whole, rel=0.2)
+    assert max(sizes) < 0.4 * whole, "two thirds of it are the moments"
+    names = [{path.name for path in (out / "student").iterdir()} for out in (one, two)]
+    assert names[0] == names[1]
     configs = [json.loads((out / "student" / "config.json").read_text()) for out in (one, two)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("next_shape", [{}, {"devices": 2, "strategy": "ddp"}, {"devices": 3}])
+def test_a_run_goes_on_from_shares_in_another_shape(
+    run_sharded, ranks, make_cache, student_folder, tmp_path, next_shape
+):
+    three = {"batch_sequences": 6}
+    cache, one, two = make_cache(tmp_path / "cache"), tmp_path / "one", tmp_path / "two"
+    run_whole(cache, student_folder, one, **three)
+    run_sharded(cache, student_folder, two, steps=4, **three)
+    if next_shape == {"devices": 3}:
+        run_sharded(cache, student_folder, two, **three, **next_shape)
+    else:
+        ranks(cache, student_folder, two, **(SETTINGS | three | next_shape))
+    assert_close(one, two)
+    assert is_shared(checkpoint_of(two)) == (next_shape == {"devices": 3})
+
+
+@pytest.mark.slow
+def test_the_next_run_continues_from_shares_as_from_a_whole_one(
+    run_sharded, make_cache, student_folder, tmp_path
+):
+    cache = make_cache(tmp_path / "cache")
+    first, one, two = tmp_path / "first", tmp_path / "one", tmp_path / "two"
+    run_sharded(cache, student_folder, first)
+    run_whole(cache, first / "student", one, continue_from=first)
+    run_sharded(cache, first / "student", two, continue_from=first)
+    assert_close(one, two)
+    recipes = [newest_checkpoint(out / "checkpoints")[1].recipe for out in (one, two)]
+    assert recipes[0] == recipes[1]
+    assert recipes[0]["continue_from"] == carried_state(first, ModelConfig(path=str(first / "student")))
 
 
 # Pivots need a pass without gradient first; what is held out is measured between steps.
@@ -102,17 +136,35 @@ MORE = {"target": {"kind": "divergence"}, "rollout_weights": [{"kind": "pivots",
 
 
 @pytest.mark.slow
-def test_passes_without_gradient_and_recomputed_layers_change_nothing(make_cache, teacher, tmp_path):
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_passes_without_gradient_and_recomputed_layers_change_nothing(
+    run_sharded, make_cache, teacher, tmp_path, ema_decay
+):
     untied = tmp_path / "untied"
     teacher.save_pretrained(untied)
     cache, one, two = make_cache(tmp_path / "cache"), tmp_path / "one", tmp_path / "two"
-    held = {"held_out": 6, "held_out_every": 2}
+    held = {"held_out": 6, "held_out_every": 2, "ema_decay": ema_decay}
     run_whole(cache, untied, one, MORE, **held)
     run_sharded(cache, untied, two, MORE, **held, gradient_checkpointing=True)
     assert_close(one, two)
     rows = [read_metrics(out / "metrics.csv") for out in (one, two)]
+    assert_students_close(one, two)
     held_out = [[row["held_out"] for row in run] for run in rows]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("adapter", [None, {"kind": "lora"}, {"kind": "dora"}])
+def test_every_layer_is_a_group_of_its_own_and_a_rank_keeps_half(student_folder, adapter):
+    student = load_student(ModelConfig(path=str(student_folder)), FinetuneConfig(adapter=adapter), None)
+    whole = sum(parameter.numel() for parameter in student.parameters())
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    with as_rank(1, 2) as mesh:
+        shard_student(student, mesh)
+        groups = [name for name, module in student.named_modules() if isinstance(module, FSDPModule)]
+        kept = sum(parameter.to_local().numel() for parameter in student.parameters())
+    assert [name[-9:] for name in groups] == ["", ".layers.0", ".layers.1"]
+    assert kept == pytest.approx(whole / 2, rel=0.05)
+    assert [name for name, parameter in student.named_parameters() if parameter.requires_grad] == trained
 
 
 def test_a_jump_is_refused(make_cache, student_folder, tmp_path):
