@@ -94,6 +94,8 @@ class FinetuneConfig(StrictModel):
     """Train an adapter instead of all weights (extra `adapters`)."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a moving average of the weights, which is measured and exported in their place."""
+    router_loss: float | None = Field(None, gt=0)
+    """Weight of the load-balancing loss of a mixture-of-experts student; none leaves it out."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
     gradient_checkpointing: bool = False

@@ -32,11 +32,40 @@ FAMILIES = {
     "Granite": {**SMALL, "logits_scaling": 3.0},
 }
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {
+    "Qwen3Moe": FAMILIES["Qwen3Moe"],
+    "Mixtral": {**SMALL, **EXPERTS},
+    "Olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoe": {**SMALL, **EXPERTS},
+    "GptOss": {**SMALL, **EXPERTS, "head_dim": 8, "sliding_window": 4},
+}
+"""Families whose decoder gives router logits and whose loss can hold the experts' load."""
+OTHER_MIXTURES = {
+    "DeepseekV3": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+}
+"""Families that balance their experts in another way."""
+
 
 def make_model(name):
     """A random model in evaluation mode; the same weights at every call."""
     suffix = {"Gemma3": "Gemma3Text", "GPT2": "GPT2"}.get(name, name)
     head = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    sizes = {**FAMILIES, **MIXTURES, **OTHER_MIXTURES}[name]
     torch.manual_seed(0)
-    model = getattr(transformers, head)(getattr(transformers, f"{suffix}Config")(**FAMILIES[name]))
+    model = getattr(transformers, head)(getattr(transformers, f"{suffix}Config")(**sizes))
     return model.eval()

@@ -143,8 +143,13 @@ def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
         inputs: `input_ids` and whatever else its decoder takes; a cache given as `past_key_values` is
             extended in place.
     """
-    hidden_BTD: Tensor = model.get_decoder()(**inputs, return_dict=True).last_hidden_state
+    hidden_BTD: Tensor = decoder_output(model, **inputs).last_hidden_state
     return hidden_BTD
+
+
+def decoder_output(model: PreTrainedModel, **inputs: Any) -> Any:
+    """What the decoder returns, as transformers' output; arguments as for `last_hidden`."""
+    return model.get_decoder()(**inputs, return_dict=True)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from lightopd.training.shards import ShardStore
 
 PADDING_TOKEN = 0
 """Any valid id: no position that counts can see it."""
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Microbatch:
     positions_N: Tensor
     """int64, place in the flattened [B * T] of the position that predicts each response token."""
     rollouts: RolloutBatch
+    is_token_BT: Tensor
+    """bool, False where there is padding."""
     num_tokens: int
     """Prompt and response tokens, padding left out."""
 
@@ -179,12 +182,13 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
     index_P = torch.arange(len(row_P), device=device) - _starts(prompts_R).index_select(0, row_P)
     positions_N = (starts_R + prompts_R).index_select(0, row_N) + index_N - 1
     ids_N = _long(rows.response_ids_N, device)
-    flat_BT = torch.full((layout.num_padded,), PADDING_TOKEN, device=device)
+    flat_BT = torch.full((layout.num_padded,), NO_TOKEN, device=device)
     flat_BT.scatter_(0, starts_R.index_select(0, row_P) + index_P, _long(rows.prompt_ids_P, device))
     flat_BT.scatter_(0, positions_N + 1, ids_N)
+    is_token_BT = (flat_BT != NO_TOKEN).view(-1, layout.width)
     is_trained_N = torch.from_numpy(rows.loss_mask_N).to(device)
     return Microbatch(
-        input_ids_BT=flat_BT.view(-1, layout.width),
+        input_ids_BT=flat_BT.view(-1, layout.width).where(is_token_BT, PADDING_TOKEN),
         position_ids_BT=None
         if rows.row_tokens is None
         else _position_ids(starts_R, prompts_R + responses_R, layout),
@@ -207,6 +211,7 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             totals=rows.totals,
             prepared_R={name: torch.from_numpy(values).to(device) for name, values in rows.prepared.items()},
         ),
+        is_token_BT=is_token_BT,
         num_tokens=len(rows.prompt_ids_P) + len(rows.response_ids_N),
     )
 

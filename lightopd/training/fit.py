@@ -41,6 +41,7 @@ from lightopd.training.checkpoint import (
     newest_checkpoint,
 )
 from lightopd.training.data import CacheData
+from lightopd.training.experts import check_experts
 from lightopd.training.export import export
 from lightopd.training.held_out import HeldOut, held_out_objective
 from lightopd.training.loggers import make_loggers
@@ -270,6 +271,8 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> Pre
         )
     if run.finetune.layout == "packed":
         check_packing(model)
+    if run.finetune.router_loss is not None:
+        check_experts(model)
     return prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
 
 

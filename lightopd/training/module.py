@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
-from lightopd.objectives.batch import BatchTotals
+from lightopd.objectives.batch import BatchTotals, StudentTokens
 from lightopd.objectives.callbacks import anchor_of, is_jump_step, jump
 from lightopd.objectives.compose import collect_statistics, compute_loss
 from lightopd.objectives.parts import Needs
@@ -33,7 +33,15 @@ from lightopd.training.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.averaging import WeightAverage
 from lightopd.training.best import Best
 from lightopd.training.checkpoint import load_optimizer
-from lightopd.training.data import Rows, collate, count_totals, index_in_response, show
+from lightopd.training.data import Microbatch, Rows, collate, count_totals, index_in_response, show
+from lightopd.training.experts import (
+    ROUTER_LOSS,
+    Routers,
+    StepLoad,
+    count_load,
+    experts_per_token,
+    step_load,
+)
 from lightopd.training.held_out import HeldOut, held_out_loss
 from lightopd.training.messages import no_memory, not_finite
 from lightopd.training.metrics import global_sums
@@ -41,7 +49,7 @@ from lightopd.training.optimizer import clip_gradients, learning_rate, make_opti
 from lightopd.training.sharded import shard_student
 from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
 from lightopd.training.strategies import FSDP
-from lightopd.training.student import student_sums, student_tokens
+from lightopd.training.student import routed_tokens, routers_of, student_sums, student_tokens
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +168,11 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         rate = learning_rate(self.finetune.optimizer, self.step, self.finetune.steps)
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
-        statistics = self._statistics(shown)
+        statistics, load = self._look_ahead(shown)
         last = len(shown) - 1
-        sums = [self._backward(rows, statistics, is_last=index == last) for index, rows in enumerate(shown)]
+        sums = [
+            self._backward(rows, statistics, load, is_last=index == last) for index, rows in enumerate(shown)
+        ]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
@@ -194,36 +204,56 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         totals = BatchTotals(*(int(count) for count in self._reduce(counts)))
         return [replace(rows, totals=totals) for rows in shown]
 
-    def _statistics(self, micro_batches: Sequence[Rows]) -> Statistics:
+    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[Statistics, StepLoad | None]:
         """Sums over the whole step that the loss needs beforehand, from a pass without gradient."""
-        if not self.asked.statistics:
-            return {}
-        sums = []
+        has_routers = self.finetune.router_loss is not None
+        if not self.asked.statistics and not has_routers:
+            return {}, None
+        sums, counts = [], []
         with torch.no_grad():
             for rows in micro_batches:
                 with self._memory_named(rows):
                     batch = collate(rows, self.device)
-                    student = student_tokens(self.student, batch, self.asked.supports)
-                    sums.append(collect_statistics(self.objective, batch.rollouts, student))
-        found = global_sums(sums, self._reduce)
-        return {
+                    routers: Routers = ()
+                    if self.asked.statistics:
+                        student, routers = self._student_tokens(batch)
+                        sums.append(collect_statistics(self.objective, batch.rollouts, student))
+                    if has_routers:
+                        routers = routers or routers_of(self.student, batch)
+                        counts.append(count_load(routers, batch.is_token_BT, experts_per_token(self.student)))
+        found = global_sums(sums, self._reduce) if sums else {}
+        statistics = {
             name: (torch.tensor(total, device=self.device), torch.tensor(weight, device=self.device))
             for name, (total, weight) in found.items()
         }
+        return statistics, step_load(counts, self._reduce) if has_routers else None
 
-    def _backward(self, rows: Rows, statistics: Statistics, *, is_last: bool) -> Sums:
+    def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
+        """What the student says, and its routers' logits where the loss asks for them."""
+        if self.finetune.router_loss is not None:
+            return routed_tokens(self.student, batch, self.asked.supports)
+        return student_tokens(self.student, batch, self.asked.supports), ()
+
+    def _backward(self, rows: Rows, statistics: Statistics, load: StepLoad | None, *, is_last: bool) -> Sums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
             batch = collate(rows, self.device)
-            student = student_tokens(self.student, batch, self.asked.supports)
+            student, routers = self._student_tokens(batch)
             loss = compute_loss(self.objective, batch.rollouts, student, statistics, self.state)
+            value, routed = loss.value, {}
+            if load is not None:
+                assert self.finetune.router_loss is not None
+                balance = load.loss(routers, batch.is_token_BT)
+                value = value + self.finetune.router_loss * balance
+                routed = {ROUTER_LOSS: (balance.detach(), torch.ones_like(balance))}
             with nullcontext() if is_last else self._without_sync():
                 # DDP takes the mean over ranks, and the ranks' losses are shares of one sum.
-                self.manual_backward(loss.value * self.trainer.world_size)
-        value = loss.value.detach()
+                self.manual_backward(value * self.trainer.world_size)
+        value = value.detach()
         one = value.new_ones(())
         return {
             **loss.metrics,
+            **routed,
             **student_sums(batch.rollouts, student),
             "loss": (value, one),
             "tokens": (one * batch.num_tokens, one),
@@ -344,6 +374,6 @@ def _ids(micro_batches: Sequence[Rows]) -> list[str]:
 
 def _mean(name: str, total: float, weight: float) -> float:
     """Mean of a metric; losses are sums already."""
-    if name == "loss" or name.endswith("/loss"):
+    if name in ("loss", ROUTER_LOSS) or name.endswith("/loss"):
         return total
     return total / weight if weight else float("nan")

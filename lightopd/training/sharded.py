@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lightopd.engines.models import last_hidden
+from lightopd.engines.models import decoder_output
 
-FORWARD = "sharded_last_hidden"
+FORWARD = "sharded_decoder_output"
 """Method of a sharded student that gathers its outer group and runs its decoder."""
 
 
@@ -42,16 +42,15 @@ def shard_student(student: PreTrainedModel, mesh: DeviceMesh) -> None:
         if type(module).__name__ in kinds:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     fully_shard(student, mesh=mesh, reshard_after_forward=False)
-    setattr(student, FORWARD, MethodType(last_hidden, student))
+    setattr(student, FORWARD, MethodType(decoder_output, student))
     register_fsdp_forward_method(student, FORWARD)
 
 
-def hidden_of(student: PreTrainedModel, **inputs: Any) -> Tensor:
-    """`last_hidden`, after which the weight of the output head is whole on every rank."""
+def output_of(student: PreTrainedModel, **inputs: Any) -> Any:
+    """`decoder_output`, after which the weight of the output head is whole on every rank."""
     if not isinstance(student, FSDPModule):
-        return last_hidden(student, **inputs)
-    hidden_BTD: Tensor = getattr(student, FORWARD)(**inputs)
-    return hidden_BTD
+        return decoder_output(student, **inputs)
+    return getattr(student, FORWARD)(**inputs)
 
 
 def whole(tensor: Tensor) -> Tensor:

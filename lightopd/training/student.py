@@ -4,6 +4,7 @@
 # K = widest support of a signal, M = ids asked per position, S = supports
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from lightopd.engines.models import Head, head_of
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.objectives.batch import RolloutBatch, StudentTokens
 from lightopd.training.data import Microbatch
+from lightopd.training.experts import Routers
 from lightopd.training.packing import decoder_inputs
-from lightopd.training.sharded import hidden_of
+from lightopd.training.sharded import output_of
 from lightopd.training.staleness import Sums, drift_sums
 
 
@@ -38,8 +40,30 @@ def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -
 
 def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
     """What the student says now about every response token, with gradients."""
-    hidden_BTD = hidden_of(student, use_cache=False, **decoder_inputs(student, batch))
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.positions_N)
+    output = output_of(student, use_cache=False, **decoder_inputs(student, batch))
+    return _read(student, output, batch, supports)
+
+
+def routed_tokens(
+    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]
+) -> tuple[StudentTokens, Routers]:
+    """`student_tokens`, and the logits of the routers that the tokens passed."""
+    output = _routed_output(student, batch)
+    return _read(student, output, batch, supports), output.router_logits
+
+
+def routers_of(student: PreTrainedModel, batch: Microbatch) -> Routers:
+    """The routers' logits alone, without a look at the output layer."""
+    routers: Routers = _routed_output(student, batch).router_logits
+    return routers
+
+
+def _routed_output(student: PreTrainedModel, batch: Microbatch) -> Any:
+    return output_of(student, use_cache=False, output_router_logits=True, **decoder_inputs(student, batch))
+
+
+def _read(student: PreTrainedModel, output: Any, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
+    hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
     return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
 
 
