@@ -12,6 +12,8 @@ it stand
 - `trl`: DistillationTrainer 1.16 (reverse KL over the vocabulary) with the teacher in process; it is handed
   the cached responses, so that neither its sampling nor other tokens count.
 
+The compiled step (`compile: true`) takes turns with the eager one, after the first of each.
+
 Time is CPU seconds on one thread. Ours and SFT take turns in one process, each with a student of its own,
 and the ratio is the median over pairs. Memory is the growth of the peak resident set during two steps
 (weights and libraries are there before) in a fresh process.
@@ -185,6 +187,36 @@ def work_time(case: str, path: Path) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in seconds.items()}
 
 
+def work_compiled(case: str, path: Path) -> dict[str, list[float]]:
+    """CPU seconds of compiled and eager steps in turns, and wall seconds of the first, which compiles."""
+    import torch._inductor
+    from lightning.pytorch import Callback
+
+    from lightopd.training.compilation import compile_layers
+
+    torch._inductor.config.force_disable_caches = True
+    module, data = make_ours(path, case, 2 * (TIMED_STEPS + 1), "padded")
+    compile_layers(module.student)
+    seconds: dict[str, list[float]] = {"default": [], "force_eager": [], "wall": []}
+
+    class TakeTurns(Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.stance = "force_eager" if module.step % 2 else "default"
+            torch.compiler.set_stance(self.stance)
+            self.began, self.wall = time.process_time(), time.perf_counter()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            seconds[self.stance].append(time.process_time() - self.began)
+            seconds["wall"].append(time.perf_counter() - self.wall)
+
+    run_ours(module, data, TakeTurns())
+    return {
+        "compiled": seconds["default"][1:],
+        "eager": seconds["force_eager"][1:],
+        "first": [seconds["wall"][0]],
+    }
+
+
 def work_memory(case: str, path: Path) -> dict[str, list[float]]:
     """MiB by which two steps raise the peak."""
     from lightning.pytorch import Callback
@@ -234,6 +266,17 @@ def report_case(case: str, path: Path, sft_mib: float) -> float:
     return ours
 
 
+def report_compiled(path: Path) -> None:
+    """The compiled step against the eager one, and how long the first step waits for the compiler."""
+    seconds = in_process(__file__, "compiled", "sampled", path)
+    compiled, eager = (statistics.median(seconds[name]) for name in ("compiled", "eager"))
+    pairs = zip(seconds["compiled"], seconds["eager"], strict=True)
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    report("step_time_compiled", compiled, eager, ratio, "-", "CPU seconds", "eager, compiling left out")
+    (first,) = seconds["first"]
+    report("first_step_compiled", first, eager, first / eager, "-", "wall seconds", "a later eager step")
+
+
 def report_all(folder: Path) -> None:
     path = folder / "cache"
     write_cache(
@@ -250,6 +293,7 @@ def report_all(folder: Path) -> None:
     packed = statistics.median(in_process(__file__, "time", "packed", path)["ours"])
     ratio = packed / ours["sampled"]
     report("step_time_packed", packed, ours["sampled"], ratio, "-", "CPU seconds", "padded rows")
+    report_compiled(path)
     live = statistics.median(in_process(__file__, "trl", "live", path, str(peer_python()))["trl"])
     for case in GOALS:
         peer = "trl 1.16 DistillationTrainer, live teacher, no sampling"
@@ -257,4 +301,8 @@ def report_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, {"time": work_time, "memory": work_memory, "trl": work_trl}, report_all)
+    main(
+        __doc__,
+        {"time": work_time, "compiled": work_compiled, "memory": work_memory, "trl": work_trl},
+        report_all,
+    )

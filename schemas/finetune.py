@@ -100,6 +100,8 @@ class FinetuneConfig(StrictModel):
     """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the decoder's layers with torch; the first step waits for it, results move by rounding only."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Lightning accelerator."""
     devices: int = Field(1, ge=1)

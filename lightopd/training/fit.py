@@ -40,6 +40,7 @@ from lightopd.training.checkpoint import (
     load_anchor,
     newest_checkpoint,
 )
+from lightopd.training.compilation import compile_layers
 from lightopd.training.data import CacheData
 from lightopd.training.experts import check_experts
 from lightopd.training.export import export
@@ -273,7 +274,10 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> Pre
         check_packing(model)
     if run.finetune.router_loss is not None:
         check_experts(model)
-    return prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
+    prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
+    if run.finetune.compile:
+        compile_layers(prepared)
+    return prepared
 
 
 def _callbacks(run: _Run) -> list[Callback]:

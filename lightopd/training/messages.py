@@ -29,3 +29,12 @@ def no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
     if finetune.precision == "32-true":
         remedies.append("set precision to bf16-mixed")
     return f"no memory for a micro-batch of {padded} padded tokens; {', or '.join(remedies)}"
+
+
+def no_compiler(error: RuntimeError) -> str:
+    """The student's layers cannot be compiled here; keeps the first line of what torch says."""
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return (
+        f"the student cannot be compiled here ({reason}); install what is missing (a C++ compiler on a CPU, "
+        "triton on a GPU), or leave compile out"
+    )

@@ -33,6 +33,7 @@ from lightopd.training.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.averaging import WeightAverage
 from lightopd.training.best import Best
 from lightopd.training.checkpoint import load_optimizer
+from lightopd.training.compilation import is_of_compiler, uncompiled
 from lightopd.training.data import Microbatch, Rows, collate, count_totals, index_in_response, show
 from lightopd.training.experts import (
     ROUTER_LOSS,
@@ -43,7 +44,7 @@ from lightopd.training.experts import (
     step_load,
 )
 from lightopd.training.held_out import HeldOut, held_out_loss
-from lightopd.training.messages import no_memory, not_finite
+from lightopd.training.messages import no_compiler, no_memory, not_finite
 from lightopd.training.metrics import global_sums
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from lightopd.training.sharded import shard_student
@@ -210,7 +211,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if not self.asked.statistics and not has_routers:
             return {}, None
         sums, counts = [], []
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.student):
             for rows in micro_batches:
                 with self._memory_named(rows):
                     batch = collate(rows, self.device)
@@ -290,12 +291,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.student):
             for rows in self._idle_rows:
                 student_tokens(self.student, collate(rows, self.device), ())
-        return held_out_loss(
-            self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
-        )
+            return held_out_loss(
+                self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
+            )
 
     def _avg_at_k(self) -> float:
         """Mean reward of the student's answers; its time is not the step's."""
@@ -313,10 +314,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     @contextmanager
     def _memory_named(self, rows: Rows) -> Iterator[None]:
-        """Turn a lack of memory into the numbers to change."""
+        """Turn a lack of memory into the numbers to change, and that of a compiler into its name."""
         try:
             yield
         except RuntimeError as error:
+            if is_of_compiler(error):
+                raise TrainingError(no_compiler(error)) from error
             is_memory = isinstance(error, torch.OutOfMemoryError)
             if not is_memory and not any(words in str(error) for words in NO_CPU_MEMORY):
                 raise

@@ -17,6 +17,7 @@ DECIDES_NOTHING = (
     "micro_batch_tokens",
     "layout",
     "gradient_checkpointing",
+    "compile",
     "accelerator",
     "devices",
     "nodes",

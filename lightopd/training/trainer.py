@@ -72,7 +72,9 @@ def _make_trainer(
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hints, banners and bars of libraries off; what matters to the user is said by this package."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    # A layer that does not compile to one graph becomes several, which torch tells in twenty lines each time.
+    names = ("lightning.pytorch", "lightning.fabric", "torch._dynamo.exc")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     had_bars = transformers.logging.is_progress_bar_enabled()
     for logger in loggers:
@@ -80,6 +82,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.|lightning_fabric\.")
+        warnings.filterwarnings("ignore", message="Error detected in", module=r"torch\.autograd\.graph")
         try:
             yield
         finally:
