@@ -28,6 +28,7 @@ from lightopd.rewards.judge import judge
 from lightopd.schemas.configs import AccuracyConfig, ModelConfig
 from lightopd.schemas.records import Ids, Prompt
 from lightopd.tokens import response_text
+from lightopd.training.compilation import uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ def _answering(student: PreTrainedModel) -> Iterator[LoadedModel]:
     was_training = student.training
     student.eval()
     try:
-        with nullcontext() if is_flash else torch.autocast(device.type, enabled=False):
+        autocast = nullcontext() if is_flash else torch.autocast(device.type, enabled=False)
+        with autocast, uncompiled(student):
             yield LoadedModel(student, head, device, context_length_of(student))
     finally:
         student.train(was_training)
