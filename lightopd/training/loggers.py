@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from pydantic import JsonValue
 
 from lightopd.errors import ConfigError
@@ -41,7 +40,6 @@ def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue
 class StepwiseWandb(WandbLogger):  # type: ignore[misc]
     """A wandb logger whose steps are those of the run, so that none is there twice."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log a step, unless the record that a run goes on in has it: wandb takes steps in order only."""
         run = self.experiment
@@ -60,13 +58,13 @@ class LogSteps(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Trainer, module: StudentModule) -> None:
         """Say the steps before this process again."""
-        if trainer.loggers and trainer.is_global_zero:
-            for row in read_metrics(self.metrics):
-                _log(trainer, row)
+        for row in read_metrics(self.metrics) if trainer.loggers and trainer.is_global_zero else ():
+            _log(trainer, row)
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Log the step's numbers."""
-        _log(trainer, module.metrics)
+        if trainer.is_global_zero:
+            _log(trainer, module.metrics)
 
     def on_fit_end(self, trainer: Trainer, module: StudentModule) -> None:
         """Close wandb's run, which the next run of this process would go on in."""
