@@ -6,7 +6,7 @@ prints one JSON line per figure: packed, padded (`ours` and `against`) and their
 of positions that hold nothing: in a step of 256 rollouts and micro-batches of 16,384 tokens, which is counted
 and not run, and in the step that is timed, of 16 rollouts and micro-batches of 2,048 tokens. Seconds are
 those of the forward and backward passes of that step with the sampled-token loss, on one thread and the
-student of `benchmarks/train_step.py`; the layouts take turns on one student, and the ratio is the median over pairs.
+student of `benchmarks/train_step.py`; the layouts take turns on it, and the ratio is the median over pairs.
 """
 
 from __future__ import annotations
