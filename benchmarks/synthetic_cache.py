@@ -28,12 +28,15 @@ def write_random_cache(
     per_shard: int,
     top_k: int,
     vocabulary_size: int,
-    lengths: tuple[int, int],
+    lengths: tuple[int, int] | list[int],
     prompt_tokens: int = 64,
 ) -> Cache:
-    """A cache whose shards are copies of one: rollouts of `lengths` tokens, evenly spread, one a prompt."""
+    """A cache whose shards are copies of one, one rollout a prompt.
+
+    Responses have `lengths` tokens: evenly spread between a pair, or the lengths of a list.
+    """
     numbers = np.random.default_rng(0)
-    sizes = np.linspace(*lengths, per_shard).astype(int)
+    sizes = lengths if isinstance(lengths, list) else np.linspace(*lengths, per_shard).astype(int)
     rollouts = [
         _rollout(numbers, index, int(size), prompt_tokens, vocabulary_size)
         for index, size in enumerate(numbers.permutation(sizes))

@@ -10,10 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.configs import FilePrompts, ModelConfig
 from lightopd.schemas.run import STAGES, RunConfig
 
-_OF_MODELS = ModelConfig.model_fields.keys()
 Model = TypeVar("Model", bound=StrictModel)
 
 
@@ -86,11 +85,18 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(old, Mapping) and "path" in old and isinstance(value, str | Path):
             own = ("revision", "adapter")  # of the folder that was named before
             result[key] = {**{k: v for k, v in old.items() if k not in own}, "path": str(value)}
-        elif isinstance(old, Mapping) and old and old.keys() <= _OF_MODELS and isinstance(value, str | Path):
-            result[key] = {**old, "path": str(value)}  # --set student.adapter=A beside --student BASE
+        elif isinstance(old, Mapping) and _lacks_its_path(old) and isinstance(value, str | Path):
+            result[key] = {**old, "path": str(value)}
         else:
             result[key] = value
     return result
+
+
+def _lacks_its_path(settings: Mapping[str, Any]) -> bool:
+    """Whether these are of a model or a prompt file: `--set student.adapter=A` beside `--student BASE`."""
+    if not settings or settings.get("kind", "file") != "file":
+        return False
+    return any(settings.keys() <= model.model_fields.keys() for model in (ModelConfig, FilePrompts))
 
 
 def parse_set(assignment: str) -> dict[str, Any]:

@@ -114,18 +114,16 @@ def _round(config: RunConfig, settings: RoundsConfig, index: int, steps_before: 
     """Settings of one round: those of the stages, with folders, prompts, seed and place of its own."""
     folder = _folder(config, index)
     first = build(RolloutConfig, config.settings("rollout")).student
-    trained = {
-        "path": str(_folder(config, index - 1) / "train" / "student"),
-        "revision": None,
-        "adapter": None,
-    }
-    student = first.model_copy(update=trained) if index else first
+    student = _trained(config, first, _folder(config, index - 1)) if index else first
     stages = {name: config.settings(name) for name in ("rollout", "precompute", "train")}
     stages["rollout"] |= {"student": student, "cache": folder / "cache"}
     stages["precompute"] |= {"cache": folder / "cache"}
     stages["train"] |= {"student": student, "cache": folder / "cache", "out": folder / "train"}
-    evaluated = student.model_copy(update={"path": str(folder / "train" / "student")})
-    measured = {**config.settings("eval_after"), "model": evaluated, "out": folder / "eval"}
+    measured = {
+        **config.settings("eval_after"),
+        "model": _trained(config, student, folder),
+        "out": folder / "eval",
+    }
     return Round(
         index=index,
         folder=folder,
@@ -135,6 +133,14 @@ def _round(config: RunConfig, settings: RoundsConfig, index: int, steps_before: 
         train=_training(config, settings, stages["train"], index, steps_before),
         eval=build(EvalConfig, measured) if config.eval_prompts else None,
     )
+
+
+def _trained(config: RunConfig, began: ModelConfig, round_folder: Path) -> ModelConfig:
+    """The student that a round makes: a plain folder, or an adapter on the base of the one it began with."""
+    folder = round_folder / "train" / "student"
+    if config.leaves_adapter():
+        return began.model_copy(update={"adapter": folder})
+    return began.model_copy(update={"path": str(folder), "revision": None, "adapter": None})
 
 
 def _sampling(config: RolloutConfig, settings: RoundsConfig, index: int) -> RolloutConfig:
@@ -255,6 +261,8 @@ def _report(config: RunConfig, reports: list[Report], started_s: float) -> Repor
     columns = list(dict.fromkeys(key for report in reports for key in report.figures))
     last = reports[-1].figures
     seconds = time.monotonic() - started_s
+    base = build(RolloutConfig, config.settings("rollout")).student.path
+    laid = (f"the student is an adapter on {base}: give that model, and this folder as its adapter",)
     return Report(
         stage="rounds",
         out=str(config.out / "student"),
@@ -266,6 +274,7 @@ def _report(config: RunConfig, reports: list[Report], started_s: float) -> Repor
             "seconds": round(seconds, 2),
         },
         rows=tuple({key: report.figures.get(key) for key in columns} for report in reports),
+        notes=laid if config.leaves_adapter() else (),
         seconds=seconds,
     )
 

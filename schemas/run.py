@@ -70,9 +70,14 @@ class RunConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _rounds_train_all_weights(self) -> "RunConfig":
-        if self.rounds and self.train.get("adapter"):
-            raise ValueError("rounds train all weights; take adapter out of train, or leave rounds out")
+    def _carried_moments_are_of_what_goes_on(self) -> "RunConfig":
+        adapter = self.train.get("adapter")
+        merges = isinstance(adapter, Mapping) and adapter.get("merge")
+        if merges and self.rounds and self.rounds.optimizer == "carried":
+            raise ValueError(
+                "a round that merges its adapter leaves nothing that the optimiser's moments belong to; "
+                "set rounds.optimizer to fresh, or take merge out of train.adapter"
+            )
         return self
 
     @model_validator(mode="after")
@@ -130,16 +135,17 @@ class RunConfig(StageConfig):
             return {"cache": cache, "student": sampled_by, "out": self.out / "train", "allow": allow}
         return {"prompts": self.eval_prompts, "out": self.out / name, **self._evaluated(name, sampled_by)}
 
-    def _trained(self, sampled_by: Any) -> dict[str, Any]:
-        """The trained student: a plain folder, or an adapter on the student that training began with."""
-        folder, adapter = self.out / "train" / "student", self.train.get("adapter")
-        if adapter is None or adapter.get("merge"):
-            return {"path": str(folder)}
-        began = sampled_by.model_dump() if isinstance(sampled_by, ModelConfig) else sampled_by
-        return {**began, "adapter": folder}
+    def leaves_adapter(self) -> bool:
+        """Whether training exports an adapter, to be laid on the student that it began with."""
+        adapter = self.train.get("adapter")
+        return adapter is not None and not adapter.get("merge")
 
     def _evaluated(self, name: str, sampled_by: Any) -> dict[str, Any]:
-        trained = self._trained(sampled_by)
+        folder = self.out / "train" / "student"
+        trained: dict[str, Any] = {"path": str(folder)}
+        if self.leaves_adapter():
+            began = sampled_by.model_dump() if isinstance(sampled_by, ModelConfig) else sampled_by
+            trained = {**began, "adapter": folder}
         model = {"eval_after": trained, "eval_teacher": self.teacher}.get(name, sampled_by)
         measured = {"teacher": self.teacher} if self.eval_divergence and name != "eval_teacher" else {}
         return {"model": model, **measured}

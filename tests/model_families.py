@@ -61,11 +61,11 @@ OTHER_MIXTURES = {
 """Families that balance their experts in another way."""
 
 
-def make_model(name):
-    """A random model in evaluation mode; the same weights at every call."""
+def make_model(name, seed=0, **changes):
+    """A random model in evaluation mode; equal arguments are equal weights."""
     suffix = {"Gemma3": "Gemma3Text", "GPT2": "GPT2"}.get(name, name)
     head = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     sizes = {**FAMILIES, **MIXTURES, **OTHER_MIXTURES}[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, head)(getattr(transformers, f"{suffix}Config")(**sizes))
-    return model.eval()
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{suffix}Config")(**sizes, **changes)
+    return getattr(transformers, head)(config).eval()

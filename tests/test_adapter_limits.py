@@ -5,7 +5,9 @@ import pytest
 from lightopd.schemas.run import RunConfig
 
 
-def test_rounds_of_an_adapter_are_refused():
-    settings = {"out": "o", "teacher": "t", "student": "s", "prompts": "p.jsonl", "rounds": {"steps": 4}}
-    with pytest.raises(ValueError, match="rounds train all weights"):
-        RunConfig.model_validate({**settings, "train": {"adapter": {"kind": "lora"}}})
+def test_rounds_that_merge_their_adapter_begin_with_a_fresh_optimiser():
+    settings = {"out": "o", "teacher": "t", "student": "s", "prompts": "p.jsonl"}
+    settings |= {"train": {"adapter": {"merge": True}}}
+    with pytest.raises(ValueError, match=r"set rounds\.optimizer to fresh"):
+        RunConfig.model_validate({**settings, "rounds": {"steps": 4}})
+    RunConfig.model_validate({**settings, "rounds": {"steps": 4, "optimizer": "fresh"}})

@@ -115,6 +115,14 @@ def test_a_models_other_settings_stay_when_its_folder_is_a_flag():
     assert (student.path, str(student.adapter), student.dtype) == ("base", "a", "float32")
 
 
+def test_a_flag_for_a_prompt_file_keeps_what_is_set_beside_it():
+    flags = {"student": "base", "cache": "c", "prompts": Path("p.jsonl")}
+    prompts = load_stage("rollout", [], ["prompts.limit=2"], flags).prompts
+    assert (prompts.path, prompts.limit) == (Path("p.jsonl"), 2)
+    prompts = load_stage("rollout", [], ["prompts.kind=running_totals"], flags).prompts
+    assert (prompts.path, prompts.kind) == (Path("p.jsonl"), "file")
+
+
 def test_another_kind_replaces_a_union_instead_of_mixing_with_it():
     base = {"prompts": {"kind": "file", "path": "p"}}
     assert merged(base, {"prompts": {"kind": "running_totals", "count": 3}})["prompts"] == {

@@ -12,7 +12,7 @@ from tiny_models import save_model
 from lightopd.cache.store import content_id, open_cache
 from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
-from lightopd.pipelines import chain, evaluate, rounds, train
+from lightopd.pipelines import chain, evaluate, rollout, rounds, train
 from lightopd.pipelines.keeping import KeptEngines
 from lightopd.prompts import load_prompts
 from lightopd.schemas.base import canonical_hash
@@ -339,3 +339,43 @@ def test_averaged_weights_are_refused_in_rounds_where_they_are_loaded(world, tmp
 def test_rounds_on_several_devices_are_refused_where_they_are_loaded(world, tmp_path):
     with pytest.raises(ConfigError, match="rounds train on one device"):
         build_run(settings(world, tmp_path, train={"devices": 2}))
+
+
+def adapted(world, out, **changes):
+    plain = settings(world, "x")["train"]
+    return run(world, out, train={**plain, "adapter": {"rank": 2, **changes.pop("adapter", {})}}, **changes)
+
+
+def test_rounds_go_on_with_one_adapter_on_one_base(world, tmp_path):
+    report = adapted(world, tmp_path / "run")
+    made = [tmp_path / "run" / name / "train/student" for name in ("round-000", "round-001")]
+    first, second = (lineage(folder) for folder in made)
+    assert first.student.weights == first.base.weights
+    assert (second.base.identity, second.student.weights) == (first.student.identity, first.base.weights)
+    assert second.student.adapter != first.student.adapter
+    assert second.sft == lineage(world.sft / "student").sft
+    moments = load_file(tmp_path / "run/round-001/train/checkpoints/step-000002/optimizer.safetensors")
+    assert {float(value) for name, value in moments.items() if name.startswith("step/")} == {4.0}
+    assert report.notes[0].startswith(f"the student is an adapter on {world.sft / 'student'}: ")
+
+
+def test_the_adapter_that_rounds_made_is_evaluated_and_samples_as_the_pair_it_belongs_to(world, tmp_path):
+    adapted(world, tmp_path / "run", rounds={"steps": 1, "prompts_per_round": 2})
+    adapter = f"adapter={tmp_path / 'run/student'}"
+    base, prompts = world.sft / "student", world.root / "prompts.jsonl"
+    short = ["sampling.max_tokens=4", "prompts.limit=2"]
+    asked = {"prompts": prompts, "model": base, "out": tmp_path / "eval"}
+    assert evaluate.run(load_stage("eval", [], [f"model.{adapter}", *short], asked)).figures["rollouts"] == 2
+    asked = {"prompts": prompts, "student": base, "cache": tmp_path / "cache"}
+    rollout.run(load_stage("rollout", [], [f"student.{adapter}", *short], asked))
+    sampler = open_cache(tmp_path / "cache", signals=()).manifest.sampler
+    assert sampler.identity == lineage(tmp_path / "run/student").student.identity
+
+
+def test_rounds_that_merge_their_adapter_leave_a_plain_student(world, tmp_path):
+    fresh = {"steps": 4, "prompts_per_round": 4, "optimizer": "fresh"}
+    report = adapted(world, tmp_path / "run", adapter={"merge": True}, rounds=fresh)
+    first, second = (lineage(tmp_path / "run" / f"round-00{i}" / "train/student") for i in (0, 1))
+    assert (first.student.adapter, second.student.adapter) == (None, None)
+    assert second.base.weights == first.student.weights != second.student.weights
+    assert report.notes == ()

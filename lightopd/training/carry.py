@@ -10,6 +10,7 @@ from lightopd.lineage import fingerprint_model
 from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
+from lightopd.training.adapters import ADAPTER_CONFIG, trained_student
 from lightopd.training.checkpoint import OPTIMIZER_FILE, TrainerState, exported_checkpoint, load_anchor
 from lightopd.training.module import Start
 from lightopd.training.shares import AVERAGE, OPTIMIZER, StoredSet, has_set
@@ -26,7 +27,8 @@ def carried_state(run: Path, student: ModelConfig) -> str:
         student: of the new run; it must be the student that the finished run made.
 
     Raises:
-        TrainingError: the run has no whole checkpoint, made another student, or exported averaged weights.
+        TrainingError: the run has no whole checkpoint, made another student, exported averaged weights, or
+            merged its adapter.
     """
     checkpoint, _ = _exported(run)
     if has_set(checkpoint, AVERAGE):
@@ -34,7 +36,12 @@ def carried_state(run: Path, student: ModelConfig) -> str:
             f"continue_from is {run}, whose student has averaged weights, and its optimiser other ones; "
             "leave ema_decay out there, or leave continue_from out for a fresh optimiser"
         )
-    made = fingerprint_model(ModelConfig(path=str(run / "student")))
+    if (checkpoint / ADAPTER_CONFIG).is_file() and not (run / "student" / ADAPTER_CONFIG).is_file():
+        raise TrainingError(
+            f"continue_from is {run}, whose optimiser is that of an adapter, and the adapter was merged; set "
+            "adapter.merge to false there, or leave continue_from out for a fresh optimiser"
+        )
+    made = fingerprint_model(trained_student(student, run / "student"))
     if made.identity != fingerprint_model(student).identity:
         raise TrainingError(
             f"continue_from is {run}, which made another student than {student.path}; "

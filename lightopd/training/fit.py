@@ -45,7 +45,7 @@ from lightopd.training.data import CacheData
 from lightopd.training.experts import check_experts
 from lightopd.training.export import export
 from lightopd.training.held_out import HeldOut, held_out_objective
-from lightopd.training.loggers import make_loggers
+from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.metrics import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.packing import check_packing
@@ -189,7 +189,7 @@ def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> S
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
     """Train from where the run stands to the end; returns what the result says of the rollouts."""
-    loggers = make_loggers(run.finetune.loggers, run.out, run.recipe, start.step)
+    loggers = make_loggers(run.finetune.loggers, run.out, run.recipe)
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
     module = StudentModule(
@@ -283,6 +283,7 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> Pre
 def _callbacks(run: _Run) -> list[Callback]:
     """In the order they hear of a step: the row first, then what may end the run, then the checkpoint."""
     return [
+        LogSteps(run.out / "metrics.csv"),
         MetricsFile(run.out / "metrics.csv"),
         StopWhenStale(),
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),

@@ -338,7 +338,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad)))
 
     def _publish(self, means: Mapping[str, float], tokens: float, others: Mapping[str, float]) -> None:
-        """Make the step's metrics and hand them to Lightning's loggers."""
+        """Make the step's metrics."""
         now = time.monotonic()
         seconds, self._step_began_s = now - self._step_began_s, now
         self.metrics = {
@@ -350,8 +350,6 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
-        for logger in self.trainer.loggers:
-            logger.log_metrics(self.metrics, step=self.step)
 
     def _drift(self, means: Mapping[str, float]) -> dict[str, float]:
         """The step's drift, and whether it passes the limits; says so the first time."""

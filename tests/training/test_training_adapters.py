@@ -29,11 +29,18 @@ def cache(make_cache, tmp_path):
 def train(cache, student_folder, tmp_path):
     """Function that trains an adapter into a folder of the test."""
 
-    def run(out="out", student=student_folder, objective=(), **settings):
+    def run(out="out", student=student_folder, objective=(), continue_from=None, **settings):
         defaults = {"steps": 4, "batch_sequences": 8, "micro_batch_tokens": 60, "optimizer": CALM}
         finetune = FinetuneConfig(**(defaults | {"checkpoint_every": 2, "adapter": LORA} | settings))
         student = student if isinstance(student, ModelConfig) else ModelConfig(path=str(student))
-        return fit(cache, student, tmp_path / out, finetune, ObjectiveConfig(**dict(objective)))
+        return fit(
+            cache,
+            student,
+            tmp_path / out,
+            finetune,
+            ObjectiveConfig(**dict(objective)),
+            continue_from=continue_from,
+        )
 
     return run
 
@@ -173,3 +180,16 @@ def test_an_adapter_without_peft_names_what_to_install(train, monkeypatch):
     monkeypatch.setattr("lightopd.training.adapters.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"lightopd\[adapters\]"):
         train()
+
+
+def test_packed_rows_train_the_adapter_that_padded_rows_train(train):
+    padded, packed = train("padded"), train("packed", layout="packed")
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
+    for name, tensor in adapter_of(padded).items():
+        torch.testing.assert_close(adapter_of(packed)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_moments_of_an_adapter_that_was_merged_are_not_carried(train, tmp_path):
+    merged = train("first", steps=1, adapter={**LORA, "merge": True}).student
+    with pytest.raises(TrainingError, match=r"set adapter\.merge to false there"):
+        train("second", student=merged, steps=1, continue_from=tmp_path / "first")

@@ -249,7 +249,8 @@ def test_nothing_but_the_log_reaches_the_screen(train, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_logger_without_its_package_is_refused(train):
+def test_a_logger_without_its_package_is_refused(train, monkeypatch):
+    monkeypatch.setattr("lightopd.training.loggers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="logger wandb needs the package wandb"):
         train(loggers=("wandb",))
 
