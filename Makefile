@@ -43,7 +43,7 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
-	$(BIN)/pytest -m 'not slow and not vllm and not ray'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not vllm and not ray'
 
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
