@@ -185,10 +185,7 @@ def assert_close_runs(one, other):
     left, right = (read_metrics(folder / "metrics.csv") for folder in (one, other))
     for name in ("loss", "router_loss", "grad_norm"):
         assert [row[name] for row in left] == pytest.approx([row[name] for row in right], rel=1e-6, abs=1e-6)
-    weights = [
-        load_file(newest_checkpoint(folder / "checkpoints")[0] / "model.safetensors")
-        for folder in (one, other)
-    ]
+    weights = [load_file(folder / "student" / "model.safetensors") for folder in (one, other)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-6, atol=1e-6)
 
