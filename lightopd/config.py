@@ -74,7 +74,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top, mapping by mapping.
 
     A changed `kind` replaces the whole mapping; a plain path laid over a mapping with a `path` changes the
-    path and keeps the other settings.
+    path and keeps the other settings; settings of a model or a prompt file laid over its plain path join it.
     """
     result = dict(base)
     for key, value in over.items():
@@ -87,6 +87,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             result[key] = {**{k: v for k, v in old.items() if k not in own}, "path": str(value)}
         elif isinstance(old, Mapping) and _lacks_its_path(old) and isinstance(value, str | Path):
             result[key] = {**old, "path": str(value)}
+        elif isinstance(old, str | Path) and isinstance(value, Mapping) and _lacks_its_path(value):
+            result[key] = {"path": str(old), **value}
         else:
             result[key] = value
     return result
@@ -94,7 +96,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lacks_its_path(settings: Mapping[str, Any]) -> bool:
     """Whether these are of a model or a prompt file: `--set student.adapter=A` beside `--student BASE`."""
-    if not settings or settings.get("kind", "file") != "file":
+    if not settings or "path" in settings or settings.get("kind", "file") != "file":
         return False
     return any(settings.keys() <= model.model_fields.keys() for model in (ModelConfig, FilePrompts))
 

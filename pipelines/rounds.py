@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 MADE_FROM = "round.json"
 FIGURES = ("gap_nats", "ess", "chi2", "log_ratio_lost", "avg_at_k", "reverse_kl_nats")
-"""What a round takes over from the reports of its stages: the gap before, the drift at its last step."""
+"""What a round takes over from the reports of its stages: the gap before, the drift of what it exported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +232,9 @@ def _decisive(one: Round) -> dict[str, JsonValue]:
         kept = {key: value for key, value in plain.items() if key == "steps" or key not in DECIDES_NOTHING}
         settings |= {f"{name}.{key}": value for key, value in kept.items()}
     settings["train.is_carried"] = one.train.continue_from is not None
+    if one.train.best is not None:  # it decides which student samples next, and is decided by these
+        chosen = one.train.model_dump(mode="json", include={"best", "held_out_every", "accuracy"})
+        settings["train.best with held_out_every and accuracy"] = chosen
     return settings
 
 

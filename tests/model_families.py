@@ -56,7 +56,18 @@ OTHER_MIXTURES = {
         "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 4,
         "v_head_dim": 8,
-    }
+    },
+    "Afmoe": {
+        **SMALL,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 0,
+        "sliding_window": 4,
+        "global_attn_every_n_layers": 2,
+    },
 }
 """Families that balance their experts in another way."""
 

@@ -188,6 +188,18 @@ def test_describe_names_every_key_with_default_and_sentence():
     ]
 
 
+def test_settings_of_a_model_or_a_prompt_file_join_the_plain_path_of_a_file():
+    written = {"student": "STUDENT", "prompts": "p.jsonl", "out": "out"}
+    over = {"student": {"dtype": "float32"}, "prompts": {"limit": 2}}
+    assert merged(written, over) == {
+        "student": {"path": "STUDENT", "dtype": "float32"},
+        "prompts": {"path": "p.jsonl", "limit": 2},
+        "out": "out",
+    }
+    replaced = {"student": {"path": "OTHER"}, "prompts": {"kind": "running_totals", "count": 4}}
+    assert merged(written, replaced) == {**written, **replaced}
+
+
 def test_every_setting_is_read_somewhere():
     """A field that no code outside its definition names is a knob that turns nothing."""
     root = Path(__file__).parents[1]

@@ -331,6 +331,14 @@ def test_a_finished_evaluation_is_not_measured_again(world, tmp_path, monkeypatc
     assert (tmp_path / "eval" / "answers").is_dir()
 
 
+def test_a_finished_round_is_not_kept_where_another_student_would_have_been_chosen(world, tmp_path):
+    chosen = {"held_out": 2, "held_out_every": 1, "best": {"metric": "held_out"}}
+    run(world, tmp_path / "run", train=chosen)
+    for name, change in {"best": None, "held_out_every": 2}.items():
+        with pytest.raises(OutputError, match=r"\(train\.best with held_out_every and accuracy differ\)"):
+            run(world, tmp_path / "run", train=chosen | {name: change})
+
+
 def test_averaged_weights_are_refused_in_rounds_where_they_are_loaded(world, tmp_path):
     with pytest.raises(ConfigError, match="take ema_decay out of train"):
         build_run(settings(world, tmp_path, train={"ema_decay": 0.9}))

@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightopd.objectives.batch import BatchTotals
 from lightopd.schemas.finetune import OptimizerConfig
+from lightopd.training.data import collate, gather
 from lightopd.training.metrics import read_metrics
+from lightopd.training.plan import pack
 
 CLOCKED = ("seconds", "tokens_per_second")
 """Columns that no two runs share."""
@@ -36,3 +39,13 @@ def assert_close(one, other, tolerance=1e-6):
     left, right = weights_of(one.student), weights_of(other.student)
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
+
+
+def micro_batches(data, budget, is_packed=False):
+    """All rollouts of a store as the micro-batches of one step, in either layout."""
+    store, index = data
+    row_tokens = int(index.lengths_P.max()) if is_packed else None
+    totals = BatchTotals(len(index.row_P), int(index.trained_P.sum()))
+    (dealt,) = pack(index.lengths_P, budget, 1, 1, row_tokens)
+    cpu = torch.device("cpu")
+    return [collate(gather(store, index, entries, totals, row_tokens), cpu) for entries in dealt]

@@ -9,10 +9,9 @@ resumed run changes an answer beyond rounding in the logits.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +22,9 @@ from lightopd.engines.hf_generate import generate
 from lightopd.engines.models import LoadedModel, context_length_of, head_of
 from lightopd.errors import InputError
 from lightopd.evaluation import accuracy
-from lightopd.rendering import render_prompts
+from lightopd.rendering import RenderedPrompts, render_prompts
 from lightopd.rewards.judge import judge
 from lightopd.schemas.configs import AccuracyConfig, ModelConfig
-from lightopd.schemas.records import Ids, Prompt
 from lightopd.tokens import response_text
 from lightopd.training.compilation import uncompiled
 
@@ -40,10 +38,7 @@ AVG_AT_K = "avg_at_k"
 class AccuracyMeter:
     """Prompts that a reward can be given for, ready to be put to the student; see `make_meter`."""
 
-    prompts: Sequence[Prompt]
-    prompt_ids: Sequence[Ids]
-    tokenizer: Any
-    stops: tuple[int, ...]
+    rendered: RenderedPrompts
     config: AccuracyConfig
 
     def is_due(self, step: int) -> bool:
@@ -52,7 +47,7 @@ class AccuracyMeter:
 
     def num_answers(self, steps: int) -> int:
         """Answers that are generated in a run of so many steps."""
-        return -(-steps // self.config.every) * len(self.prompts) * self.config.sampling.n
+        return -(-steps // self.config.every) * len(self.rendered.prompts) * self.config.sampling.n
 
     def measure(
         self,
@@ -76,7 +71,7 @@ class AccuracyMeter:
         began_s = time.monotonic()
         with _answering(student) as loaded:
             rewards_PS = reduce(self._rewards(loaded, *place))
-        ids = [prompt.prompt_id for prompt in self.prompts for _ in range(rewards_PS.shape[1])]
+        ids = [prompt.prompt_id for prompt in self.rendered.prompts for _ in range(rewards_PS.shape[1])]
         found = accuracy(ids, rewards_PS.flatten().tolist())
         assert found is not None
         log.info(
@@ -85,27 +80,29 @@ class AccuracyMeter:
             rewards_PS.shape[1],
             found.avg_at_k,
             found.standard_error,
-            len(self.prompts),
+            len(self.rendered.prompts),
             time.monotonic() - began_s,
         )
         return found.avg_at_k
 
     def _rewards(self, loaded: LoadedModel, rank: int, world_size: int) -> Tensor:
         """float32 [P, S], as a cache stores them; zero where another rank answers."""
-        num_prompts, num_samples = len(self.prompts), self.config.sampling.n
+        num_prompts, num_samples = len(self.rendered.prompts), self.config.sampling.n
         rows = [(p, s) for p in range(rank, num_prompts, world_size) for s in range(num_samples)]
         samples = generate(
             loaded,
-            [self.prompt_ids[p] for p, _ in rows],
+            [self.rendered.prompt_ids[p] for p, _ in rows],
             self.config.sampling,
-            [f"{self.prompts[p].prompt_id}/{s}" for p, s in rows],
-            self.stops,
+            [f"{self.rendered.prompts[p].prompt_id}/{s}" for p, s in rows],
+            self.rendered.stops,
             self.config.generate_rollouts,
             "accuracy.generate_rollouts",
         )
         rewards_PS = torch.zeros(num_prompts, num_samples)
         for (p, s), sample in zip(rows, samples, strict=True):
-            reward = judge(self.prompts[p], response_text(sample.response_ids, self.tokenizer))
+            reward = judge(
+                self.rendered.prompts[p], response_text(sample.response_ids, self.rendered.tokenizer)
+            )
             assert reward is not None
             rewards_PS[p, s] = reward
         return rewards_PS.to(loaded.device)
@@ -137,7 +134,7 @@ def make_meter(config: AccuracyConfig, student: ModelConfig) -> AccuracyMeter:
     )
     for prompt in prompts:
         judge(prompt, "")
-    return AccuracyMeter(prompts, prompt_ids, rendered.tokenizer, rendered.stops, config)
+    return AccuracyMeter(replace(rendered, prompts=prompts, prompt_ids=prompt_ids), config)
 
 
 @contextmanager

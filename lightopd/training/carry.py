@@ -27,8 +27,8 @@ def carried_state(run: Path, student: ModelConfig) -> str:
         student: of the new run; it must be the student that the finished run made.
 
     Raises:
-        TrainingError: the run has no whole checkpoint, made another student, exported averaged weights, or
-            merged its adapter.
+        TrainingError: the run is not finished, its student's checkpoint is gone, or it made another student,
+            exported averaged weights, or merged its adapter.
     """
     checkpoint, _ = _exported(run)
     if has_set(checkpoint, AVERAGE):
@@ -66,7 +66,7 @@ def _exported(run: Path) -> tuple[Path, TrainerState]:
     found = exported_checkpoint(run / "checkpoints")
     if found is None:
         raise TrainingError(
-            f"continue_from is {run}, which has no whole checkpoint; finish that run, or leave "
-            "continue_from out for a fresh optimiser"
+            f"continue_from is {run}, which is unfinished or lacks its student's checkpoint; give that run's "
+            "command again, or leave continue_from out for a fresh optimiser"
         )
     return found

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lightopd.cache.shards import output_error
+from lightopd.cache.shards import output_error, write_atomically
 from lightopd.errors import OutputError, TrainingError
 from lightopd.files import flush
 from lightopd.schemas.base import StrictModel
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
 ANCHOR_FILE = "jump_anchor.safetensors"
+EXPORTED_FILE = "exported.txt"
+"""Beside `checkpoints/`: name of the one that the student of a finished run was made of."""
 NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE, MODEL, OPTIMIZER, AVERAGE)
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -144,23 +146,60 @@ def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
     return None
 
 
-def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
-    """The checkpoint that the run's student is made of: the best where one is kept, else the newest.
+def best_checkpoint(folder: Path, state: TrainerState, metric: str) -> tuple[Path, TrainerState]:
+    """The best checkpoint of a run, which its newest one names.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        state: of the newest checkpoint.
+        metric: what the best is wanted by.
 
     Raises:
-        TrainingError: the best checkpoint is gone or not whole.
+        TrainingError: the run did not choose by this metric, or the best checkpoint is gone or not whole.
     """
-    found = newest_checkpoint(folder)
-    if found is None or found[1].best is None:
-        return found
-    path = checkpoint_path(folder, found[1].best.step)
-    state = _whole_state(path)
-    if state is None:
+    if state.best is None or state.best.metric != metric:
+        chosen = "its last step" if state.best is None else state.best.metric
         raise TrainingError(
-            f"checkpoint {path}, the best of the run, is gone or not whole; delete the checkpoints after it "
-            "and give the same command again, which trains these steps once more"
+            f"the run in {folder.parent} ended at step {state.step} and kept its student by {chosen}, not by "
+            f"{metric}; set best back, set steps to more, or choose another out folder"
         )
-    return path, state
+    path = checkpoint_path(folder, state.best.step)
+    found = _whole_state(path)
+    if found is None:
+        raise TrainingError(
+            f"checkpoint {path}, the best of the run, is gone or not whole; leave best out to export the "
+            f"student of step {state.step}, or set steps to more and choose among those"
+        )
+    return path, found
+
+
+def note_exported(folder: Path, checkpoint: Path) -> None:
+    """Write down which checkpoint the run's student was made of."""
+    write_atomically(folder.parent / EXPORTED_FILE, (checkpoint.name + "\n").encode())
+
+
+def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The checkpoint that the run's student was made of; None where none is whole, or the run is not done."""
+    file = folder.parent / EXPORTED_FILE
+    if not file.is_file():
+        return None
+    path = folder / file.read_text(encoding="utf-8").strip()
+    state = _whole_state(path)
+    return None if state is None else (path, state)
+
+
+def known_best(folder: Path, state: TrainerState) -> Best | None:
+    """The best so far, to go on from; none, with a warning, where its checkpoint is gone or not whole."""
+    if state.best is None or _whole_state(checkpoint_path(folder, state.best.step)) is not None:
+        return state.best
+    log.warning(
+        "checkpoint %s, the best so far (%s %.4g), is gone or not whole: the best is chosen among the steps "
+        "from here on",
+        checkpoint_path(folder, state.best.step),
+        state.best.metric,
+        state.best.value,
+    )
+    return None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

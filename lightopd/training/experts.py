@@ -89,7 +89,10 @@ def check_experts(student: PreTrainedModel) -> None:
     routers = getattr(decoder_output(model, **inputs), "router_logits", None)
     if not routers:
         raise ConfigError(_refusal(model, "its decoder returns no router logits"))
-    own = float(model(**inputs).aux_loss)
+    aux_loss = getattr(model(**inputs), "aux_loss", None)
+    if aux_loss is None or getattr(model, "num_experts_per_tok", None) is None:
+        raise ConfigError(_refusal(model, "it computes no load-balancing loss of its own"))
+    own = float(aux_loss)
     is_token_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     load = step_load([count_load(routers, is_token_BT, experts_per_token(model))], lambda counts: counts)
     ours = float(load.loss(routers, is_token_BT))

@@ -35,10 +35,12 @@ from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Prog
 from lightopd.training.carry import carried_start, carried_state
 from lightopd.training.checkpoint import (
     TrainerState,
+    best_checkpoint,
     check_same_run,
-    exported_checkpoint,
+    known_best,
     load_anchor,
     newest_checkpoint,
+    note_exported,
 )
 from lightopd.training.compilation import compile_layers
 from lightopd.training.data import CacheData
@@ -183,7 +185,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
-    best = state.best if finetune.best else None
+    best = known_best(checkpoint.parent, state) if finetune.best else None
     return Start(state.step, checkpoint, objective, load_anchor(checkpoint), best)
 
 
@@ -316,12 +318,14 @@ def _check_origin(cache: Cache, asked: Needs) -> None:
 def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
     """Make `out/student`, and say what it is."""
     folder, student = run.out / "checkpoints", run.out / "student"
-    found, last = exported_checkpoint(folder), newest_checkpoint(folder)
-    assert found is not None
+    last = newest_checkpoint(folder)
     assert last is not None
+    best = run.finetune.best
+    found = last if best is None else best_checkpoint(folder, last[1], best.metric)
     if is_main():
         with quiet_libraries():
             export(found[0], run.student, run.finetune, student)
+        note_exported(folder, found[0])
     rows = read_metrics(run.out / "metrics.csv")
     measured = next((row for row in rows if row["step"] == found[1].step), {})
     stale = [int(row["step"]) for row in rows if row.get("stale")]

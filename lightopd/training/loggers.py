@@ -46,6 +46,11 @@ class StepwiseWandb(WandbLogger):  # type: ignore[misc]
         if step is None or step >= run.starting_step:
             run.log({**metrics, "trainer/global_step": step}, step=step)
 
+    def finish(self, exit_code: int) -> None:
+        """Close the run, where one was begun: to ask for it would begin it."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code)
+
 
 class LogSteps(Callback):  # type: ignore[misc]
     """Hands every step to the loggers, and first those of `metrics.csv` that were made before.
@@ -85,4 +90,4 @@ def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 def _finish(trainer: Trainer, exit_code: int) -> None:
     for logger in trainer.loggers:
         if trainer.is_global_zero and isinstance(logger, StepwiseWandb):
-            logger.experiment.finish(exit_code=exit_code)
+            logger.finish(exit_code)

@@ -231,7 +231,7 @@ def test_prompts_without_an_answer_are_not_asked(world, prompts, tmp_path):
     mixed = [{"prompt": "1+1=", "id": "no answer"}, *rows]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    assert [p.prompt_id for p in meter_of(world, path).prompts] == [row["id"] for row in rows]
+    assert [p.prompt_id for p in meter_of(world, path).rendered.prompts] == [row["id"] for row in rows]
 
 
 def test_flash_attention_keeps_the_trainers_half_precision(world, prompts, monkeypatch):

@@ -67,6 +67,29 @@ def test_a_run_ends_after_its_patience_and_goes_on_with_more(train, caplog):
     assert_same_bits(patient, train("ended", REVERSE_KL, **OVERSHOOTING))
 
 
+def test_a_finished_run_exports_what_is_asked_for_now_or_says_that_it_did_not_choose(train, tmp_path):
+    best = train(objective=REVERSE_KL, **OVERSHOOTING)
+    carried = carried_state(tmp_path / "out", ModelConfig(path=str(best.student)))
+    last = train(objective=REVERSE_KL, **(OVERSHOOTING | {"best": None}))
+    assert (best.exported_step, last.exported_step) == (best.exported_step, 12) != (12, 12)
+    stored = tmp_path / "out" / "checkpoints" / "step-000012" / "model.safetensors"
+    assert (last.student / "model.safetensors").read_bytes() == stored.read_bytes()
+    assert carried_state(tmp_path / "out", ModelConfig(path=str(last.student))) != carried
+    with pytest.raises(TrainingError, match="kept its student by held_out, not by avg_at_k; set best back"):
+        train(objective=REVERSE_KL, **(OVERSHOOTING | {"best": {"metric": "avg_at_k"}}))
+    train("plain", REVERSE_KL, **(OVERSHOOTING | {"best": None}))
+    with pytest.raises(TrainingError, match="kept its student by its last step, not by held_out"):
+        train("plain", REVERSE_KL, **OVERSHOOTING)
+
+
+def test_a_best_checkpoint_that_is_gone_is_said_before_the_run_goes_on(train, tmp_path, caplog):
+    first = train(objective=REVERSE_KL, **OVERSHOOTING)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step-{first.exported_step:06d}")
+    result = train(objective=REVERSE_KL, **(OVERSHOOTING | {"steps": 14}))
+    assert f"step-{first.exported_step:06d}, the best so far" in caplog.text
+    assert result.exported_step in (13, 14)
+
+
 def test_a_best_checkpoint_that_is_gone_is_named(train, tmp_path):
     result = train(objective=REVERSE_KL, **OVERSHOOTING)
     shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step-{result.exported_step:06d}")

@@ -3,14 +3,12 @@
 # B = sequences, T = positions, E = experts, L = routers, V = vocabulary
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from model_families import MIXTURES, make_model
 from safetensors.torch import load_file
+from training_runs import micro_batches
 from transformers.models.mixtral import modeling_mixtral
 
 from lightopd.errors import ConfigError
@@ -24,8 +22,6 @@ from lightopd.training.data import collate, gather
 from lightopd.training.experts import check_experts, count_load, experts_per_token, step_load
 from lightopd.training.fit import fit
 from lightopd.training.metrics import read_metrics
-from lightopd.training.plan import pack
-from lightopd.training.shards import ShardStore, check_shards, index_cache
 from lightopd.training.student import prepare_student, routed_tokens, routers_of
 
 CPU = torch.device("cpu")
@@ -48,23 +44,6 @@ def sharp_model(name):
             if path.endswith(("gate.weight", "router.weight")):
                 parameter.mul_(50)
     return model
-
-
-@pytest.fixture(scope="module")
-def data(make_cache, tmp_path_factory):
-    """A store over 22 rollouts of 3 to 19 tokens, and its index."""
-    cache = make_cache(tmp_path_factory.mktemp("experts") / "cache")
-    index = index_cache(cache, ("teacher",), ("teacher",))
-    stamps = check_shards(cache, ("teacher",))
-    return ShardStore(cache, ("teacher",), ("teacher",), stamps, index.bytes_S, 2**30), index
-
-
-def micro_batches(data, budget, is_packed=False):
-    store, index = data
-    row_tokens = int(index.lengths_P.max()) if is_packed else None
-    totals = BatchTotals(len(index.row_P), int(index.trained_P.sum()))
-    (dealt,) = pack(index.lengths_P, budget, 1, 1, row_tokens)
-    return [collate(gather(store, index, entries, totals, row_tokens), CPU) for entries in dealt]
 
 
 def load_of(model, batches):
@@ -148,10 +127,18 @@ def test_losses_and_gradients_do_not_depend_on_micro_batches_layout_or_recomputa
     assert_equal(losses_and_gradients(recomputed, packed), alone)
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3", "Llama", "GPT2"])
-def test_a_student_without_such_a_loss_is_refused_before_the_first_step(make_cache, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("DeepseekV3", "its forward pass"),
+        ("Llama", "its forward pass"),
+        ("GPT2", "its forward pass"),
+        ("Afmoe", "it computes no load-balancing loss of its own"),
+    ],
+)
+def test_a_student_without_such_a_loss_is_refused_before_the_first_step(make_cache, tmp_path, name, says):
     make_model(name).save_pretrained(tmp_path / "student")
-    with pytest.raises(ConfigError, match=r"router_loss does not fit \w+: its forward pass .* leave router"):
+    with pytest.raises(ConfigError, match=rf"router_loss does not fit \w+: {says}.* leave router"):
         run(make_cache(tmp_path / "cache"), tmp_path / "student", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -260,35 +247,11 @@ def test_a_run_from_before_the_setting_goes_on_and_another_weight_is_refused(mak
         run(cache, mixture, out, steps=4)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from lightopd.cache.store import open_cache
-from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.objectives import ObjectiveConfig
-from lightopd.training.fit import fit
-cache, student, out, settings, objective = sys.argv[1:]
-finetune = FinetuneConfig.model_validate_json(settings)
-objective = ObjectiveConfig.model_validate_json(objective)
-fit(open_cache(Path(cache)), ModelConfig(path=student), Path(out), finetune, objective)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "recompute"), [("ddp", False), ("fsdp", True)])
-def test_two_processes_give_the_run_of_one(make_cache, mixture, tmp_path, strategy, recompute):
+def test_two_processes_give_the_run_of_one(ranks, make_cache, mixture, tmp_path, strategy, recompute):
     cache, one, two = make_cache(tmp_path / "cache"), tmp_path / "one", tmp_path / "two"
     run(cache, mixture, one)
-    shared = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "gradient_checkpointing": recompute}
-    words = [cache.path, mixture, two, json.dumps(SETTINGS | shared), json.dumps(REVERSE_KL)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    shared = {"devices": 2, "strategy": strategy, "gradient_checkpointing": recompute}
+    ranks(cache, mixture, two, REVERSE_KL, **(SETTINGS | shared))
     assert_close_runs(one, two)

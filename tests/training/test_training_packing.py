@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from model_families import FAMILIES, make_model
+from training_runs import micro_batches
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from lightopd.engines.models import last_hidden
@@ -15,28 +16,10 @@ from lightopd.training.data import collate, gather
 from lightopd.training.layout import fill, lay_out
 from lightopd.training.packing import check_packing, decoder_inputs
 from lightopd.training.plan import pack
-from lightopd.training.shards import ShardStore, check_shards, index_cache
 from lightopd.training.student import prepare_student, student_tokens
 
 CPU = torch.device("cpu")
 REVERSE_KL = ObjectiveConfig.model_validate({"target": {"kind": "divergence"}})
-
-
-@pytest.fixture(scope="module")
-def data(make_cache, tmp_path_factory):
-    """A store over 22 rollouts of 3 to 19 tokens, and its index."""
-    cache = make_cache(tmp_path_factory.mktemp("packing") / "cache")
-    index = index_cache(cache, ("teacher",), ("teacher",))
-    stamps = check_shards(cache, ("teacher",))
-    return ShardStore(cache, ("teacher",), ("teacher",), stamps, index.bytes_S, 2**30), index
-
-
-def micro_batches(data, budget, is_packed):
-    store, index = data
-    row_tokens = int(index.lengths_P.max()) if is_packed else None
-    totals = BatchTotals(len(index.row_P), int(index.trained_P.sum()))
-    (dealt,) = pack(index.lengths_P, budget, 1, 1, row_tokens)
-    return [collate(gather(store, index, entries, totals, row_tokens), CPU) for entries in dealt]
 
 
 def loss_and_gradients(model, batches):
