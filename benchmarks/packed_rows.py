@@ -53,21 +53,17 @@ class Passes:
     """Forward and backward over the micro-batches of one step, as `StudentModule` makes them."""
 
     def __init__(self, student: Any, path: Path, layout: str) -> None:
-        from lightopd.cache.store import open_cache
-        from lightopd.objectives.needs import needs
+        from synthetic_cache import open_data
+
         from lightopd.schemas.finetune import FinetuneConfig
         from lightopd.schemas.objectives import ObjectiveConfig
         from lightopd.training.data import StepDataset
         from lightopd.training.plan import make_plan
-        from lightopd.training.shards import ShardStore, check_shards, index_cache
 
         self.student, self.objective = student, ObjectiveConfig()
-        asked, cache = needs(self.objective), open_cache(path)
         rollouts, budget = TIMED
         finetune = FinetuneConfig(batch_sequences=rollouts, micro_batch_tokens=budget, layout=layout)
-        index = index_cache(cache, asked.signals, asked.topk)
-        stamps = check_shards(cache, asked.signals)
-        store = ShardStore(cache, asked.signals, asked.topk, stamps, index.bytes_S, 2**31)
+        store, index = open_data(path, self.objective)
         rows = StepDataset(make_plan(index, finetune, 0, 1), store)[0]
         assert isinstance(rows, list)
         self.micro_batches = rows

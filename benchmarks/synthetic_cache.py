@@ -1,4 +1,4 @@
-"""Caches of random rollouts with random scores, written by the package itself; for the other benchmarks."""
+"""Caches of random rollouts with random scores, written and opened by the package itself."""
 
 # N = response tokens of a rollout, K = cached ids at each position
 
@@ -16,9 +16,24 @@ from lightopd.cache.store import (
     signal_folder,
 )
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
+from lightopd.objectives.needs import needs
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
+from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
+from lightopd.training.plan import CacheIndex
+from lightopd.training.selection import select_rollouts
+from lightopd.training.shards import FirstReading, ShardStore
+
+
+def open_data(
+    path: Path, objective: ObjectiveConfig, window_bytes: int = 2**31
+) -> tuple[ShardStore, CacheIndex]:
+    """A cache read for the first time, as a training run reads it."""
+    cache, asked = open_cache(path), needs(objective)
+    reading = FirstReading(cache, asked.signals, asked.topk, window_bytes)
+    index = select_rollouts(cache, objective, asked, 0, reading).trained
+    return reading.store(index), index
 
 
 def write_random_cache(

@@ -71,18 +71,17 @@ def make_model(layers: int) -> Any:
 
 def make_ours(path: Path, case: str, steps: int, layout: str) -> tuple[Any, Any]:
     """The module and the data of a run of `lightopd train`."""
-    from lightopd.cache.store import open_cache
+    from synthetic_cache import open_data
+
     from lightopd.objectives.needs import needs
     from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
     from lightopd.schemas.objectives import ObjectiveConfig
     from lightopd.training.data import CacheData
     from lightopd.training.module import StudentModule
-    from lightopd.training.shards import ShardStore, check_shards, index_cache
     from lightopd.training.student import prepare_student
 
     target = {"sampled": {}, "top64": {"target": {"kind": "divergence"}}}[case]
     objective = ObjectiveConfig.model_validate(target)
-    asked = needs(objective)
     finetune = FinetuneConfig(
         steps=steps,
         batch_sequences=ROLLOUTS,
@@ -90,12 +89,9 @@ def make_ours(path: Path, case: str, steps: int, layout: str) -> tuple[Any, Any]
         layout=layout,
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
     )
-    cache = open_cache(path)
-    stamps = check_shards(cache, asked.signals)
-    index = index_cache(cache, asked.signals, asked.topk)
-    store = ShardStore(cache, asked.signals, asked.topk, stamps, index.bytes_S, 2**31)
+    store, index = open_data(path, objective)
     student = prepare_student(make_model(STUDENT_LAYERS), gradient_checkpointing=False)
-    return StudentModule(student, objective, asked, finetune), CacheData(store, index, finetune, 0)
+    return StudentModule(student, objective, needs(objective), finetune), CacheData(store, index, finetune, 0)
 
 
 def run_ours(module: Any, data: Any, callback: Any) -> None:

@@ -28,6 +28,7 @@ def test_flat_columns_are_the_records_laid_end_to_end(tmp_path):
         found = read_shard_columns(cache, shard)
         assert found.rollout_ids == tuple(row.rollout_id for row in rows)
         assert found.prompt_ids_by_user == tuple(row.prompt_id for row in rows)
+        assert found.origins == tuple(row.origin for row in rows)
         assert found.domains == tuple(row.domain for row in rows)
         assert found.offsets.tolist() == [0, *np.cumsum([len(row.response_ids) for row in rows])]
         assert found.prompt_offsets.tolist() == [0, *np.cumsum([len(row.prompt_ids) for row in rows])]

@@ -160,8 +160,10 @@ def test_an_adapter_scores_as_the_merged_model_does(tmp_path):
     adapted = load_vllm_engine(settings, ModelConfig(path=str(base), adapter=tmp_path / "adapter"))
     try:
         found = adapted.score(sequences, 5)
+        handler = adapted._client.output_handler
     finally:
         adapted.close()
+    assert handler.cancelled(), "vLLM told of its own end as of a crash"
     merged = load_engine(HfEngine(device="cpu"), ModelConfig(path=str(tmp_path / "merged")))
     plain = load_engine(HfEngine(device="cpu"), ModelConfig(path=str(base)))
     assert_agree(found, merged.score(sequences, 5), 1e-3)

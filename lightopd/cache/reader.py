@@ -1,10 +1,10 @@
-"""The training path: a shard as flat numpy columns, with page checksums verified and no object per token.
+"""The training path: a shard as flat numpy columns, with checksums verified and no object per token.
 
 R = rollouts in a shard, P = their prompt tokens, N = their response tokens, C = top-k entries of all
 positions; nats throughout. Offsets are int64, start at 0 and have one entry more than what they cut.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ Offsets = NDArray[np.int64]
 ROLLOUT_COLUMNS = (
     "rollout_id",
     "prompt_id",
+    "origin",
     "domain",
     "prompt_ids",
     "response_ids",
@@ -61,6 +62,8 @@ class ShardColumns:
     rollout_ids: tuple[str, ...]
     prompt_ids_by_user: tuple[str, ...]
     """The users' prompt ids, R long; rollouts of one prompt share one."""
+    origins: tuple[str, ...]
+    """Who wrote each response."""
     domains: tuple[str | None, ...]
     prompt_offsets: Offsets
     prompt_ids_P: Ids
@@ -79,7 +82,11 @@ class ShardColumns:
 
 
 def read_shard_columns(
-    cache: Cache, shard: int, signals: Sequence[str] = (), topk: Collection[str] | None = None
+    cache: Cache,
+    shard: int,
+    signals: Sequence[str] = (),
+    topk: Collection[str] | None = None,
+    contents: Mapping[Path, pa.Buffer] | None = None,
 ) -> ShardColumns:
     """Read one shard of rollouts and signals for training.
 
@@ -88,13 +95,15 @@ def read_shard_columns(
         shard: its number.
         signals: names of the signals to read.
         topk: those whose top-k and tail are wanted as well; None means all of `signals`.
+        contents: of the shard's files, where a caller has read and checked them; None reads the files.
 
     Raises:
         CacheError: a file is missing or damaged, a signal is not aligned with the rollouts, or lengths
             disagree; the message names file and row.
     """
     path = shard_path(rollouts_folder(cache.path), shard)
-    table = read_columns(path, ROLLOUTS, ROLLOUT_COLUMNS)
+    contents = {} if contents is None else contents
+    table = read_columns(path, ROLLOUTS, ROLLOUT_COLUMNS, contents.get(path))
     offsets, tokens = _token_columns(path, table)
     prompts, prompt_offsets = flat_column(table.column("prompt_ids"))
     wanted = set(signals if topk is None else topk)
@@ -102,6 +111,7 @@ def read_shard_columns(
     return ShardColumns(
         rollout_ids=tuple(ids.to_pylist()),
         prompt_ids_by_user=tuple(table.column("prompt_id").to_pylist()),
+        origins=tuple(table.column("origin").to_pylist()),
         domains=tuple(table.column("domain").to_pylist()),
         prompt_offsets=prompt_offsets,
         prompt_ids_P=prompts,
@@ -113,18 +123,31 @@ def read_shard_columns(
         entropies_N=tokens["entropies"],
         rewards_R=table.column("reward").to_numpy().astype(np.float32),
         is_truncated_R=table.column("truncated").to_numpy().astype(np.bool_),
-        signals={name: _signal_columns(cache, name, shard, ids, offsets, name in wanted) for name in signals},
+        signals={
+            name: _signal_columns(cache, name, shard, ids, offsets, name in wanted, contents)
+            for name in signals
+        },
     )
 
 
-def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+def read_columns(
+    path: Path, schema: pa.Schema, columns: Sequence[str], content: pa.Buffer | None = None
+) -> pa.Table:
     """Some columns of a shard's file, page checksums verified, after its schema was compared.
+
+    Args:
+        path: of the file.
+        schema: that it must have.
+        columns: to read.
+        content: the file's bytes, whose SHA-256 has been compared, so that pages are not checked again; None
+            reads the file.
 
     Raises:
         CacheError: the file is missing, damaged, or has another schema.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        source = path if content is None else pa.BufferReader(content)
+        with pq.ParquetFile(source, page_checksum_verification=content is None) as file:
             found = file.schema_arrow
             if not found.equals(schema):
                 raise CacheError(f"{path} has other columns than {_first_difference(found, schema)}")
@@ -167,14 +190,20 @@ def _token_columns(path: Path, table: pa.Table) -> tuple[Offsets, dict[str, Any]
 
 
 def _signal_columns(
-    cache: Cache, name: str, shard: int, rollout_ids: pa.ChunkedArray, offsets: Offsets, with_topk: bool
+    cache: Cache,
+    name: str,
+    shard: int,
+    rollout_ids: pa.ChunkedArray,
+    offsets: Offsets,
+    with_topk: bool,
+    contents: Mapping[Path, pa.Buffer],
 ) -> SignalColumns:
     if name not in cache.signals:
         there = ", ".join(cache.signals) or "none"
         raise CacheError(f"{cache.path} has no signal {name!r} loaded (loaded: {there})")
     path = shard_path(signal_folder(cache.path, name), shard)
     columns = ["rollout_id", "logprobs", *((*TOPK_COLUMNS, "tail_logprobs") if with_topk else ())]
-    table = read_columns(path, SIGNALS, columns)
+    table = read_columns(path, SIGNALS, columns, contents.get(path))
     check_rollout_ids(path, table.column("rollout_id"), rollout_ids)
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)

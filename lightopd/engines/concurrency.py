@@ -24,11 +24,15 @@ class LoopThread:
         finally:
             future.cancel()
 
+    def cancel(self) -> None:
+        """Cancel what still runs, and wait until it has ended."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """Cancel what still runs and end the thread; closing twice is allowed."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

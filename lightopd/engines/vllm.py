@@ -103,6 +103,8 @@ class VllmInProcess:
         """End vLLM's processes and free their memory; closing twice is allowed."""
         client, self._client = self._client, None
         if client is not None:
+            # vLLM's own task would tell of the end of its processes as of a crash.
+            self._loop.cancel()
             client.shutdown()
         self._loop.close()
 

@@ -38,15 +38,13 @@ def cache_views(
         shards = (read_shard_columns(cache, n, wanted.signals, topk=wanted.topk) for n in cache.shards)
     for shard, columns in zip(cache.shards, shards, strict=True):
         _check_topk(columns, shard)
-        path = shard_path(rollouts_folder(cache.path), shard)
-        origins = read_columns(path, ROLLOUTS, ["origin"]).column("origin").to_pylist()
         prompts = columns.prompt_ids_by_user
         scores_R = np.array([teacher.get(prompt, np.nan) for prompt in prompts], np.float32)
         yield CacheView(
             rollout_ids=columns.rollout_ids,
             groups_R=np.array([group_number(prompt) for prompt in prompts], np.int64),
             rewards_R=columns.rewards_R,
-            origins=origins,
+            origins=columns.origins,
             domains=columns.domains,
             offsets=columns.offsets,
             is_trained_N=columns.loss_mask_N,

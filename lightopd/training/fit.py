@@ -55,7 +55,7 @@ from lightopd.training.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.processes import as_worker, is_main, is_worker, must_start, report, start_workers
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
-from lightopd.training.shards import FirstReading, ShardStore, check_shards
+from lightopd.training.shards import FirstReading, ShardStore
 from lightopd.training.strategies import check_strategy
 from lightopd.training.student import prepare_student
 from lightopd.training.trainer import quiet_libraries, run_trainer
@@ -245,7 +245,7 @@ def _make_room(out: Path, done: int) -> None:
 def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
     signals, topk = run.asked.signals, run.asked.topk
     limit = int(run.finetune.shuffle_gib * GIB)
-    reading = FirstReading(run.cache, signals, topk, check_shards(run.cache, signals), limit)
+    reading = FirstReading(run.cache, signals, topk, limit)
     selected = select_rollouts(run.cache, run.objective, run.asked, run.finetune.held_out, reading)
     index = selected.trained
     for some in (index, selected.held_out) if selected.held_out else (index,):

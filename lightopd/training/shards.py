@@ -2,6 +2,7 @@
 
 # P = trainable rollouts of the cache, S = shards, R = rollouts of one shard
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.cache.reader import ShardColumns, read_shard_columns
-from lightopd.cache.shards import file_sha256, shard_path
+from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, rollouts_folder, signal_folder
 from lightopd.errors import CacheError
 from lightopd.objectives.prepare import Prepared
@@ -28,27 +30,6 @@ IndexPart = tuple[NDArray[Any], ...]
 
 ROLLOUT_BYTES = 512
 """Generous share of a rollout's strings and per-rollout values in memory."""
-
-
-def check_shards(cache: Cache, signals: Sequence[str]) -> Stamps:
-    """Compare every shard that will be read with the SHA-256 in its marker, and note its stamp.
-
-    Raises:
-        CacheError: a shard is missing or its bytes are not those that its marker speaks of.
-    """
-    stamps: Stamps = {}
-    for path, marker in _files(cache, signals):
-        try:
-            stamps[path] = _stamp(path)
-            found = file_sha256(path)
-        except OSError as error:
-            raise CacheError(f"{path} cannot be read ({error.strerror}); copy the cache again") from error
-        if found != marker.sha256:
-            raise CacheError(
-                f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; copy the file again "
-                "from where it was made, or delete it with its marker and run the stage that made it again"
-            )
-    return stamps
 
 
 def index_cache(
@@ -119,17 +100,18 @@ def index_shard(cache: Cache, shard: int, columns: ShardColumns) -> IndexPart:
 class FirstReading:
     """Every shard once, before the first step; all stay in memory where the whole cache fits.
 
-    Iterating gives the shards in order.
+    Iterating gives the shards in order. The bytes that are decoded are those whose SHA-256 was compared.
     """
 
     cache: Cache
+    """Complete."""
     signals: tuple[str, ...]
     topk: tuple[str, ...]
     """Signals whose top-k is read as well."""
-    stamps: Stamps
-    """Of the files when they were checked."""
     limit_bytes: int
     """Most bytes held."""
+    stamps: Stamps = field(default_factory=dict)
+    """Of the files as they were read."""
     parts: list[IndexPart] = field(default_factory=list)
     """Of the index, complete after the reading."""
     _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
@@ -138,11 +120,11 @@ class FirstReading:
         """Read the shards.
 
         Raises:
-            CacheError: a file has changed since it was checked or is damaged, or a prompt is empty.
+            CacheError: a file is missing or not the one that its marker speaks of, or a prompt is empty.
         """
         size_bytes = 0
         for shard in self.cache.shards:
-            columns = _read_unchanged(self.cache, shard, self.signals, self.topk, self.stamps)
+            columns = self._read(shard)
             part = index_shard(self.cache, shard, columns)
             self.parts.append(part)
             size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
@@ -151,6 +133,13 @@ class FirstReading:
             else:
                 self._held[shard] = columns
             yield columns
+
+    def _read(self, shard: int) -> ShardColumns:
+        markers = (self.cache.markers, *(self.cache.signals[name].markers for name in self.signals))
+        contents = {}
+        for path, of_shards in zip(_files(self.cache, shard, self.signals), markers, strict=True):
+            contents[path], self.stamps[path] = _checked_content(path, of_shards[shard])
+        return read_shard_columns(self.cache, shard, self.signals, topk=self.topk, contents=contents)
 
     def store(self, index: CacheIndex) -> "ShardStore":
         """The shards for training, after the reading."""
@@ -207,8 +196,7 @@ class ShardStore:
 def _read_unchanged(
     cache: Cache, shard: int, signals: tuple[str, ...], topk: tuple[str, ...], stamps: Stamps
 ) -> ShardColumns:
-    folders = [rollouts_folder(cache.path), *(signal_folder(cache.path, name) for name in signals)]
-    for path in (shard_path(folder, shard) for folder in folders):
+    for path in _files(cache, shard, signals):
         found = _stamp(path) if path.exists() else None
         if found != stamps[path]:
             raise CacheError(
@@ -218,17 +206,28 @@ def _read_unchanged(
     return read_shard_columns(cache, shard, signals, topk=topk)
 
 
-def _files(cache: Cache, signals: Sequence[str]) -> list[tuple[Path, ShardMarker]]:
-    folders = [(rollouts_folder(cache.path), cache.shards, cache.markers)]
-    folders += [
-        (signal_folder(cache.path, name), cache.signals[name].shards, cache.signals[name].markers)
-        for name in signals
-    ]
-    return [
-        (shard_path(folder, shard), marker)
-        for folder, shards, markers in folders
-        for shard, marker in zip(shards, markers, strict=True)
-    ]
+def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, tuple[int, int]]:
+    """The bytes of a file that its marker speaks of, and the file's stamp."""
+    try:
+        stamp = _stamp(path)
+        with pa.OSFile(str(path)) as file:
+            content = file.read_buffer()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CacheError(f"{path} cannot be read ({reason}); copy the cache again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != marker.sha256:
+        raise CacheError(
+            f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; copy the file again "
+            "from where it was made, or delete it with its marker and run the stage that made it again"
+        )
+    return content, stamp
+
+
+def _files(cache: Cache, shard: int, signals: Sequence[str]) -> tuple[Path, ...]:
+    """Of a shard: its rollouts, then its signals."""
+    folders = (rollouts_folder(cache.path), *(signal_folder(cache.path, name) for name in signals))
+    return tuple(shard_path(folder, shard) for folder in folders)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
 from lightopd.training.fit import fit
-from lightopd.training.shards import ShardStore, check_shards, index_cache
+from lightopd.training.shards import FirstReading, index_cache
 
 VOCABULARY = 64
 SIZES = {
@@ -121,9 +121,10 @@ def train(cache, student_folder, tmp_path):
 def data(make_cache, tmp_path_factory):
     """A store over 22 rollouts of 3 to 19 tokens, and its index."""
     cache = make_cache(tmp_path_factory.mktemp("data") / "cache")
-    index = index_cache(cache, ("teacher",), ("teacher",))
-    stamps = check_shards(cache, ("teacher",))
-    return ShardStore(cache, ("teacher",), ("teacher",), stamps, index.bytes_S, 2**30), index
+    reading = FirstReading(cache, ("teacher",), ("teacher",), 2**30)
+    assert len(list(reading)) == len(cache.shards)
+    index = index_cache(cache, ("teacher",), ("teacher",), parts=reading.parts)
+    return reading.store(index), index
 
 
 def make_rollout(student, index):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.cache.tables import table_to_rollouts, table_to_scores
@@ -15,16 +16,18 @@ from lightopd.objectives.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data import CacheData, StepDataset, collate, gather
 from lightopd.training.plan import make_plan
-from lightopd.training.shards import FirstReading, ShardStore, check_shards, index_cache
+from lightopd.training.shards import FirstReading, index_cache
 
 CPU = torch.device("cpu")
 TOTALS = BatchTotals(3, 30)
 
 
 def open_store(cache, topk=("teacher",), limit_bytes=2**30):
-    index = index_cache(cache, ("teacher",), topk)
-    stamps = check_shards(cache, ("teacher",))
-    return ShardStore(cache, ("teacher",), topk, stamps, index.bytes_S, limit_bytes), index
+    """With nothing in memory yet."""
+    reading = FirstReading(cache, ("teacher",), topk, limit_bytes=0)
+    assert len(list(reading)) == len(cache.shards)
+    index = index_cache(cache, ("teacher",), topk, parts=reading.parts)
+    return replace(reading.store(index), limit_bytes=limit_bytes), index
 
 
 def records_of(cache):
@@ -134,7 +137,32 @@ def test_a_shard_with_one_byte_flipped_is_refused_before_the_first_step(make_cac
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CacheError, match=r"signals/teacher/part-00001.parquet has SHA-256"):
-        check_shards(cache, ("teacher",))
+        list(FirstReading(cache, ("teacher",), (), 2**30))
+
+
+def test_what_is_decoded_first_are_the_bytes_whose_sha_256_was_compared(make_cache, tmp_path, monkeypatch):
+    cache = make_cache(tmp_path / "cache")
+    wanted = [read_shard_columns(cache, shard, ("teacher",)) for shard in cache.shards]
+
+    def damaged_after_the_check(cache, shard, *rest, **named):
+        for folder in (rollouts_folder(cache.path), signal_folder(cache.path, "teacher")):
+            path = shard_path(folder, shard)
+            path.write_bytes(b"?" * path.stat().st_size)
+        return read_shard_columns(cache, shard, *rest, **named)
+
+    monkeypatch.setattr("lightopd.training.shards.read_shard_columns", damaged_after_the_check)
+    found = list(FirstReading(cache, ("teacher",), ("teacher",), 2**30))
+    for own, other in zip(found, wanted, strict=True):
+        assert own.rollout_ids == other.rollout_ids
+        assert np.array_equal(own.response_ids_N, other.response_ids_N)
+        assert np.array_equal(own.signals["teacher"].topk_ids_C, other.signals["teacher"].topk_ids_C)
+
+
+def test_a_shard_that_is_gone_before_the_first_reading_is_named(make_cache, tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    shard_path(rollouts_folder(cache.path), 1).unlink()
+    with pytest.raises(CacheError, match=r"rollouts/part-00001.parquet cannot be read \(.*No such file"):
+        list(FirstReading(cache, ("teacher",), (), 2**30))
 
 
 def test_a_shard_that_changes_during_training_is_noticed(make_cache, tmp_path):
@@ -162,9 +190,7 @@ def test_a_cache_stays_in_memory_after_its_first_reading_only_as_a_whole(
 ):
     cache = make_cache(tmp_path / "cache")
     plain, index = open_store(cache)
-    reading = FirstReading(
-        cache, plain.signals, plain.topk, plain.stamps, int(index.bytes_S.sum()) + spare_bytes
-    )
+    reading = FirstReading(cache, plain.signals, plain.topk, int(index.bytes_S.sum()) + spare_bytes)
     columns = list(reading)
     store = reading.store(index_cache(cache, plain.signals, plain.topk, parts=reading.parts))
     assert [store.shard(number) is columns[number] for number in range(3)] == [num_held == 3] * 3
@@ -173,20 +199,10 @@ def test_a_cache_stays_in_memory_after_its_first_reading_only_as_a_whole(
 
 def test_the_first_reading_gives_the_index_of_a_reading_for_it_alone(make_cache, tmp_path):
     cache = make_cache(tmp_path / "cache")
-    plain, index = open_store(cache)
-    reading = FirstReading(cache, plain.signals, plain.topk, plain.stamps, 2**30)
-    assert len(list(reading)) == 3
-    found = index_cache(cache, plain.signals, plain.topk, parts=reading.parts)
+    _, found = open_store(cache)
+    index = index_cache(cache, ("teacher",), ("teacher",))
     for name in ("shard_P", "row_P", "prompts_P", "responses_P", "trained_P", "groups_P"):
         assert np.array_equal(getattr(found, name), getattr(index, name))
-
-
-def test_a_shard_that_changes_between_its_check_and_its_first_reading_is_noticed(make_cache, tmp_path):
-    plain, _ = open_store(make_cache(tmp_path / "cache"))
-    path = shard_path(signal_folder(plain.cache.path, "teacher"), 1)
-    path.write_bytes(path.read_bytes())
-    with pytest.raises(CacheError, match=r"part-00001.parquet has changed or is gone since training began"):
-        list(FirstReading(plain.cache, plain.signals, plain.topk, plain.stamps, 2**30))
 
 
 def test_a_store_that_is_sent_to_another_process_leaves_its_shards_behind(make_cache, tmp_path):
