@@ -8,9 +8,9 @@ and a narrow one that costs almost nothing to run, so that what is done with the
 
 Ours is `engine.score`, shard by shard, with packing, compressing and writing of each shard beside the scoring
 of the next, as `precompute` does it. Against it stand vLLM's prompt log-probabilities of the same sequences
-in its flat form, and as dictionaries, both thrown away. All three
-use one loaded vLLM and take turns; a ratio is the median over the rounds of the ratio within a round. Tokens
-are response tokens, seconds are wall-clock: vLLM works in processes of its own.
+in its flat form, and as dictionaries, both thrown away. All three use one loaded vLLM and take turns; a ratio
+is the median over the rounds of the ratio within a round. Tokens are response tokens, seconds are wall-clock:
+vLLM works in processes of its own.
 """
 
 import json
