@@ -7,8 +7,9 @@ train` reads it: SHA-256 of the bytes that are decoded, what the objective takes
 looks for numbers that are not finite), the index, the shuffle, micro-batches. Against it stands `datasets`,
 which reads the same columns of the same files, shuffled, into padded tensors of the same types, and checks
 nothing. Its first epoch converts the files to Arrow; its later ones read that from a memory map, ours the
-decoded shards that the window holds. Tokens are response tokens, seconds are CPU seconds on one thread. The
-two take turns, each time in a new process that has read the cache once before; ratios are medians over pairs.
+decoded shards that the window holds. Tokens are response tokens; seconds are CPU seconds on one thread, which
+is what reading costs, and seconds on the clock with two threads, which is what one waits for. The two take
+turns, each time in a new process that has read the cache once before; ratios are medians over pairs.
 
 Memory is the peak resident set of a process that reads one epoch of a cache, against one that reads a cache
 of a hundredth of its size; both shuffle in the same window, which the small cache fills.
@@ -38,7 +39,7 @@ CACHE = {"lengths": LENGTHS, "top_k": TOP_K, "vocabulary_size": VOCABULARY}
 SPEED_SIZES = {"num_shards": 4, "per_shard": 512}
 GROWTH_PER_SHARD = 64
 GROWTH_SHARDS = (3, 300)
-NUM_ROUNDS = 9
+NUM_PAIRS = 9
 BATCH = 64
 MICRO_BATCH_TOKENS = 16_384
 COLUMNS = ("prompt_ids", "response_ids", "loss_mask", "turns", "logprobs", "entropies")
@@ -122,21 +123,27 @@ def open_peer(path: Path, arrow: str) -> Any:
     return datasets.concatenate_datasets(parts, axis=1)
 
 
-def work_speed(contender: str, path: Path) -> tuple[float, float]:
+def work_cpu(contender: str, path: Path) -> tuple[float, float]:
     """Tokens per CPU second of a first epoch and of a second, after a round that warms up."""
-    one_round(contender, path)
-    return one_round(contender, path)
+    one_round(contender, path, time.process_time)
+    return one_round(contender, path, time.process_time)
 
 
-def one_round(contender: str, path: Path) -> tuple[float, float]:
-    """Tokens per CPU second of a first epoch and of a second; what they read is freed at the end."""
+def work_wall(contender: str, path: Path) -> tuple[float, float]:
+    """The same per second on the clock."""
+    one_round(contender, path, time.perf_counter)
+    return one_round(contender, path, time.perf_counter)
+
+
+def one_round(contender: str, path: Path, clock: Callable[[], float]) -> tuple[float, float]:
+    """Tokens per second of a first epoch and of a second; what they read is freed at the end."""
     with tempfile.TemporaryDirectory() as arrow:
-        start_s = time.process_time()
+        start_s = clock()
         dataset: Any = open_peer(path, arrow) if contender == "datasets" else open_ours(path, 2.0)
         read: Callable[[Any], int] = read_peer if contender == "datasets" else read_ours
-        first = read(dataset) / (time.process_time() - start_s)
-        start_s = time.process_time()
-        return first, read(dataset) / (time.process_time() - start_s)
+        first = read(dataset) / (clock() - start_s)
+        start_s = clock()
+        return first, read(dataset) / (clock() - start_s)
 
 
 def work_memory(contender: str, path: Path) -> list[float]:
@@ -155,25 +162,26 @@ def window_bytes(path: Path) -> int:
     return int(index.bytes_S[: GROWTH_SHARDS[0]].sum())
 
 
-def report_speed(folder: Path) -> None:
-    path = folder / "speed"
-    write_cache(path, **CACHE, **SPEED_SIZES)
+def report_speed(path: Path, measure: str, threads: int, unit: str) -> None:
     python = str(peer_python())
     pairs = [
-        (in_process(__file__, "speed", "ours", path), in_process(__file__, "speed", "datasets", path, python))
-        for _ in range(NUM_ROUNDS)
+        (
+            in_process(__file__, measure, "ours", path, threads=threads),
+            in_process(__file__, measure, "datasets", path, python, threads),
+        )
+        for _ in range(NUM_PAIRS)
     ]
-    unit = "response tokens per CPU second"
     for name, epoch, other, goal, what in (
-        ("loader_first_epoch_vs_datasets", 0, 0, ">= 3", "datasets, its conversion to Arrow included"),
-        ("loader_first_epoch_vs_converted", 0, 1, "-", "datasets, converted before"),
-        ("loader_later_epochs_vs_datasets", 1, 1, ">= 3", "datasets, memory-mapped Arrow"),
+        ("first_epoch_vs_datasets", 0, 0, ">= 3", "datasets, its conversion to Arrow included"),
+        ("first_epoch_vs_converted", 0, 1, "-", "datasets, converted before"),
+        ("later_epochs_vs_datasets", 1, 1, ">= 3", "datasets, memory-mapped Arrow"),
     ):
         rates = [(ours[epoch], peer[other]) for ours, peer in pairs]
         ours, against = (statistics.median(side) for side in zip(*rates, strict=True))
-        report(name, ours, against, statistics.median(a / b for a, b in rates), goal, unit, what)
+        ratio = statistics.median(a / b for a, b in rates)
+        report(f"loader_{measure}_{name}", ours, against, ratio, goal, unit, what)
     first = statistics.median(ours[0] for ours, _ in pairs)
-    report("loader_first_epoch", first, 1e6, first / 1e6, ">= 1", unit, "one million")
+    report(f"loader_{measure}_first_epoch", first, 1e6, first / 1e6, ">= 1", unit, "one million")
 
 
 def report_growth(folder: Path) -> None:
@@ -187,9 +195,12 @@ def report_growth(folder: Path) -> None:
 
 
 def report_all(folder: Path) -> None:
-    report_speed(folder)
+    path = folder / "speed"
+    write_cache(path, **CACHE, **SPEED_SIZES)
+    report_speed(path, "cpu", 1, "response tokens per CPU second, one thread")
+    report_speed(path, "wall", 2, "response tokens per second, two threads")
     report_growth(folder)
 
 
 if __name__ == "__main__":
-    main(__doc__, {"speed": work_speed, "memory": work_memory}, report_all)
+    main(__doc__, {"cpu": work_cpu, "wall": work_wall, "memory": work_memory}, report_all)

@@ -26,16 +26,20 @@ def main(
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     job = parser.parse_args().worker
     if job is not None:
-        print("\n" + json.dumps(_single_threaded(measures[job[0]])(job[1], Path(job[2]))))
+        _set_threads(int(os.environ["OMP_NUM_THREADS"]))
+        print("\n" + json.dumps(measures[job[0]](job[1], Path(job[2]))))
         return
     with tempfile.TemporaryDirectory() as folder:
         report_all(Path(folder))
 
 
-def in_process(file: str, measure: str, case: str, path: Path, python: str = sys.executable) -> Any:
+def in_process(
+    file: str, measure: str, case: str, path: Path, python: str = sys.executable, threads: int = 1
+) -> Any:
     """What a worker of the benchmark `file` measures."""
     command = [python, file, "--worker", measure, case, str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONWARNINGS"] = "ignore"
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
         sys.exit(finished.stderr)
@@ -61,14 +65,13 @@ def write_cache(path: Path, **sizes: Any) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
-def _single_threaded(measure: Measure) -> Measure:
+def _set_threads(threads: int) -> None:
     import logging
 
     import pyarrow as pa
     import torch
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-    return measure
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
+    pa.set_io_thread_count(threads)

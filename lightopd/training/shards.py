@@ -3,8 +3,9 @@
 # P = trainable rollouts of the cache, S = shards, R = rollouts of one shard
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ from lightopd.objectives.views import group_number
 from lightopd.schemas.manifest import ShardMarker
 from lightopd.training.plan import CacheIndex
 
-Stamps = dict[Path, tuple[int, int]]
-"""Size in bytes and time of last change in nanoseconds, by file."""
+Stamp = tuple[int, int]
+"""Of a file: size in bytes and time of last change in nanoseconds."""
+
+Stamps = dict[Path, Stamp]
+
+Files = dict[Path, tuple[pa.Buffer, Stamp]]
+"""Bytes of a shard's files."""
 
 IndexPart = tuple[NDArray[Any], ...]
 """Of one shard, [R] each: shard, row, prompt tokens, response tokens, trained tokens, group."""
@@ -123,8 +129,10 @@ class FirstReading:
             CacheError: a file is missing or not the one that its marker speaks of, or a prompt is empty.
         """
         size_bytes = 0
-        for shard in self.cache.shards:
-            columns = self._read(shard)
+        for shard, files in _read_ahead(self.cache, self.signals):
+            self.stamps |= {path: stamp for path, (_, stamp) in files.items()}
+            contents = {path: content for path, (content, _) in files.items()}
+            columns = read_shard_columns(self.cache, shard, self.signals, topk=self.topk, contents=contents)
             part = index_shard(self.cache, shard, columns)
             self.parts.append(part)
             size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
@@ -133,13 +141,6 @@ class FirstReading:
             else:
                 self._held[shard] = columns
             yield columns
-
-    def _read(self, shard: int) -> ShardColumns:
-        markers = (self.cache.markers, *(self.cache.signals[name].markers for name in self.signals))
-        contents = {}
-        for path, of_shards in zip(_files(self.cache, shard, self.signals), markers, strict=True):
-            contents[path], self.stamps[path] = _checked_content(path, of_shards[shard])
-        return read_shard_columns(self.cache, shard, self.signals, topk=self.topk, contents=contents)
 
     def store(self, index: CacheIndex) -> "ShardStore":
         """The shards for training, after the reading."""
@@ -206,7 +207,28 @@ def _read_unchanged(
     return read_shard_columns(cache, shard, signals, topk=topk)
 
 
-def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, tuple[int, int]]:
+def _read_ahead(cache: Cache, signals: Sequence[str]) -> Iterator[tuple[int, Files]]:
+    """Each shard and its files; while one is decoded, the next is read and checked."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        ahead: deque[tuple[int, Future[Files]]] = deque()
+        for shard in cache.shards:
+            ahead.append((shard, pool.submit(_checked_files, cache, shard, signals)))
+            if len(ahead) > 1:
+                before, files = ahead.popleft()
+                yield before, files.result()
+        for last, files in ahead:
+            yield last, files.result()
+
+
+def _checked_files(cache: Cache, shard: int, signals: Sequence[str]) -> Files:
+    markers = (cache.markers, *(cache.signals[name].markers for name in signals))
+    return {
+        path: _checked_content(path, of_shards[shard])
+        for path, of_shards in zip(_files(cache, shard, signals), markers, strict=True)
+    }
+
+
+def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, Stamp]:
     """The bytes of a file that its marker speaks of, and the file's stamp."""
     try:
         stamp = _stamp(path)
@@ -230,7 +252,7 @@ def _files(cache: Cache, shard: int, signals: Sequence[str]) -> tuple[Path, ...]
     return tuple(shard_path(folder, shard) for folder in folders)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
