@@ -26,6 +26,7 @@ from lightopd.training.accuracy import AccuracyMeter, make_meter
 from lightopd.training.adapters import trained_student
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.processes import is_main
+from lightopd.training.strategies import check_strategy
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         out=str(config.out),
     )
     if dry_run:
+        check_strategy(config, config.objective, asks_student=accuracy is not None)
         return _plan(config, cache, suggested, accuracy)
     if suggested and is_main():
         log.warning("%s", suggested)
@@ -123,7 +125,9 @@ def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: Ac
             "passes_over_cache": config.steps * config.batch_sequences / max(1, rollouts),
             **({} if accuracy is None else {"accuracy_answers": accuracy.num_answers(config.steps)}),
         },
-        notes=("dry run: cache, student and objective fit together; nothing was trained",)
+        notes=(
+            "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
+        )
         + ((suggested,) if suggested else ()),
     )
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StrictModel(BaseModel):
-    """Frozen; unknown keys are errors; the sentence under a field is its description."""
+    """Frozen; unknown keys and infinite numbers are errors; the sentence under a field is its description."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -17,6 +17,7 @@ class StrictModel(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 

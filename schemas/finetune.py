@@ -1,22 +1,24 @@
 """How a student is fitted, shared by `sft` and `train`. Defaults live here and nowhere else."""
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(StrictModel):
     """AdamW and its schedule; the defaults are the run of arXiv 2604.13010."""
 
-    lr: float = Field(2e-6, gt=0)
+    lr: float = Field(2e-6, gt=0, le=1e30)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.98)
     """Adam's decay rates."""
     eps: float = Field(1e-8, gt=0)
     """Adam's denominator floor."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1e30)
     """Decoupled weight decay, on matrices only (not on norms, biases and embeddings' scales)."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from zero."""

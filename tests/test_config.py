@@ -213,3 +213,13 @@ def test_every_setting_is_read_somewhere():
         if not re.search(rf"(?:\.{name}\b(?! *:))|(?:[\"']{name}[\"'])", text)
     ]
     assert sorted(set(unread)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": ".inf"}, {"lr": "1e39"}, {"weight_decay": ".inf"}, {"eps": ".nan"}, {"betas": "[1.5, 0.98]"}],
+)
+def test_an_optimiser_that_torch_would_refuse_is_refused_as_a_setting(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ConfigError, match=rf"optimizer\.{name}"):
+        load_stage("train", [], [f"optimizer.{name}={value}"], TRAIN)

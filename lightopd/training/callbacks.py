@@ -93,6 +93,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         is_due = module.step % self.finetune.checkpoint_every == 0
         if not (is_due or is_last or module.step == best_step):
             return
+        module.refuse_broken_weights()
         state = TrainerState(
             step=module.step,
             recipe=self.recipe,

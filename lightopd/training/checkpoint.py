@@ -269,7 +269,8 @@ def export_student(
     try:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*NOT_EXPORTED))
+        ignored = shutil.ignore_patterns(*NOT_EXPORTED)
+        shutil.copytree(checkpoint, part, ignore=ignored, copy_function=_copy)
         if write_weights is not None:
             write_weights(part)
         for file in part.rglob("*"):
@@ -285,6 +286,14 @@ def export_student(
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _copy(source: str, target: str) -> str:
+    """For `shutil.copytree`, which would gather failures of the disk into a list without their numbers."""
+    try:
+        return shutil.copy2(source, target)
+    except OSError as error:
+        raise output_error(error, Path(target), Path(source).stat().st_size) from error
+
+
 def copy_companions(student: ModelConfig, folder: Path) -> None:
     """Copy what lies beside config and weights: tokenizer, chat template, generation settings."""
     source = Path(student.path).expanduser()
@@ -298,7 +307,7 @@ def copy_companions(student: ModelConfig, folder: Path) -> None:
             if not file.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(file, folder / file.name)
         elif file.name == "additional_chat_templates":
-            shutil.copytree(file, folder / file.name)
+            shutil.copytree(file, folder / file.name, copy_function=_copy)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -210,9 +210,22 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
-    said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes}
+    said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes + _changes(store)}
     report(said)
     return said
+
+
+def _changes(store: ShardStore) -> tuple[str, ...]:
+    """What happened to the cache while all of it was in memory; a shard that is read again stops the run."""
+    changed = store.changed()
+    if not changed:
+        return ()
+    line = (
+        f"{changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''} changed during training, "
+        "which had read and checked them before; the student is of the cache as it was"
+    )
+    _say([line], ())
+    return (line,)
 
 
 def _say(warnings_found: Sequence[str], notes: Sequence[str]) -> None:

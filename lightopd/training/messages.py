@@ -8,6 +8,8 @@ from lightopd.training.data import Rows
 NAMED_ROLLOUTS = 8
 """Rollouts that an error names one by one."""
 
+LOWER_RATE = "lower optimizer.lr and begin in another out folder; checkpoints made before, if any, are kept"
+
 
 def not_finite(what: str, step: int, ids: Sequence[str]) -> str:
     """A number that must be finite is not; names the rollouts it was made from."""
@@ -15,8 +17,13 @@ def not_finite(what: str, step: int, ids: Sequence[str]) -> str:
     more = f" and {len(ids) - NAMED_ROLLOUTS} more" if len(ids) > NAMED_ROLLOUTS else ""
     return (
         f"the {what} of step {step + 1} is not finite; rollouts in it: {named}{more}; look at them with "
-        "`lightopd sql`, or lower the learning rate; the last checkpoint is kept"
+        f"`lightopd sql`, or {LOWER_RATE}"
     )
+
+
+def broken_weights(step: int, count: int) -> str:
+    """A step left weights that are not finite."""
+    return f"{count} weight tensors are not finite after step {step}, which is not kept; {LOWER_RATE}"
 
 
 def no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
@@ -29,6 +36,19 @@ def no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
     if finetune.precision == "32-true":
         remedies.append("set precision to bf16-mixed")
     return f"no memory for a micro-batch of {padded} padded tokens; {', or '.join(remedies)}"
+
+
+def no_optimizer_memory(trained: int, finetune: FinetuneConfig) -> str:
+    """The moments of the optimiser find no room; names what makes them smaller."""
+    remedies = (
+        ["train an adapter (adapter.kind lora)"] if finetune.adapter is None else ["lower adapter.rank"]
+    )
+    if finetune.strategy != "fsdp":
+        remedies.append("share them over several devices (strategy fsdp)")
+    return (
+        f"no memory for an optimiser step: AdamW keeps {8 * trained / 1e9:.2f} GB of moments for {trained} "
+        f"trained parameters; {', or '.join(remedies)}"
+    )
 
 
 def no_compiler(error: RuntimeError) -> str:

@@ -44,10 +44,10 @@ from lightopd.training.experts import (
     step_load,
 )
 from lightopd.training.held_out import HeldOut, held_out_loss
-from lightopd.training.messages import no_compiler, no_memory, not_finite
+from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
 from lightopd.training.metrics import global_sums
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from lightopd.training.sharded import shard_student
+from lightopd.training.sharded import count_broken, shard_student
 from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
 from lightopd.training.strategies import FSDP
 from lightopd.training.student import routed_tokens, routers_of, student_sums, student_tokens
@@ -179,7 +179,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
             raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, _ids(shown)))
-        optimizer.step()
+        with self._memory_named(None):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
         means = {name: _mean(name, *pair) for name, pair in totals.items()}
@@ -291,7 +292,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
-        with torch.no_grad(), uncompiled(self.student):
+        largest = max(self._held_out_rows, key=lambda rows: len(rows.response_ids_N), default=None)
+        with torch.no_grad(), uncompiled(self.student), self._memory_named(largest):
             for rows in self._idle_rows:
                 student_tokens(self.student, collate(rows, self.device), ())
             return held_out_loss(
@@ -313,8 +315,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return total
 
     @contextmanager
-    def _memory_named(self, rows: Rows) -> Iterator[None]:
-        """Turn a lack of memory into the numbers to change, and that of a compiler into its name."""
+    def _memory_named(self, rows: Rows | None) -> Iterator[None]:
+        """Turn a lack of memory into the numbers to change, and that of a compiler into its name.
+
+        Args:
+            rows: the largest micro-batch that is run; None for the optimiser's own step.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -323,7 +329,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             is_memory = isinstance(error, torch.OutOfMemoryError)
             if not is_memory and not any(words in str(error) for words in NO_CPU_MEMORY):
                 raise
-            raise TrainingError(no_memory(rows, self.finetune)) from error
+            if rows is not None:
+                raise TrainingError(no_memory(rows, self.finetune)) from error
+            trained = sum(each.numel() for each in self.student.parameters() if each.requires_grad)
+            raise TrainingError(no_optimizer_memory(trained, self.finetune)) from error
 
     def _without_sync(self) -> AbstractContextManager[Any]:
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
@@ -335,7 +344,16 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
         bad = [rows for rows, is_finite in zip(micro_batches, values, strict=True) if not is_finite]
-        raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad)))
+        raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad or micro_batches)))
+
+    def refuse_broken_weights(self) -> None:
+        """Every rank must ask.
+
+        Raises:
+            TrainingError: a trained weight is not finite.
+        """
+        if broken := int(self._reduce(count_broken(self.student))):
+            raise TrainingError(broken_weights(self.step, broken))
 
     def _publish(self, means: Mapping[str, float], tokens: float, others: Mapping[str, float]) -> None:
         """Make the step's metrics."""

@@ -183,9 +183,9 @@ def _check_node(nodes: int) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"nodes is {nodes}, and {', '.join(missing)} is not set: start the command on every node with "
-            "MASTER_ADDR (the first node), MASTER_PORT (a free port there) and NODE_RANK (0 on the first), "
-            "or with torchrun or srun"
+            f"nodes is {nodes}, without {', '.join(missing)} in the environment: start the command on every "
+            "node with MASTER_ADDR (the first node), MASTER_PORT (a free port there) and NODE_RANK (0 on the "
+            "first), or with torchrun or srun"
         )
 
 

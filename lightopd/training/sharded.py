@@ -78,6 +78,13 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     }
 
 
+def count_broken(student: nn.Module) -> Tensor:
+    """How many trained parameters, or this rank's shares of them, hold a number that is not finite."""
+    trained = [parameter.detach() for parameter in student.parameters() if parameter.requires_grad]
+    shares = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in trained]
+    return torch.stack([~share.isfinite().all() for share in shares]).sum()
+
+
 def gather(
     student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
 ) -> Gathered | None:

@@ -179,6 +179,10 @@ class ShardStore:
         self._held[number] = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
         return self._held[number]
 
+    def changed(self) -> list[Path]:
+        """Files that are no longer those that were read before the first step."""
+        return [path for path, stamp in self.stamps.items() if not path.exists() or _stamp(path) != stamp]
+
     def _held_bytes(self) -> int:
         return int(sum(self.bytes_S[number] for number in self._held))
 

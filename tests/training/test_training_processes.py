@@ -62,7 +62,7 @@ def test_slurm_counts_its_tasks_but_not_in_a_shell(environment):
 
 def test_a_node_must_know_where_the_others_are(environment):
     environment(MASTER_ADDR="first", MASTER_PORT=29500)
-    with pytest.raises(ConfigError, match="nodes is 2, and NODE_RANK is not set: start the command on every"):
+    with pytest.raises(ConfigError, match="nodes is 2, without NODE_RANK in the environment: start the"):
         must_start(asks(8, nodes=2))
     environment(NODE_RANK=1)
     assert must_start(asks(8, nodes=2))
