@@ -46,8 +46,13 @@ def born(job, variables):
 for line in sys.stdin:
     job = json.loads(line)
     pids = [born(job, variables) for variables in job["ranks"]]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    print(json.dumps(codes), flush=True)
+    codes = {}
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        for other in {*pids} - {*codes} if codes[pid] else ():  # it would wait for this one
+            os.kill(other, 9)
+    print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
 
 

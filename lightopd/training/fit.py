@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
@@ -52,7 +51,15 @@ from lightopd.training.metrics import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.packing import check_packing
 from lightopd.training.plan import GIB, check_lengths, make_plan, row_tokens
-from lightopd.training.processes import as_worker, is_main, is_worker, must_start, report, start_workers
+from lightopd.training.processes import (
+    as_worker,
+    is_first_rank,
+    is_main,
+    is_worker,
+    must_start,
+    report,
+    start_workers,
+)
 from lightopd.training.recipe import recipe_of
 from lightopd.training.selection import Selected, select_rollouts
 from lightopd.training.shards import FirstReading, ShardStore
@@ -229,7 +236,7 @@ def _changes(store: ShardStore) -> tuple[str, ...]:
 
 
 def _say(warnings_found: Sequence[str], notes: Sequence[str]) -> None:
-    if rank_zero_only.rank == 0:
+    if is_first_rank():
         for line in warnings_found:
             log.warning("%s", line)
         for line in notes:
@@ -246,7 +253,7 @@ def _hold_out(run: _Run, selected: Selected, store: ShardStore) -> HeldOut | Non
 
 def _make_room(out: Path, done: int) -> None:
     """Make the folder of the run, and drop metrics that the resumed run makes again."""
-    if rank_zero_only.rank != 0:
+    if not is_first_rank():
         return
     try:
         out.mkdir(parents=True, exist_ok=True)

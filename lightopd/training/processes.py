@@ -60,10 +60,15 @@ def rank_here() -> int | None:
     return None if rank is None else int(rank)
 
 
+def is_first_rank() -> bool:
+    """Whether this process has rank 0 over all nodes; Lightning's own answer is of the time of its import."""
+    return rank_here() in (None, 0)
+
+
 def is_main() -> bool:
     """Whether this is the one process of the run that holds its folder and says how it went."""
     first_node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) == "0"
-    return not is_worker() and rank_here() in (None, 0) and first_node
+    return not is_worker() and is_first_rank() and first_node
 
 
 def must_start(finetune: FinetuneConfig) -> bool:
