@@ -9,6 +9,7 @@ from lightopd.schemas.finetune import OptimizerConfig
 from lightopd.training.data import collate, gather
 from lightopd.training.metrics import read_metrics
 from lightopd.training.plan import pack
+from lightopd.training.shards import FirstReading, index_cache
 
 CLOCKED = ("seconds", "tokens_per_second")
 """Columns that no two runs share."""
@@ -49,3 +50,11 @@ def micro_batches(data, budget, is_packed=False):
     (dealt,) = pack(index.lengths_P, budget, 1, 1, row_tokens)
     cpu = torch.device("cpu")
     return [collate(gather(store, index, entries, totals, row_tokens), cpu) for entries in dealt]
+
+
+def read_first(cache, topk=(), limit_bytes=2**30):
+    """The store and the index that a run makes of a cache before its first step."""
+    reading = FirstReading(cache, ("teacher",), topk, limit_bytes)
+    assert len(list(reading)) == len(cache.shards)
+    index = index_cache(cache, ("teacher",), topk, parts=reading.parts)
+    return reading.store(index), index

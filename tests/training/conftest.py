@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from training_runs import CALM
+from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.cache.shards import write_shard
@@ -23,7 +23,6 @@ from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
 from lightopd.schemas.objectives import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
 from lightopd.training.fit import fit
-from lightopd.training.shards import FirstReading, index_cache
 
 VOCABULARY = 64
 SIZES = {
@@ -121,10 +120,7 @@ def train(cache, student_folder, tmp_path):
 def data(make_cache, tmp_path_factory):
     """A store over 22 rollouts of 3 to 19 tokens, and its index."""
     cache = make_cache(tmp_path_factory.mktemp("data") / "cache")
-    reading = FirstReading(cache, ("teacher",), ("teacher",), 2**30)
-    assert len(list(reading)) == len(cache.shards)
-    index = index_cache(cache, ("teacher",), ("teacher",), parts=reading.parts)
-    return reading.store(index), index
+    return read_first(cache, ("teacher",))
 
 
 def make_rollout(student, index):

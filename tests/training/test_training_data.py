@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from training_runs import read_first
 
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.shards import shard_path
@@ -24,10 +25,8 @@ TOTALS = BatchTotals(3, 30)
 
 def open_store(cache, topk=("teacher",), limit_bytes=2**30):
     """With nothing in memory yet."""
-    reading = FirstReading(cache, ("teacher",), topk, limit_bytes=0)
-    assert len(list(reading)) == len(cache.shards)
-    index = index_cache(cache, ("teacher",), topk, parts=reading.parts)
-    return replace(reading.store(index), limit_bytes=limit_bytes), index
+    store, index = read_first(cache, topk, limit_bytes=0)
+    return replace(store, limit_bytes=limit_bytes), index
 
 
 def records_of(cache):

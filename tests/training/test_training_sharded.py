@@ -7,6 +7,7 @@ import torch
 from ranks import as_rank
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from training_runs import read_first
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.configs import ModelConfig
@@ -19,7 +20,6 @@ from lightopd.training.fit import fit
 from lightopd.training.held_out import HeldOut
 from lightopd.training.metrics import read_metrics
 from lightopd.training.sharded import shard_student
-from lightopd.training.shards import FirstReading, index_cache
 from lightopd.training.shares import StoredSet, has_set, is_shared
 
 SETTINGS = {
@@ -176,10 +176,8 @@ def test_a_jump_is_refused(make_cache, student_folder, tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_every_rank_runs_as_many_held_out_micro_batches(make_cache, tmp_path, world_size):
     cache = make_cache(tmp_path / "cache")
-    reading = FirstReading(cache, ("teacher",), (), 2**20)
-    assert len(list(reading)) == len(cache.shards)
-    index = index_cache(cache, ("teacher",), (), parts=reading.parts)
-    held_out = HeldOut(index, reading.store(index), ObjectiveConfig(), micro_batch_tokens=60)
+    store, index = read_first(cache)
+    held_out = HeldOut(index, store, ObjectiveConfig(), micro_batch_tokens=60)
     alone = held_out.rows(0, 1)
     assert len(alone) % world_size, "they cannot be shared equally"
     shares = [held_out.rows(rank, world_size) for rank in range(world_size)]
