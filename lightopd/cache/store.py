@@ -2,8 +2,8 @@
 
     lightopd.json   rollouts/part-NNNNN.parquet + .json   signals/<name>/signal.json + parts
 
-Opening reads manifests, markers and file sizes; the bytes are checked where they are read (page checksums), and
-by the trainer before its first step and `lightopd verify` (SHA-256).
+Opening reads manifests, markers and file sizes. The bytes are checked where they are read (page checksums),
+by the trainer before its first step and by `lightopd verify` (SHA-256).
 """
 
 import json
