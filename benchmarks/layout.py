@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from layout_candidates import (
+from support.layout_candidates import (
     NAMES,
     ROWS_PER_GROUP,
     SPLIT,

@@ -26,11 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers import peer_python
-from workers import in_process, main, peak_mib, report, write_cache
+from support.peers import peer_python
+from support.workers import in_process, main, peak_mib, report, write_cache
 
 if TYPE_CHECKING:
-    from lightopd.training.data import StepDataset
+    from lightopd.training.data.batches import StepDataset
 
 TOP_K = 32
 VOCABULARY = 49_152
@@ -48,12 +48,12 @@ SCORES = ("logprobs", "topk_counts", "topk_ids", "topk_logprobs", "tail_logprobs
 
 def open_ours(path: Path, window_gib: float) -> StepDataset:
     """The loader's dataset over a cache, opened as by a training run with a divergence over the top-k."""
-    from synthetic_cache import open_data
+    from support.synthetic_cache import open_data
 
     from lightopd.schemas.finetune import FinetuneConfig
-    from lightopd.schemas.objectives import ObjectiveConfig
-    from lightopd.training.data import StepDataset
-    from lightopd.training.plan import make_plan
+    from lightopd.schemas.objectives.objective import ObjectiveConfig
+    from lightopd.training.data.batches import StepDataset
+    from lightopd.training.data.plan import make_plan
 
     finetune = FinetuneConfig(
         batch_sequences=BATCH, micro_batch_tokens=MICRO_BATCH_TOKENS, shuffle_gib=window_gib
@@ -67,7 +67,7 @@ def read_ours(dataset: StepDataset) -> int:
     """Response tokens of an epoch, every step of it made into tensors."""
     import torch
 
-    from lightopd.training.data import Rows, collate
+    from lightopd.training.data.batches import Rows, collate
 
     device, tokens = torch.device("cpu"), 0
     for step in range(len(dataset.plan.index.row_P) // BATCH):
@@ -156,7 +156,7 @@ def work_memory(contender: str, path: Path) -> list[float]:
 def window_bytes(path: Path) -> int:
     """Decoded size of as many shards as the small cache has."""
     from lightopd.cache.store import open_cache
-    from lightopd.training.shards import index_cache
+    from lightopd.training.data.shard_store import index_cache
 
     index = index_cache(open_cache(path), ("teacher",), ("teacher",))
     return int(index.bytes_S[: GROWTH_SHARDS[0]].sum())

@@ -27,10 +27,11 @@ import torch
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import open_cache, rollouts_folder, signal_names
 from lightopd.config import build, merged
-from lightopd.objectives.methods import find_method, list_methods
-from lightopd.objectives.needs import needs
+from lightopd.objectives.requirements import needs
 from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, sft, train
-from lightopd.pipelines.joining import join
+from lightopd.pipelines.caches.join import join
+from lightopd.pipelines.methods import find_method, list_methods
+from lightopd.prompts.tokens import load_tokenizer
 from lightopd.schemas.configs import (
     EvalConfig,
     ModelConfig,
@@ -39,7 +40,6 @@ from lightopd.schemas.configs import (
     SftConfig,
     TrainConfig,
 )
-from lightopd.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "methods"

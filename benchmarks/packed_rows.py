@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.workers import in_process, main, report, write_cache
 from train_step import PROMPT_TOKENS, SIZES, STUDENT_LAYERS, make_model
-from workers import in_process, main, report, write_cache
 
 LAYOUTS = ("packed", "padded")
 MIXES = ("equal", "uniform", "long_tailed")
@@ -39,8 +39,8 @@ def lengths_of(mix: str, count: int) -> list[int]:
 
 def padding(mix: str, layout: str, rollouts: int, budget: int) -> float:
     """Share of the positions of a step that no token fills."""
-    from lightopd.training.layout import lay_out
-    from lightopd.training.plan import pack
+    from lightopd.training.data.plan import pack
+    from lightopd.training.data.rows import lay_out
 
     lengths_B = np.array(lengths_of(mix, rollouts), dtype=np.int32)
     row_tokens = int(lengths_B.max()) if layout == "packed" else None
@@ -53,12 +53,12 @@ class Passes:
     """Forward and backward over the micro-batches of one step, as `StudentModule` makes them."""
 
     def __init__(self, student: Any, path: Path, layout: str) -> None:
-        from synthetic_cache import open_data
+        from support.synthetic_cache import open_data
 
         from lightopd.schemas.finetune import FinetuneConfig
-        from lightopd.schemas.objectives import ObjectiveConfig
-        from lightopd.training.data import StepDataset
-        from lightopd.training.plan import make_plan
+        from lightopd.schemas.objectives.objective import ObjectiveConfig
+        from lightopd.training.data.batches import StepDataset
+        from lightopd.training.data.plan import make_plan
 
         self.student, self.objective = student, ObjectiveConfig()
         rollouts, budget = TIMED
@@ -72,9 +72,9 @@ class Passes:
         """CPU seconds of all micro-batches, or of the `last` smallest."""
         import torch
 
-        from lightopd.objectives.compose import compute_loss
-        from lightopd.training.data import collate
-        from lightopd.training.student import student_tokens
+        from lightopd.objectives.loss import compute_loss
+        from lightopd.training.data.batches import collate
+        from lightopd.training.student.forward import student_tokens
 
         began = time.process_time()
         for rows in self.micro_batches[-last if last else 0 :]:
@@ -88,7 +88,7 @@ class Passes:
 
 def work_time(mix: str, path: Path) -> list[list[float]]:
     """Seconds of both layouts in turn, after a micro-batch of each to warm up."""
-    from lightopd.training.student import prepare_student
+    from lightopd.training.student.forward import prepare_student
 
     student = prepare_student(make_model(STUDENT_LAYERS), gradient_checkpointing=False)
     both = [Passes(student, path, layout) for layout in LAYOUTS]

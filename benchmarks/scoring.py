@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightopd.engines.batching import plan_batches
-from lightopd.engines.hf_hidden import num_inputs, pad_right, plain_hidden
-from lightopd.engines.hf_score import ScoreSettings, score
-from lightopd.engines.models import LoadedModel, head_of
+from lightopd.engines.hf.batching import plan_batches
+from lightopd.engines.hf.hidden_states import num_inputs, pad_right, plain_hidden
+from lightopd.engines.hf.score import ScoreSettings, score
+from lightopd.models.head import head_of
+from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
 
 TOP_K = 64

@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightopd.cache.shards import write_shard
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.concurrency import run_all
-from lightopd.engines.vllm import ENTRY_BYTES, IN_FLIGHT_BYTES, VllmInProcess, load_vllm_engine
-from lightopd.engines.vllm_settings import scoring_params
-from lightopd.pipelines.overlap import make_and_write
+from lightopd.engines.vllm.concurrency import run_all
+from lightopd.engines.vllm.in_process import ENTRY_BYTES, IN_FLIGHT_BYTES, VllmInProcess, load_vllm_engine
+from lightopd.engines.vllm.settings import scoring_params
+from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, VllmEngine
 

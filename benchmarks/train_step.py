@@ -28,13 +28,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers import peer_python
-from workers import in_process, main, peak_mib, report, write_cache
+from support.peers import peer_python
+from support.workers import in_process, main, peak_mib, report, write_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightopd.training.data import Microbatch
+    from lightopd.training.data.batches import Microbatch
 
 SIZES = {
     "vocab_size": 49_152,
@@ -71,14 +71,14 @@ def make_model(layers: int) -> Any:
 
 def make_ours(path: Path, case: str, steps: int, layout: str) -> tuple[Any, Any]:
     """The module and the data of a run of `lightopd train`."""
-    from synthetic_cache import open_data
+    from support.synthetic_cache import open_data
 
-    from lightopd.objectives.needs import needs
+    from lightopd.objectives.requirements import needs
     from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
-    from lightopd.schemas.objectives import ObjectiveConfig
-    from lightopd.training.data import CacheData
+    from lightopd.schemas.objectives.objective import ObjectiveConfig
+    from lightopd.training.data.batches import CacheData
     from lightopd.training.module import StudentModule
-    from lightopd.training.student import prepare_student
+    from lightopd.training.student.forward import prepare_student
 
     target = {"sampled": {}, "top64": {"target": {"kind": "divergence"}}}[case]
     objective = ObjectiveConfig.model_validate(target)
@@ -121,10 +121,10 @@ class SftStep:
         import torch
 
         from lightopd.schemas.finetune import OptimizerConfig
-        from lightopd.training.data import StepDataset, collate
+        from lightopd.training.data.batches import StepDataset, collate
+        from lightopd.training.data.plan import make_plan
         from lightopd.training.optimizer import make_optimizer
-        from lightopd.training.plan import make_plan
-        from lightopd.training.student import prepare_student
+        from lightopd.training.student.forward import prepare_student
 
         rows = StepDataset(make_plan(data.index, data.finetune, 0, 1), data.store)[0]
         assert isinstance(rows, list)
@@ -188,7 +188,7 @@ def work_compiled(case: str, path: Path) -> dict[str, list[float]]:
     import torch._inductor
     from lightning.pytorch import Callback
 
-    from lightopd.training.compilation import compile_layers
+    from lightopd.training.student.compile import compile_layers
 
     torch._inductor.config.force_disable_caches = True
     module, data = make_ours(path, case, 2 * (TIMED_STEPS + 1), "padded")
@@ -232,7 +232,7 @@ def work_memory(case: str, path: Path) -> dict[str, list[float]]:
 
 def work_trl(case: str, path: Path) -> dict[str, list[float]]:
     """CPU seconds of whole training steps of trl, the first left out."""
-    from trl_step import time_steps
+    from support.trl_step import time_steps
 
     from lightopd.cache.reader import read_shard_columns
     from lightopd.cache.store import open_cache

@@ -139,7 +139,7 @@ def verify(
 
     findings = [str(finding) for finding in check(cache)]
     if rescore and not findings:
-        from lightopd.pipelines.rescore import rescore as again
+        from lightopd.pipelines.caches.rescore import rescore as again
 
         report, agrees = again(cache, signal, rescore, teacher)
         show_report(report)
@@ -178,7 +178,7 @@ def join_(
     Example: lightopd join runs/pairs runs/sft/answers runs/cache --pairs
     """
     from lightopd.config import build
-    from lightopd.pipelines.joining import join
+    from lightopd.pipelines.caches.join import join
     from lightopd.schemas.configs import StageConfig
 
     allowed = build(StageConfig, {"allow": allow or ()}).allow
@@ -194,7 +194,7 @@ def import_(
 
     Example: lightopd import lightning_opd.parquet --cache runs/imported --tokenizer STUDENT
     """
-    from lightopd.pipelines.importing import import_official
+    from lightopd.pipelines.caches.import_official import import_official
 
     show_report(import_official(source, cache, tokenizer))
 

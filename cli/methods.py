@@ -20,8 +20,8 @@ def list_() -> None:
 
     Example: lightopd methods list
     """
-    from lightopd.objectives.methods import list_methods, needs_lines
     from lightopd.pipelines import RECIPES
+    from lightopd.pipelines.methods import list_methods, needs_lines
 
     rows = [
         {"method": method.name, "paper": method.paper, "needs": "; ".join(needs_lines(method.needs))}
@@ -37,8 +37,8 @@ def show(name: Name) -> None:
 
     Example: lightopd methods show lightning_opd
     """
-    from lightopd.objectives.methods import find_method, needs_lines
     from lightopd.pipelines import RECIPES
+    from lightopd.pipelines.methods import find_method, needs_lines
 
     method = find_method(RECIPES / "methods", name)
     typer.echo(f"{method.title} ({method.paper})\n{method.sentence}\n\nneeds:")
@@ -58,10 +58,10 @@ def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder."
     Example: lightopd methods check vopd runs/cache
     """
     from lightopd.cache.store import open_cache
-    from lightopd.objectives.methods import check_method, find_method
-    from lightopd.objectives.validate import cache_facts
+    from lightopd.objectives.preparation.serving import cache_facts
     from lightopd.pipelines import RECIPES
-    from lightopd.pipelines.suggest import suggestion
+    from lightopd.pipelines.methods import check_method, find_method
+    from lightopd.pipelines.shared.suggest import suggestion
 
     method = find_method(RECIPES / "methods", name)
     opened = open_cache(cache)

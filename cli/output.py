@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from lightopd.pipelines.reports import Report
+    from lightopd.pipelines.shared.reports import Report
 
 
 def show_report(report: "Report", as_json: bool = False) -> None:
     """The report on stdout: one JSON line, or aligned lines for people."""
-    from lightopd.training.processes import is_main
+    from lightopd.ranks import is_main
 
     if not is_main():
         return

@@ -207,11 +207,12 @@ def run(
     Example: lightopd run -c run.yaml
     """
     from lightopd.config import load_run
-    from lightopd.pipelines import RECIPES, chain
+    from lightopd.pipelines import RECIPES
+    from lightopd.pipelines import run as pipeline
 
     flags = {"out": out, "teacher": teacher, "student": student, "prompts": prompts, "allow": allow or None}
     loaded = load_run(config or [], sets or [], flags, RECIPES)
-    report = chain.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
+    report = pipeline.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
     show_report(report, as_json)
 
 
@@ -239,7 +240,7 @@ def _run_stage(
 
 
 def _runner(stage: str) -> Callable[..., Any]:
-    from lightopd.pipelines.chain import RUNNERS
+    from lightopd.pipelines.run import RUNNERS
 
     return RUNNERS[stage]
 

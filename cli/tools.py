@@ -29,14 +29,14 @@ def demo(
     Example: lightopd demo tiny --out runs/demo
     """
     from lightopd.errors import ConfigError
-    from lightopd.pipelines import demo_smollm2, demo_tiny
+    from lightopd.pipelines.demos import smollm2, tiny
 
     if name == "tiny":
-        line = demo_tiny.run(
+        line = tiny.run(
             out, engine=engine, seed=seed, from_base=from_base, told=show_report, shown=_show_query
         )
     elif name == "smollm2":
-        line = demo_smollm2.run(out, engine=engine, seed=seed, told=show_report, shown=_show_query)
+        line = smollm2.run(out, engine=engine, seed=seed, told=show_report, shown=_show_query)
     else:
         raise ConfigError(f"no demo {name!r}; the demos are tiny and smollm2")
     typer.echo(line)
@@ -62,7 +62,7 @@ def smollm2(
 
     Example: lightopd smollm2 runs/smollm2 --half runs/smollm2-half
     """
-    from lightopd.smollm2 import convert_gguf, find_smollm2, half_depth_student
+    from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2, half_depth_student
 
     typer.echo(str(convert_gguf(gguf or find_smollm2(), out)))
     if half is not None:

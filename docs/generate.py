@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lightopd.config import describe
-from lightopd.objectives.methods import list_methods, methods_table
 from lightopd.pipelines import RECIPES
+from lightopd.pipelines.methods import list_methods, methods_table
 from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]

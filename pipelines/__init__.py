@@ -4,5 +4,5 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped YAML recipes; `-c NAME` finds them by their path below it."""
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "demos" / "models"
 """Folder of the tiny models of the demo."""

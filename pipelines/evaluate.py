@@ -9,14 +9,13 @@ from typing import Any
 from lightopd import __version__
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
-from lightopd.checks import check_tokenizer
-from lightopd.engines.factory import load_engine
+from lightopd.engines.kinds import load_engine
 from lightopd.errors import ConfigError
-from lightopd.evaluation import accuracy, divergence
-from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
-from lightopd.pipelines.folders import save_config, writing
-from lightopd.pipelines.reports import Report, finished_report, save_report
-from lightopd.pipelines.sampling import (
+from lightopd.lineage.checks import check_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.shared.reports import Report, finished_report, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.sampling import (
     LoadEngine,
     Prepared,
     SamplingJob,
@@ -25,11 +24,12 @@ from lightopd.pipelines.sampling import (
     sample,
     sampling_figures,
 )
-from lightopd.pipelines.sequences import read_sequences
+from lightopd.pipelines.shared.sequences import read_sequences
+from lightopd.prompts.tokens import load_tokenizer, stop_ids
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
 from lightopd.schemas.manifest import SftLineage
-from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.training.measures.evaluation import accuracy, divergence
 
 
 def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:

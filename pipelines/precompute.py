@@ -13,33 +13,34 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import build_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
-from lightopd.checks import check_student, check_teacher, check_tokenizer, precision_note
-from lightopd.contexts import Contexts, check_lengths, describe_context, render_contexts, write_contexts
 from lightopd.engines.base import Engine
-from lightopd.engines.describe import ModelLimits, describe_engine, model_limits, tail_of
-from lightopd.engines.factory import load_engine
+from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
-from lightopd.lineage import fingerprint_model, fingerprint_tokenizer
-from lightopd.pipelines.copying import copy_rollouts
-from lightopd.pipelines.estimate import estimate, own_top_k, support_of
-from lightopd.pipelines.folders import save_config, writing
-from lightopd.pipelines.gap import gap_figures, verdict
-from lightopd.pipelines.overlap import make_and_write
-from lightopd.pipelines.progress import Progress
-from lightopd.pipelines.reports import Report, override_notes, save_report
-from lightopd.pipelines.sampling import LoadEngine
-from lightopd.pipelines.sequences import read_prompts, read_sequences
+from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
+from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
+from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
+from lightopd.pipelines.shared.gap import gap_figures, verdict
+from lightopd.pipelines.shared.overlap import make_and_write
+from lightopd.pipelines.shared.progress import Progress
+from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.sampling import LoadEngine
+from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
+from lightopd.prompts.contexts import render_contexts
+from lightopd.prompts.tokens import load_tokenizer, stop_ids
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
-from lightopd.tokens import load_tokenizer, stop_ids
 
 
 def run(

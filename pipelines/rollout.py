@@ -8,11 +8,18 @@ entropy of every token under the raw distribution, and a reward where the prompt
 
 import time
 
-from lightopd.engines.factory import load_engine
-from lightopd.lineage import declared_teacher, fingerprint_model, read_student_lineage
-from lightopd.pipelines.folders import save_config, writing
-from lightopd.pipelines.reports import Report, override_notes, save_report
-from lightopd.pipelines.sampling import LoadEngine, Prepared, SamplingJob, prepare, sample, sampling_figures
+from lightopd.engines.kinds import load_engine
+from lightopd.lineage.fingerprint import declared_teacher, fingerprint_model, read_student_lineage
+from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.sampling import (
+    LoadEngine,
+    Prepared,
+    SamplingJob,
+    prepare,
+    sample,
+    sampling_figures,
+)
 from lightopd.schemas.configs import RolloutConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage
 

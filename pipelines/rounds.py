@@ -19,13 +19,13 @@ from pydantic import JsonValue
 
 from lightopd.cache.shards import write_atomically
 from lightopd.config import build, merged
-from lightopd.engines.factory import load_engine
+from lightopd.engines.kinds import load_engine
 from lightopd.errors import OutputError
-from lightopd.lineage import fingerprint_model
+from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, train
-from lightopd.pipelines.keeping import KeptEngines
-from lightopd.pipelines.reports import Report, finished_report, save_report
-from lightopd.pipelines.sampling import LoadEngine
+from lightopd.pipelines.shared.engine_pool import KeptEngines
+from lightopd.pipelines.shared.reports import Report, finished_report, save_report
+from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import (
     EvalConfig,
@@ -36,8 +36,8 @@ from lightopd.schemas.configs import (
 )
 from lightopd.schemas.rounds import RoundsConfig
 from lightopd.schemas.run import RunConfig
-from lightopd.training.checkpoint import export_student
-from lightopd.training.recipe import DECIDES_NOTHING
+from lightopd.training.checkpoints.checkpoint import export_student
+from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache
-from lightopd.checks import check_tokenizer
-from lightopd.engines.factory import load_engine
-from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
-from lightopd.pipelines.folders import leave_unless, save_config, writing
-from lightopd.pipelines.reports import Report, save_report
-from lightopd.pipelines.sampling import (
+from lightopd.engines.kinds import load_engine
+from lightopd.lineage.checks import check_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.pipelines.shared.reports import Report, save_report
+from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
+from lightopd.pipelines.shared.sampling import (
     LoadEngine,
     Prepared,
     SamplingJob,
@@ -25,12 +25,12 @@ from lightopd.pipelines.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.schemas.objectives import MLE_OBJECTIVE
-from lightopd.tokens import load_tokenizer, stop_ids
+from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.training.fit import fit
-from lightopd.training.processes import is_main
 
 
 def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:

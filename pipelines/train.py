@@ -12,21 +12,21 @@ import time
 from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, open_cache, signal_names
-from lightopd.checks import check_student, check_teacher, check_tokenizer
-from lightopd.lineage import fingerprint_model, fingerprint_tokenizer, write_student_lineage
-from lightopd.objectives.needs import needs
-from lightopd.objectives.validate import check_cache, teachers_of
-from lightopd.pipelines.folders import leave_unless, save_config, writing
-from lightopd.pipelines.reports import Report, override_notes, save_report
-from lightopd.pipelines.suggest import suggestion
+from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.objectives.preparation.serving import check_cache, teachers_of
+from lightopd.objectives.requirements import needs
+from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
+from lightopd.pipelines.shared.suggest import suggestion
+from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
-from lightopd.tokens import load_tokenizer, stop_ids
-from lightopd.training.accuracy import AccuracyMeter, make_meter
-from lightopd.training.adapters import trained_student
+from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.fit import FitResult, fit
-from lightopd.training.processes import is_main
-from lightopd.training.strategies import check_strategy
+from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
+from lightopd.training.student.adapters import trained_student
 
 log = logging.getLogger(__name__)
 

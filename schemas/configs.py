@@ -12,7 +12,7 @@ from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
-from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 Allowed = Literal[
     "teacher-mismatch",

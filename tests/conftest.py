@@ -1,5 +1,6 @@
 """Shared worlds: tiny models on disk, and a chain of stages run once over them."""
 
+import logging
 import signal
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import save_model, write_prompts
+
+from lightopd.cli.main import main
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -67,3 +70,20 @@ def world(tmp_path_factory):
         load_stage("precompute", [], [], {"cache": root / "cache", "teacher": teacher, "top_k": 4})
     )
     return World(root)
+
+
+@pytest.fixture
+def lightopd(monkeypatch, capsys):
+    """Call the command in this process: exit code, stdout, stderr."""
+    logger = logging.getLogger("lightopd")
+    monkeypatch.setattr(logger, "handlers", [])  # the command's handler goes with the test's stderr
+    monkeypatch.setattr(logger, "propagate", True)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lightopd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call

@@ -11,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightopd.cache.contexts import CONTEXTS, read_contexts
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import marker_path, read_marker, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
-from lightopd.checks import check_student, check_teacher, check_tokenizer
-from lightopd.contexts import CONTEXTS, read_contexts
 from lightopd.errors import CacheError, LineageError
+from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 

@@ -42,7 +42,7 @@ def reference_logprobs(model: ModelConfig, sequences: Sequence[records.Sequence]
     """Log-probabilities of the sequences by transformers in float32; its memory is free again afterwards."""
     if not sequences:
         return []
-    from lightopd.engines.hf import load_hf_engine
+    from lightopd.engines.hf.engine import load_hf_engine
 
     engine = load_hf_engine(HfEngine(), model.model_copy(update={"dtype": "float32"}))
     try:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightopd.schemas.objective_weights import EmaBalance, LengthCurriculum, TurnCurriculum
-from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.schemas.objectives.weights import EmaBalance, LengthCurriculum, TurnCurriculum
 
 
 @dataclass(frozen=True, slots=True)

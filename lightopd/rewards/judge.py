@@ -82,7 +82,7 @@ def _imported(name: str) -> Verifier:
 
 
 def _running_totals(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    from lightopd.tasks import verify
+    from lightopd.rewards.running_totals import verify
 
     return verify(response, answer)
 

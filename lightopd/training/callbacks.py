@@ -14,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
-from lightopd.training.best import is_over, judge
-from lightopd.training.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
-from lightopd.training.metrics import append_metrics
+from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
+from lightopd.training.checkpoints.save_sharded import save_together
+from lightopd.training.distributed.fsdp import gather
+from lightopd.training.measures.best import is_over, judge
+from lightopd.training.measures.metrics_file import append_metrics
 from lightopd.training.module import StudentModule
-from lightopd.training.sharded import gather
-from lightopd.training.shares import AVERAGE
-from lightopd.training.together import save_together
+from lightopd.training.weight_files.tensor_shards import AVERAGE
 
 log = logging.getLogger(__name__)
 

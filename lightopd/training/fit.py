@@ -18,21 +18,19 @@ from transformers import PreTrainedModel
 
 from lightopd.cache.shards import output_error
 from lightopd.cache.store import Cache
-from lightopd.engines.models import check_head, context_length_of
 from lightopd.errors import CacheError, ConfigError, TrainingError
-from lightopd.objectives.needs import needs
-from lightopd.objectives.parts import Needs
+from lightopd.models.head import check_head
+from lightopd.models.load import context_length_of
+from lightopd.objectives.base.part import Needs
+from lightopd.objectives.preparation.serving import check_cache, warnings_of
+from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
-from lightopd.objectives.validate import check_cache, warnings_of
+from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
-from lightopd.schemas.objectives import ObjectiveConfig
-from lightopd.training.accuracy import AccuracyMeter
-from lightopd.training.adapters import load_student
-from lightopd.training.best import is_over
+from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
-from lightopd.training.carry import carried_start, carried_state
-from lightopd.training.checkpoint import (
+from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     best_checkpoint,
     check_same_run,
@@ -41,31 +39,27 @@ from lightopd.training.checkpoint import (
     newest_checkpoint,
     note_exported,
 )
-from lightopd.training.compilation import compile_layers
-from lightopd.training.data import CacheData
-from lightopd.training.experts import check_experts
-from lightopd.training.export import export
-from lightopd.training.held_out import HeldOut, held_out_objective
+from lightopd.training.checkpoints.export import export
+from lightopd.training.checkpoints.run_identity import recipe_of
+from lightopd.training.data.batches import CacheData
+from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
+from lightopd.training.data.shard_store import FirstReading, ShardStore
+from lightopd.training.data.split import Selected, select_rollouts
+from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
+from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.loggers import LogSteps, make_loggers
-from lightopd.training.metrics import keep_metrics, read_metrics
+from lightopd.training.measures.accuracy import AccuracyMeter
+from lightopd.training.measures.best import is_over
+from lightopd.training.measures.held_out import HeldOut, held_out_objective
+from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
-from lightopd.training.packing import check_packing
-from lightopd.training.plan import GIB, check_lengths, make_plan, row_tokens
-from lightopd.training.processes import (
-    as_worker,
-    is_first_rank,
-    is_main,
-    is_worker,
-    must_start,
-    report,
-    start_workers,
-)
-from lightopd.training.recipe import recipe_of
-from lightopd.training.selection import Selected, select_rollouts
-from lightopd.training.shards import FirstReading, ShardStore
-from lightopd.training.strategies import check_strategy
-from lightopd.training.student import prepare_student
+from lightopd.training.student.adapters import load_student
+from lightopd.training.student.compile import compile_layers
+from lightopd.training.student.forward import prepare_student
+from lightopd.training.student.packed_rows import check_packing
+from lightopd.training.student.router_loss import check_experts
 from lightopd.training.trainer import quiet_libraries, run_trainer
+from lightopd.training.warm_start import carried_start, carried_state
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.base import canonical_hash
-from lightopd.training.metrics import read_metrics
+from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.module import StudentModule
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.data import Rows
+from lightopd.training.data.batches import Rows
 
 NAMED_ROLLOUTS = 8
 """Rollouts that an error names one by one."""

@@ -22,20 +22,28 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
-from lightopd.objectives.batch import BatchTotals, StudentTokens
-from lightopd.objectives.callbacks import anchor_of, is_jump_step, jump
-from lightopd.objectives.compose import collect_statistics, compute_loss
-from lightopd.objectives.parts import Needs
+from lightopd.objectives.base.batch import BatchTotals, StudentTokens
+from lightopd.objectives.base.part import Needs
+from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump
+from lightopd.objectives.loss import collect_statistics, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
-from lightopd.schemas.objectives import ObjectiveConfig
-from lightopd.training.accuracy import AVG_AT_K, AccuracyMeter
-from lightopd.training.averaging import WeightAverage
-from lightopd.training.best import Best
-from lightopd.training.checkpoint import load_optimizer
-from lightopd.training.compilation import is_of_compiler, uncompiled
-from lightopd.training.data import Microbatch, Rows, collate, count_totals, index_in_response, show
-from lightopd.training.experts import (
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.training.checkpoints.checkpoint import load_optimizer
+from lightopd.training.data.batches import Microbatch, Rows, collate, count_totals, index_in_response, show
+from lightopd.training.distributed.fsdp import count_broken, shard_student
+from lightopd.training.distributed.strategies import FSDP
+from lightopd.training.measures.accuracy import AVG_AT_K, AccuracyMeter
+from lightopd.training.measures.best import Best
+from lightopd.training.measures.held_out import HeldOut, held_out_loss
+from lightopd.training.measures.metrics_file import global_sums
+from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
+from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from lightopd.training.student.compile import is_of_compiler, uncompiled
+from lightopd.training.student.drift import Sums, drift_metrics, exceeded_limits
+from lightopd.training.student.ema import WeightAverage
+from lightopd.training.student.forward import routed_tokens, routers_of, student_sums, student_tokens
+from lightopd.training.student.router_loss import (
     ROUTER_LOSS,
     Routers,
     StepLoad,
@@ -43,14 +51,6 @@ from lightopd.training.experts import (
     experts_per_token,
     step_load,
 )
-from lightopd.training.held_out import HeldOut, held_out_loss
-from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
-from lightopd.training.metrics import global_sums
-from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from lightopd.training.sharded import count_broken, shard_student
-from lightopd.training.staleness import Sums, drift_metrics, exceeded_limits
-from lightopd.training.strategies import FSDP
-from lightopd.training.student import routed_tokens, routers_of, student_sums, student_tokens
 
 log = logging.getLogger(__name__)
 

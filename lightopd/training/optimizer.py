@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lightopd.schemas.finetune import OptimizerConfig
-from lightopd.training.sharded import whole
+from lightopd.training.distributed.fsdp import whole
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:

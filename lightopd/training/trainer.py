@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import Logger
 
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.callbacks import Interruption
+from lightopd.training.distributed.strategies import environments, make_strategy, refusals_told
 from lightopd.training.module import StudentModule
-from lightopd.training.strategies import environments, make_strategy, refusals_told
 
 
 def run_trainer(

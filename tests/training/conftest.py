@@ -20,7 +20,7 @@ from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
-from lightopd.schemas.objectives import ObjectiveConfig
+from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
 from lightopd.training.fit import fit
 

@@ -1,0 +1,81 @@
+"""The engine that runs a model with transformers in this process."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lightopd.engines.base import Tail, check_prompts, check_sequences
+from lightopd.engines.hf import generate as hf_generate
+from lightopd.engines.hf import score as hf_score
+from lightopd.engines.hf.record import describe_hf
+from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
+from lightopd.models.head import check_head, head_of
+from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
+from lightopd.schemas import records
+from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig
+from lightopd.schemas.manifest import EngineRecord, Precision
+from lightopd.schemas.records import Ids, Sample, Scores
+
+
+class TransformersEngine:
+    """Implements `Engine` with transformers; built by `load_hf_engine`."""
+
+    def __init__(
+        self, loaded: LoadedModel, settings: HfEngine, record: EngineRecord, precision: Precision
+    ) -> None:
+        self.vocabulary_size = len(loaded.head.weight_VD)
+        self.context_length = loaded.context_length
+        self.record = record
+        self.precision = precision
+        self.tail: Tail = "exact"
+        self._loaded: LoadedModel | None = loaded
+        self._settings = settings
+        self._share_prompts = prompts_can_be_shared(loaded)
+
+    def generate(
+        self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
+    ) -> list[Sample]:
+        """Draw responses; see `Engine.generate`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_prompts(prompts, keys, self.vocabulary_size, self.context_length)
+        return hf_generate.generate(
+            self._loaded, prompts, sampling, keys, stop_ids, self._settings.generate_rollouts
+        )
+
+    def score(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> list[Scores]:
+        """Score responses; see `Engine.score`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
+        settings = hf_score.ScoreSettings(
+            top_k, min_probability, self._settings.batch_tokens, self._share_prompts
+        )
+        return hf_score.score(self._loaded, sequences, settings)
+
+    def close(self) -> None:
+        """Free the model's memory, on the device too."""
+        self._loaded = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
+    """Load a model, check that its output layer is understood, and make an engine of it.
+
+    Raises:
+        InputError: the model cannot be read.
+        ConfigError: no such device, or an adapter without peft.
+        EngineError: the model makes its logits in an unknown way.
+    """
+    record, precision = describe_hf(engine, model)
+    device = choose_device(engine.device)
+    loaded = load_model(model, device)
+    check_head(loaded)
+    head = head_of(loaded)
+    if device.type == "cpu":
+        # A CPU multiplies in float32: converted once here, or else for every batch.
+        head = replace(head, weight_VD=head.weight_VD.float())
+    everything = LoadedModel(loaded, head, device, context_length_of(loaded))
+    return TransformersEngine(everything, engine, record, precision)

@@ -1,0 +1,133 @@
+"""Scores responses with transformers: sorted by length, in batches of a token budget, shared prompts once.
+
+N = response positions of a batch, D = hidden size, K = top-k; nats throughout.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightopd.engines.hf.batching import plan_batches
+from lightopd.engines.hf.head_scores import PositionScores, score_positions, score_support, support_ids
+from lightopd.engines.hf.hidden_states import num_inputs, plain_hidden
+from lightopd.engines.hf.memory import memory_advice
+from lightopd.engines.hf.shared_prompts import Group, hidden_of_groups, worthwhile_groups
+from lightopd.errors import EngineError
+from lightopd.models.load import LoadedModel
+from lightopd.schemas import records
+from lightopd.schemas.records import Scores, Support
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSettings:
+    """How to score."""
+
+    top_k: int
+    min_probability: float
+    batch_tokens: int
+    """Padded tokens in one forward pass."""
+    share_prompts: bool
+    """Whether the model allows a prompt to be run once for all its responses."""
+
+
+@torch.inference_mode()
+def score(
+    loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
+) -> list[Scores]:
+    """Scores of every sequence, in the order given.
+
+    Raises:
+        EngineError: NaN or +inf logits, or not enough memory for a batch.
+    """
+    results = [empty_scores()] * len(sequences)
+    filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
+        for indices, hidden_ND in _batches(loaded, sequences, filled, settings):
+            ids_N = np.concatenate([sequences[index].response_ids for index in indices]).astype(np.int64)
+            scores = _score(
+                loaded, hidden_ND, ids_N, [sequences[index].support for index in indices], settings
+            )
+            _check_finite(scores, sequences, indices)
+            for index, part in _split(scores, sequences, indices):
+                results[index] = part
+    return results
+
+
+def _score(
+    loaded: LoadedModel,
+    hidden_ND: Tensor,
+    ids_N: NDArray[np.int64],
+    supports: Sequence[Support | None],
+    settings: ScoreSettings,
+) -> PositionScores:
+    asked_N = torch.from_numpy(ids_N).to(loaded.device)
+    given = [support for support in supports if support is not None]
+    if given:
+        assert len(given) == len(supports), "all sequences of a call have a support, or none has"
+        support_NS = support_ids(given, loaded.device)
+        return score_support(loaded.head, hidden_ND, asked_N, support_NS, settings.top_k)
+    return score_positions(loaded.head, hidden_ND, asked_N, settings.top_k, settings.min_probability)
+
+
+def empty_scores() -> Scores:
+    """Scores of an empty response."""
+    floats, ids = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
+    return Scores(floats, ids, ids, floats, floats)
+
+
+def _batches(
+    loaded: LoadedModel,
+    sequences: Sequence[records.Sequence],
+    indices: Sequence[int],
+    settings: ScoreSettings,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Every sequence once: batches of indices, and hidden states [N, D] that predict their responses."""
+    groups: list[Group] = []
+    alone = list(indices)
+    if settings.share_prompts:
+        groups, alone = worthwhile_groups(sequences, indices)
+    yield from hidden_of_groups(loaded, sequences, groups, settings.batch_tokens)
+    lengths = [num_inputs(sequences[index]) for index in alone]
+    for places in plan_batches(lengths, settings.batch_tokens):
+        members = [alone[place] for place in places]
+        yield members, plain_hidden(loaded, [sequences[index] for index in members])
+
+
+def _check_finite(
+    scores: PositionScores, sequences: Sequence[records.Sequence], indices: Sequence[int]
+) -> None:
+    """NaN and +inf among the logits make the log-probability or the tail NaN."""
+    is_bad_N = np.isnan(scores.logprobs_N) | np.isnan(scores.tail_logprobs_N)
+    if not is_bad_N.any():
+        return
+    place = int(is_bad_N.argmax())
+    for index in indices:
+        length = len(sequences[index].response_ids)
+        if place < length:
+            raise EngineError(
+                f"the logits of sequence {index} at response position {place} are NaN or infinite: the "
+                f"weights are damaged, or the model overflows in its number format; try dtype float32"
+            )
+        place -= length
+
+
+def _split(
+    scores: PositionScores, sequences: Sequence[records.Sequence], indices: Sequence[int]
+) -> Iterator[tuple[int, Scores]]:
+    is_kept_NK = np.arange(scores.topk_ids_NK.shape[1]) < scores.topk_counts_N[:, None]
+    start = 0
+    for index in indices:
+        rows = slice(start, start + len(sequences[index].response_ids))
+        start = rows.stop
+        part = Scores(
+            logprobs=scores.logprobs_N[rows],
+            topk_counts=scores.topk_counts_N[rows],
+            topk_ids=scores.topk_ids_NK[rows][is_kept_NK[rows]],
+            topk_logprobs=scores.topk_logprobs_NK[rows][is_kept_NK[rows]],
+            tail_logprobs=scores.tail_logprobs_N[rows],
+        )
+        yield index, part

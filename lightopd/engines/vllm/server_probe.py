@@ -1,0 +1,206 @@
+"""What a vLLM server must show before it is used, on every address."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
+from lightopd.engines.vllm.server_rows import response_rows
+from lightopd.errors import EngineError, InputError
+from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.models.limits import model_limits
+from lightopd.prompts.tokens import load_tokenizer
+from lightopd.schemas import records
+from lightopd.schemas.configs import ModelConfig, ServerEngine
+from lightopd.schemas.manifest import EngineRecord
+
+log = logging.getLogger(__name__)
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "  two spaces,\ttab\nand\r\nnew lines  ",
+    "na\u00efve \u00c5ngstr\u00f6m \u4f60\u597d \U0001f469\u200d\U0001f680 \u0639\u0631\u0628\u064a",
+    "x = {'a': [1, 2.50], \"b\": None}  # 3*(4-5)/6",
+)
+DECODED_IDS = 512
+"""Ids spread evenly over the vocabulary whose text is tokenised on both sides."""
+PROMPTS, PROMPT_TOKENS = 4, 8
+ALLOWED_NATS, ALLOWED_SHARE = 0.1, 0.05
+"""How far a token's log-probability may differ between drawing and scoring: noise of half precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the servers serve."""
+
+    name: str
+    """Name to ask for."""
+    vocabulary_size: int
+    context_length: int
+    """One less than the server's own limit: scoring asks for one token beyond the sequence."""
+    record: EngineRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One server's own description, or what is common to all."""
+
+    name: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    version: str
+
+    @property
+    def record(self) -> EngineRecord:
+        return EngineRecord(kind="server", version=self.version, settings={"served_model": self.name})
+
+
+async def served_model(pool: ServerPool, engine: ServerEngine) -> Card:
+    """What the servers say they serve; all must say the same.
+
+    Raises:
+        EngineError: a server does not answer, does not serve the model, or they differ.
+    """
+    cards = await asyncio.gather(*(_card(pool, url, engine.model) for url in pool.urls))
+    for url, card in zip(pool.urls, cards, strict=True):
+        if card != cards[0]:
+            raise EngineError(f"the servers differ: {pool.urls[0]} has {cards[0]}, {url} has {card}")
+    return cards[0]
+
+
+async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> Served:
+    """Refuse servers of another model or tokenizer, and those whose log-probabilities are not the raw ones.
+
+    Raises:
+        EngineError: says what the server did and how to start it.
+    """
+    card = await served_model(pool, engine)
+    limits = model_limits(model)
+    _check_card(card, model, limits.context_length)
+    tokenizer = load_tokenizer(model)
+    for url in pool.urls:
+        await _check_tokenizer(pool, url, card.name, tokenizer)
+        await _check_raw(pool, url, card.name, min(limits.vocabulary_size, len(tokenizer)))
+    return Served(card.name, limits.vocabulary_size, card.max_model_len - 1, card.record)
+
+
+async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
+    """Refuse servers that give fewer log-probabilities than are asked for; silent ones are passed over.
+
+    Raises:
+        EngineError: names the server.
+    """
+    pair = records.Sequence(np.zeros(1, np.int32), np.zeros(1, np.int32))
+    for url in pool.urls:
+        try:
+            asked = {"temperature": 0.0, "prompt_logprobs": top_k}
+            choice = await _complete(pool, url, name, [0, 0], asked)
+            response_rows("a pair of tokens", choice.get("prompt_logprobs"), pair, top_k)
+        except NoAnswerError:
+            log.warning("%s does not answer; the other servers take its work", url)
+        except EngineError as error:
+            raise EngineError(
+                f"{url} does not give {top_k} log-probabilities ({error}); start it with --max-logprobs "
+                f"{top_k} or more, or lower top_k"
+            ) from error
+
+
+async def _card(pool: ServerPool, url: str, name: str | None) -> Card:
+    version, models = await asyncio.gather(pool.get(url, "/version"), pool.get(url, "/v1/models"))
+    cards = {card["id"]: card for card in models.get("data", ())}
+    if name is None and len(cards) != 1:
+        raise EngineError(f"{url} serves {', '.join(cards) or 'nothing'}; name one in engine.model")
+    card = next(iter(cards.values())) if name is None else cards.get(name)
+    if card is None:
+        raise EngineError(f"{url} serves {', '.join(cards) or 'nothing'} and no {name}; correct engine.model")
+    if not isinstance(card.get("max_model_len"), int):
+        raise EngineError(f"{url} does not say how long its context is; it is no vLLM server")
+    return Card(
+        card["id"], card.get("root") or "", card.get("parent"), card["max_model_len"], version["version"]
+    )
+
+
+def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
+    if (card.parent is None) != (model.adapter is None):
+        served, given = (
+            "no adapter" if each is None else "an adapter" for each in (card.parent, model.adapter)
+        )
+        raise EngineError(
+            f"the server's {card.name} is {served}, the model given has {given}; correct engine.model or the "
+            f"adapter"
+        )
+    if card.max_model_len > context_length + 1:
+        raise EngineError(
+            f"the server's {card.name} has a context of {card.max_model_len} tokens, {model.path} has "
+            f"{context_length}: it serves another model, or another setting of its positions"
+        )
+    if model.adapter is not None or not (Path(card.root) / "config.json").is_file():
+        log.warning("%s: whether its weights are those of %s cannot be seen from here", card.name, model.path)
+        return
+    try:
+        found = fingerprint_model(ModelConfig(path=card.root))
+    except InputError as error:
+        raise EngineError(
+            f"the server's {card.name} lies in {card.root}, which cannot be read: {error}"
+        ) from error
+    if found.identity != fingerprint_model(model).identity:
+        raise EngineError(
+            f"the server's {card.name} lies in {card.root} and is another model than {model.path}"
+        )
+
+
+async def _check_tokenizer(pool: ServerPool, url: str, name: str, tokenizer: Any) -> None:
+    spread = np.unique(np.linspace(0, len(tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
+    decoded = tokenizer.decode(spread, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for text in (*TEXTS, decoded):
+        body = {"model": name, "prompt": text, "add_special_tokens": False}
+        found = (await pool.post("/tokenize", body, url)).get("tokens")
+        if found != tokenizer.encode(text, add_special_tokens=False):
+            raise EngineError(
+                f"{url} has another tokenizer: it reads {text[:40]!r} as {str(found)[:60]}; serve the model "
+                f"with its own tokenizer"
+            )
+
+
+async def _check_raw(pool: ServerPool, url: str, name: str, vocabulary_size: int) -> None:
+    """A drawn token's log-probability must be the one that scoring gives it.
+
+    It is drawn among one candidate and at another temperature: a server that reports log-probabilities
+    after temperature and truncation says 0. Random ids are also what no tokenizer would make of any text, so
+    a server that decodes and encodes them shows itself.
+    """
+    drawing = {"temperature": 0.5, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "logprobs": 0, "ignore_eos": True}
+    random = np.random.default_rng(0)
+    drawn, scored = [], []
+    for _ in range(PROMPTS):
+        ids = random.integers(0, vocabulary_size, PROMPT_TOKENS).tolist()
+        choice = await _complete(pool, url, name, ids, drawing)
+        token = choice["token_ids"][0]
+        drawn.append(choice["logprobs"]["token_logprobs"][0])
+        choice = await _complete(pool, url, name, [*ids, token], {"temperature": 0.0, "prompt_logprobs": 0})
+        scored.append(choice["prompt_logprobs"][-1][str(token)]["logprob"])
+    difference, size = abs(np.mean(drawn) - np.mean(scored)), abs(np.mean(scored))
+    if not difference <= ALLOWED_NATS + ALLOWED_SHARE * size:
+        raise EngineError(
+            f"{url} reports log-probabilities after temperature and truncation (mean {np.mean(drawn):.3f} "
+            f"nats where scoring gives {np.mean(scored):.3f}); start it with --logprobs-mode raw_logprobs"
+        )
+
+
+async def _complete(
+    pool: ServerPool, url: str, name: str, ids: list[int], settings: dict[str, Any]
+) -> dict[str, Any]:
+    body = {"model": name, "prompt": ids, "max_tokens": 1, "return_token_ids": True, **settings}
+    answer = await pool.post("/v1/completions", {**body, "add_special_tokens": False}, url)
+    choice: dict[str, Any] = (answer.get("choices") or [{}])[0]
+    if choice.get("prompt_token_ids") != ids or not choice.get("token_ids"):
+        raise EngineError(
+            f"{url} does not return the token ids that it was sent: it tokenises anew, or is no vLLM that "
+            f"knows return_token_ids"
+        )
+    return choice

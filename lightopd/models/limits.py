@@ -1,0 +1,69 @@
+"""What can be said of a model before it is loaded: its sizes and its precision."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightopd.errors import InputError
+from lightopd.lineage.fingerprint import model_folder, read_json
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.manifest import Precision
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """Sizes that decide what a model can read and answer."""
+
+    vocabulary_size: int
+    """Width of the output layer."""
+    context_length: int
+    """Most tokens in prompt and response together."""
+
+
+def model_limits(model: ModelConfig) -> ModelLimits:
+    """Vocabulary and context of a model, from its `config.json`.
+
+    Raises:
+        InputError: no such model, or its config names neither.
+    """
+    config = _text_config(model)
+    context = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    vocabulary = config.get("vocab_size")
+    if not isinstance(vocabulary, int) or context is None:
+        raise InputError(f"{model.path}/config.json names no vocab_size or no context length; add them")
+    return ModelLimits(vocabulary, context)
+
+
+def precision_of(model: ModelConfig) -> Precision:
+    """Number format and quantisation of a model as it will be run; `auto` is what its config stores."""
+    config = _text_config(model)
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    quantization = config.get("quantization_config") or {}
+    return Precision(
+        dtype=stored if model.dtype == "auto" else model.dtype, quantization=quantization.get("quant_method")
+    )
+
+
+def _text_config(model: ModelConfig) -> dict[str, Any]:
+    folder = model_folder(model).path
+    config = read_json(folder / "config.json")
+    text = {**config, **(config.get("text_config") or {})}
+    if "vocab_size" in text and any(key in text for key in CONTEXT_KEYS):
+        return text
+    # Some files, Gemma 3's among them, name only what differs from the defaults of their class.
+    return {**_class_defaults(folder, model.trust_remote_code), **text}
+
+
+def _class_defaults(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return {}
+    defaults: dict[str, Any] = config.get_text_config(decoder=True).to_dict()
+    return defaults

@@ -1,0 +1,136 @@
+"""What a part is: a plain function, and a declaration of what it reads.
+
+R = rollouts, N = their response tokens laid end to end, K = support, M = K + 1 outcomes (support, then tail).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.schemas.objectives.objective import TermConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an objective needs from the cache and from the trainer."""
+
+    signals: tuple[str, ...] = ()
+    """Cached signals to load: log-probabilities of the sampled tokens, and tails."""
+    topk: tuple[str, ...] = ()
+    """Those whose top-k must be loaded too."""
+    supports: tuple[str, ...] = ()
+    """Those on whose top-k the live student is evaluated."""
+    columns: tuple[str, ...] = ()
+    """Columns that not every cache has, see `Column` in the config."""
+    groups: bool = False
+    """Prompts need two rollouts or more."""
+    prepared: bool = False
+    """`prepare` must run over the whole cache before the first step."""
+    statistics: bool = False
+    """Every step needs a pass without gradient that collects `statistics`."""
+    together: bool = False
+    """All rollouts of a prompt must lie in one micro-batch."""
+    state: bool = False
+    """The objective has a state that `advance` moves after each step and that checkpoints hold."""
+    answers: tuple[Path, ...] = ()
+    """Caches of the teacher's own answers, for the column `teacher_reward`."""
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(**{field.name: _union(self, other, field.name) for field in fields(self)})
+
+
+def _union(left: Needs, right: Needs, name: str) -> Any:
+    one, two = getattr(left, name), getattr(right, name)
+    return one or two if isinstance(one, bool) else tuple(dict.fromkeys((*one, *two)))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Teacher and student over one support and its tail; both are 0 where an outcome does not exist."""
+
+    teacher_NM: Tensor
+    """Log-probabilities, the tail last; not normalised after an extrapolation."""
+    student_NM: Tensor
+    """Log-probabilities of the live student; differentiable."""
+    is_real_NM: Tensor
+    """bool, False at padding and where nothing is outside the support."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A term's teacher after router and extrapolation."""
+
+    logprobs_N: Tensor
+    """Of the sampled token; not normalised after an extrapolation."""
+    topk_ids_NK: Tensor
+    """int64, -1 at padding; K is 0 where no part needs it."""
+    topk_logprobs_NK: Tensor
+    """As cached, before any extrapolation."""
+    outcomes: Outcomes | None
+    """None where no part needs the student on the support."""
+    strength_N: Tensor | None
+    """Strength of the extrapolation, None without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a part sees of a micro-batch."""
+
+    term: TermConfig
+    batch: RolloutBatch
+    student: StudentTokens
+    teacher: Teacher | None
+    """None where no part of the term reads a teacher."""
+
+    def taught(self) -> Teacher:
+        """The teacher, which the part has declared to need."""
+        assert self.teacher is not None, f"term {self.term.name} has a part that does not declare its signal"
+        return self.teacher
+
+    def outcomes(self) -> Outcomes:
+        """Teacher and student on the support, which the part has declared to need."""
+        outcomes = self.taught().outcomes
+        assert outcomes is not None, f"term {self.term.name} has a part that does not declare its support"
+        return outcomes
+
+    def ref_logprobs_N(self) -> Tensor:
+        """Log-probabilities of the sampled tokens under the student at rollout."""
+        assert self.batch.ref_logprobs_N is not None, "a part does not declare the column ref_logprobs"
+        return self.batch.ref_logprobs_N
+
+    def prepared_N(self, name: str) -> Tensor:
+        """A column of `prepare`, spread over the tokens."""
+        return self.batch.prepared_R[f"{self.term.name}/{name}"][self.batch.row_N]
+
+
+NeedsOf = Callable[[Any, Any], Needs]
+"""(config of the part, its term, None for a selection) -> what it needs."""
+
+
+def needs_nothing(config: object, term: object) -> Needs:
+    """The part reads the live student and nothing else."""
+    return Needs()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the algebra."""
+
+    function: Callable[..., Any] | None
+    """What runs on every micro-batch; None where `prepare` has done all."""
+    student: Literal["now", "rollout", "none"]
+    """Which student it reads: the live one, the one that sampled, or none."""
+    needs: NeedsOf = needs_nothing
+    """What it reads beyond the live student's log-probability of the sampled token."""
+    column: Callable[..., Any] | None = None
+    """(config, term, table, is_seen_R) -> a column over the whole cache, made by `prepare`."""
+    measures: Callable[..., Any] | None = None
+    """(config, term) -> what `column` needs per rollout: name -> function of a `CacheView`."""
+    check: Callable[..., list[str]] | None = None
+    """(config, term, table) -> lines for the report; raises where the cache cannot serve the part."""
+    statistics: Callable[..., Any] | None = None
+    """(config, scene) -> (sum, weight), collected over the whole optimiser step before the loss."""

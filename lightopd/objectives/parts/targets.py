@@ -1,0 +1,146 @@
+"""Targets: what is computed at each token, before weights and reduction.
+
+N = tokens, R = rollouts, P = pairs of rollouts; nats.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lightopd.errors import ConfigError, TrainingError
+from lightopd.objectives.base.divergences import divergence
+from lightopd.objectives.base.part import Needs, Scene
+from lightopd.objectives.base.segments import rollout_sums
+from lightopd.objectives.base.teacher import needs_teacher
+from lightopd.schemas.objectives.objective import TermConfig
+from lightopd.schemas.objectives.targets import (
+    CustomTarget,
+    DivergenceTarget,
+    EstimatorTarget,
+    LogRatioTarget,
+    MleTarget,
+    PreferenceTarget,
+    RewardTarget,
+)
+
+
+def log_ratio(config: LogRatioTarget, scene: Scene) -> Tensor:
+    """Advantage log T - log s of the sampled token, [N], detached.
+
+    Source: arXiv 2604.13010, section 3; for an extrapolated T, 2602.12125, eq. 14 with the sign of the code.
+    """
+    is_live = config.student == "now"
+    student_N = scene.student.logprobs_N.detach() if is_live else scene.ref_logprobs_N()
+    return scene.taught().logprobs_N - student_N
+
+
+def needs_log_ratio(config: LogRatioTarget, term: TermConfig) -> Needs:
+    """The teacher, and the student at rollout when the advantage is frozen."""
+    frozen = Needs(columns=("ref_logprobs",)) if config.student == "rollout" else Needs()
+    return needs_teacher(config, term) | frozen
+
+
+def reward(config: RewardTarget, scene: Scene) -> Tensor:
+    """The group-normalised reward of the rollout at each of its tokens, [N]."""
+    return scene.prepared_N("reward")
+
+
+def mle(config: MleTarget, scene: Scene) -> Tensor:
+    """Negative log-likelihood of the sampled token, [N]."""
+    return -scene.student.logprobs_N
+
+
+def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
+    """k2 = (log T - log s)^2 / 2 or k3 = T/s - 1 - log(T/s) of the sampled token, [N].
+
+    Source: arXiv 2606.08432 (k3 with the log-ratio held below 20).
+    """
+    gap_N = scene.taught().logprobs_N - scene.student.logprobs_N
+    if config.estimator == "k2":
+        return gap_N.square() / 2
+    gap_N = gap_N.clamp(max=config.max_log_ratio)
+    return gap_N.expm1() - gap_N
+
+
+def divergence_target(config: DivergenceTarget, scene: Scene) -> Tensor:
+    """Divergence between teacher and student over the support, [N]."""
+    return divergence(config, scene.outcomes())
+
+
+def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
+    """-log sigmoid(beta * margin) of the pair each rollout belongs to, [R].
+
+    margin = (log s - log reference of the teacher's answer) - (the same of the student's own), as sums over
+    trained tokens. Both rollouts of a pair carry the pair's loss, so a mean over rollouts is one over pairs.
+
+    Raises:
+        TrainingError: a rollout's partner is not in the micro-batch.
+
+    Source: arXiv 2604.03873, eqs. 3-5.
+    """
+    reference_N = scene.batch.signals[config.reference].logprobs_N
+    gain_R = rollout_sums(scene.student.logprobs_N - reference_N, scene.batch)
+    sign_R = scene.batch.prepared_R[f"{scene.term.name}/preferred"]
+    groups_P, pair_R = torch.unique(scene.batch.groups_R, return_inverse=True)
+    members_P = torch.bincount(pair_R, minlength=len(groups_P))
+    surplus_P = sign_R.new_zeros(len(groups_P)).index_add(0, pair_R, sign_R)
+    if bool((surplus_P != 0).any()):
+        lonely = scene.batch.rollout_ids[int((surplus_P[pair_R] != 0).nonzero()[0])]
+        raise TrainingError(
+            f"rollout {lonely} has no partner in its micro-batch; a preference needs both answers to a "
+            f"prompt together: raise micro_batch_tokens until a pair fits"
+        )
+    total_P = gain_R.new_zeros(len(groups_P)).index_add(0, pair_R, sign_R.to(gain_R.dtype) * gain_R)
+    margin_P = total_P / (members_P / 2)  # a batch that straddles two epochs can hold a pair twice
+    return -logsigmoid(config.beta * margin_P)[pair_R]
+
+
+def needs_preference(config: PreferenceTarget, term: TermConfig) -> Needs:
+    """The warm-up model's scores, and both rollouts of a pair in one micro-batch."""
+    return Needs(signals=(config.reference,), groups=True, prepared=True, together=True)
+
+
+def custom(config: CustomTarget, scene: Scene) -> Tensor:
+    """The loss of each token by a function of the user's, [N].
+
+    Raises:
+        ConfigError: the function does not exist, or does not return one value for each token.
+    """
+    loss_N = load_custom(config)(scene.batch, scene.student, dict(config.options))
+    if not isinstance(loss_N, Tensor) or loss_N.shape != scene.student.logprobs_N.shape:
+        found = tuple(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+        wanted = tuple(scene.student.logprobs_N.shape)
+        raise ConfigError(
+            f"{config.import_path} must return a tensor {wanted}, one loss a token; found {found}"
+        )
+    return loss_N
+
+
+def load_custom(config: CustomTarget) -> Callable[..., object]:
+    """The user's function.
+
+    Raises:
+        ConfigError: its module or it does not exist.
+    """
+    module, _, name = config.import_path.partition(":")
+    try:
+        function: Callable[..., object] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"import_path {config.import_path} cannot be loaded ({error}); check the name, and that the "
+            f"module can be imported from here"
+        ) from error
+    return function
+
+
+def needs_custom(config: CustomTarget, term: TermConfig) -> Needs:
+    """What the recipe says that the function reads."""
+    return Needs(
+        signals=(*config.signals, *config.supports),
+        topk=config.supports,
+        supports=config.supports,
+        columns=config.columns,
+    )

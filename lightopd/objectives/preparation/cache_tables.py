@@ -1,0 +1,86 @@
+"""A cache on disk as what `prepare` and the validator read of it, shard by shard.
+
+R = rollouts, N = their response tokens laid end to end; numpy.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
+from lightopd.cache.shards import shard_path
+from lightopd.cache.store import Cache, open_cache, rollouts_folder
+from lightopd.errors import CacheError
+from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.rollout_table import CacheView
+from lightopd.schemas.cache import ROLLOUTS
+
+
+def cache_views(
+    cache: Cache, wanted: Needs, shards: Iterable[ShardColumns] | None = None
+) -> Iterator[CacheView]:
+    """One view per shard, in order; rows in the order of the shard.
+
+    Args:
+        cache: complete, with the signals that `wanted` names.
+        wanted: what the objective needs.
+        shards: all shards in order, with the columns that `wanted` names; None reads them.
+
+    Raises:
+        CacheError: a shard is missing or damaged, or a top-k log-probability is not a number.
+    """
+    teacher = mean_rewards(wanted.answers)
+    if shards is None:
+        shards = (read_shard_columns(cache, n, wanted.signals, topk=wanted.topk) for n in cache.shards)
+    for shard, columns in zip(cache.shards, shards, strict=True):
+        _check_topk(columns, shard)
+        prompts = columns.prompt_ids_by_user
+        scores_R = np.array([teacher.get(prompt, np.nan) for prompt in prompts], np.float32)
+        yield CacheView(
+            rollout_ids=columns.rollout_ids,
+            groups_R=np.array([group_number(prompt) for prompt in prompts], np.int64),
+            rewards_R=columns.rewards_R,
+            origins=columns.origins,
+            domains=columns.domains,
+            offsets=columns.offsets,
+            is_trained_N=columns.loss_mask_N,
+            ref_logprobs_N=columns.logprobs_N,
+            logprobs_N={name: signal.logprobs_N for name, signal in columns.signals.items()},
+            teacher_rewards_R=scores_R if wanted.answers else None,
+        )
+
+
+def _check_topk(columns: ShardColumns, shard: int) -> None:
+    for name, signal in columns.signals.items():
+        for values in (signal.topk_logprobs_C, signal.tail_logprobs_N):
+            # A NaN or +inf anywhere shows in the largest value, which never needs an array of its own size.
+            if values is not None and len(values) and not values.max() < 1:
+                raise CacheError(
+                    f"signal {name}, shard {shard}: a top-k or tail log-probability is {values.max()}; run "
+                    f"`lightopd verify` to find the rollout, and score this cache again"
+                )
+
+
+@lru_cache(maxsize=4096)
+def group_number(prompt_id: str) -> int:
+    """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1
+
+
+def mean_rewards(answers: tuple[Path, ...]) -> Mapping[str, float]:
+    """Mean reward of each prompt over caches of answers; prompts without a reward are left out."""
+    sums: dict[str, list[float]] = {}
+    for path in answers:
+        cache = open_cache(path, signals=())
+        for shard in cache.shards:
+            file = shard_path(rollouts_folder(cache.path), shard)
+            table = read_columns(file, ROLLOUTS, ["prompt_id", "reward"])
+            rewards: NDArray[np.float64] = table.column("reward").to_numpy().astype(np.float64)
+            for prompt, reward in zip(table.column("prompt_id").to_pylist(), rewards, strict=True):
+                if np.isfinite(reward):
+                    sums.setdefault(prompt, []).append(float(reward))
+    return {prompt: float(np.mean(rewards)) for prompt, rewards in sums.items()}

@@ -1,0 +1,163 @@
+"""Whether a cache can serve an objective, said before the first step, with the command that mends it.
+
+What a config alone can contradict is refused where it is loaded (`schemas/objectives/objective.py`); what
+only the values of the cache can tell (NaN, missing rewards, single rollouts) is refused by `prepare`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+
+from lightopd.cache.reader import read_columns
+from lightopd.cache.shards import shard_path
+from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.errors import CacheError
+from lightopd.objectives.base.part import Needs
+from lightopd.objectives.parts.targets import load_custom
+from lightopd.objectives.requirements import needs
+from lightopd.schemas.cache import ROLLOUTS
+from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
+from lightopd.schemas.objectives.targets import ConstantExtrapolation, CustomTarget, LogRatioTarget
+from lightopd.schemas.objectives.weights import DriftFadeWeight
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """What a cache has."""
+
+    path: str
+    """For the commands in messages."""
+    signals: Mapping[str, int]
+    """Signal name to the number of top-k entries it was scored with."""
+    columns: frozenset[str]
+    """Columns that not every cache has, and this one has."""
+
+
+COLUMN_SOURCES = {
+    "ref_logprobs": ("logprobs", "log-probabilities of the student at rollout", "`lightopd rollout`"),
+    "ref_entropies": ("entropies", "entropies of the student at rollout", "`lightopd rollout --engine hf`"),
+    "reward": ("reward", "rewards", "prompts with an `answer`, then `lightopd rollout`"),
+    "domain": ("domain", "domain tags", "prompts with a `domain`, then `lightopd rollout`"),
+    "turns": ("turns", "rollouts of several assistant turns", "an import of multi-turn rollouts"),
+}
+"""Column -> its name on disk, what it is, and what makes it."""
+
+
+CONTEXT_SIGNALS = ("privileged", "negative")
+"""Names that the recipes give to signals whose model saw another prompt than the student."""
+
+
+def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
+    """What the cache has of the columns that `wanted` names, and all its signals."""
+    signals = {name: signal.manifest.top_k for name, signal in cache.signals.items()}
+    there = {name for name in wanted.columns if name in COLUMN_SOURCES and _has(cache, name)}
+    if cache.manifest.origin == "mixed":
+        there -= {"ref_logprobs", "ref_entropies"}  # the teacher's rows have none
+    if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
+        there.add("teacher_reward")
+    return CacheFacts(str(cache.path), signals, frozenset(there))
+
+
+def _has(cache: Cache, name: str) -> bool:
+    column = COLUMN_SOURCES[name][0]
+    for shard in cache.shards:
+        values = read_columns(shard_path(rollouts_folder(cache.path), shard), ROLLOUTS, [column]).column(
+            column
+        )
+        if name == "turns":
+            if (pc.max(pc.list_flatten(values)).as_py() or 0) > 0:
+                return True
+        elif values.null_count < len(values):
+            return True
+    return False
+
+
+def check_cache(config: ObjectiveConfig, cache: Cache) -> None:
+    """Refuse a cache that lacks what the objective reads.
+
+    Raises:
+        CacheError: one line that names everything missing, each with the command that adds it.
+        ConfigError: a function of the user's own cannot be imported.
+    """
+    for term in config.terms:
+        if isinstance(term.target, CustomTarget):
+            load_custom(term.target)
+    lines = missing(config, cache_facts(cache, needs(config)))
+    if lines:
+        raise CacheError(f"{cache.path} cannot serve this objective: {'; '.join(lines)}")
+
+
+def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
+    """What the cache lacks, one line each with the command that adds it; empty when it can serve."""
+    wanted = needs(config)
+    lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
+    for name in wanted.columns:
+        if name in facts.columns:
+            continue
+        if name == "teacher_reward":
+            folders = ", ".join(str(path) for path in wanted.answers)
+            lines.append(
+                f"no graded answers of the teacher in {folders}; make them: lightopd rollout --student "
+                f"TEACHER --cache {folders}"
+            )
+            continue
+        _, what, source = COLUMN_SOURCES[name]
+        lines.append(f"it has no {what}; they come from {source}")
+    return lines
+
+
+def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> str | None:
+    size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
+    if name in facts.signals and facts.signals[name] >= size:
+        return None
+    role = "" if name in teachers_of(config) else " --set role=reference"
+    if name in CONTEXT_SIGNALS:
+        role += " --context privileged --prompts PROMPTS"
+    command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
+    top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
+    if name not in facts.signals:
+        there = ", ".join(f"{known} (top {k})" for known, k in facts.signals.items()) or "none"
+        return f"no signal {name} (there: {there}); add it: {command.format(name)}{top_k}"
+    return (
+        f"signal {name} has {facts.signals[name]} top-k entries and {size} or more are needed; score it "
+        f"under another name and set that name in the objective: {command.format(name + '_topk')}{top_k}"
+    )
+
+
+def _top_k(name: str, config: ObjectiveConfig, wanted: Needs) -> int:
+    """Entries that a part compares by number; other parts take any support."""
+    fades = [
+        part
+        for term in config.terms
+        for part in term.token_weights
+        if isinstance(part, DriftFadeWeight) and part.bad == "overlap"
+    ]
+    return max((part.top_k for part in fades if name in wanted.topk), default=0)
+
+
+def teachers_of(config: ObjectiveConfig) -> set[str]:
+    """Signals that teach, in any term; what is left of the needed signals are references.
+
+    A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
+    """
+    routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
+    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
+
+
+def warnings_of(config: ObjectiveConfig) -> list[str]:
+    """What is allowed but deserves a line before training."""
+    return [line for term in config.terms for line in _term_warnings(term)]
+
+
+def _term_warnings(term: TermConfig) -> list[str]:
+    lines = []
+    extrapolates = isinstance(term.extrapolate, ConstantExtrapolation) and term.extrapolate.factor != 1
+    if extrapolates and isinstance(term.target, LogRatioTarget) and term.baseline is None:
+        lines.append(
+            f"term {term.name}: a factor other than 1 without a baseline leaves a constant advantage at the "
+            f"optimum, which moves an offline student past it; add baseline: expected"
+        )
+    if isinstance(term.target, LogRatioTarget) and term.target.student == "rollout":
+        lines.append(f"term {term.name}: a frozen advantage is not stationary at the teacher; keep steps few")
+    return lines

@@ -1,0 +1,352 @@
+"""Checkpoints: a Hugging Face folder with the optimiser's state and the run's identity beside the weights.
+
+`checkpoints/step-000050/` is complete or not there: it is written under a dot name, flushed and renamed.
+It can be loaded as a model like any other; a run that goes on from it is the same run, bit by bit.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lightopd.cache.shards import output_error, write_atomically
+from lightopd.errors import OutputError, TrainingError
+from lightopd.files import flush
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.manifest import STUDENT_LINEAGE
+from lightopd.training.distributed.fsdp import Gathered, moments_of
+from lightopd.training.measures.best import Best
+from lightopd.training.student.adapters import save_student
+from lightopd.training.student.ema import AVERAGE_FILE
+from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, OPTIMIZER, StoredSet
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
+ANCHOR_FILE = "jump_anchor.safetensors"
+EXPORTED_FILE = "exported.txt"
+"""Beside `checkpoints/`: name of the one that the student of a finished run was made of."""
+NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE, MODEL, OPTIMIZER, AVERAGE)
+FOLDER_NAME = re.compile(r"step-(\d{6,})")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
+
+
+class TrainerState(StrictModel):
+    """`trainer_state.json`: which run a checkpoint belongs to, and where it stands."""
+
+    schema_version: int = 1
+    """Layout version of the checkpoint folder."""
+    step: int
+    """Optimiser steps done."""
+    recipe: dict[str, JsonValue]
+    """What decides the weights: cache content, student, objective, optimiser, batch and order."""
+    objective: dict[str, JsonValue] = Field({})
+    """State of the objective: curriculum and running means."""
+    is_stale: bool = False
+    """Training ended here because the cache had gone stale."""
+    best: Best | None = None
+    """The best measurement so far, where the best student is exported in place of the last."""
+    sizes_bytes: dict[str, int] = Field({})
+    """Size of every other file of the folder; a folder that lacks one is not whole."""
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    student: ModelConfig,
+    state: TrainerState,
+    *,
+    anchor: Mapping[str, Tensor] | None = None,
+    average: Mapping[str, Tensor] | None = None,
+    gathered: Gathered | None = None,
+) -> Path:
+    """Write `folder/step-NNNNNN` whole or not at all, and return it.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        model: the student; its weights are stored in the number format they are trained in.
+        optimizer: over the parameters of `model`.
+        student: where tokenizer and generation settings are copied from.
+        state: step and identity of the run.
+        anchor: weights that the next jump starts from, where the objective jumps.
+        average: averaged weights, where an average is kept.
+        gathered: whole tensors of a sharded `model`, its `optimizer` and `average`.
+
+    Raises:
+        OutputError: no space or no permission; older checkpoints are untouched.
+    """
+    part, final = checkpoint_folders(folder, state.step)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        copy_companions(student, part)
+        save_student(model, part, gathered.weights if gathered else None)
+        moments = gathered.moments if gathered else _optimizer_tensors(model, optimizer)
+        save_file(moments, part / OPTIMIZER_FILE)
+        if anchor is not None:
+            save_file(_on_host(anchor), part / ANCHOR_FILE)
+        if average:
+            save_file(_on_host(gathered.average if gathered else average), part / AVERAGE_FILE)
+        complete_checkpoint(part, final, state)
+    except OSError as error:
+        raise output_error(error, final, size_bytes(model)) from error
+    except SafetensorError as error:
+        raise OutputError(
+            f"cannot write checkpoint {final} ({error}); earlier checkpoints are kept: free space, run again"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return final
+
+
+def checkpoint_folders(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint of the run's `checkpoints/` is written, and where it lies once it is whole."""
+    final = checkpoint_path(folder, step)
+    return folder / f".{final.name}.tmp", final
+
+
+def complete_checkpoint(part: Path, final: Path, state: TrainerState) -> None:
+    """Write the state beside what lies in `part`, flush everything, and give the folder its name.
+
+    Raises:
+        OSError: no space or no permission; `final` is untouched, or gone where it was written before.
+    """
+    _write_state(part, state)
+    for file in part.rglob("*"):
+        flush(file)
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    flush(final.parent)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The whole checkpoint with the most steps, and its state; None when there is none.
+
+    A folder that is not whole is named in a warning and passed over.
+    """
+    for path in reversed(_checkpoints(folder)):
+        state = _whole_state(path)
+        if state is not None:
+            return path, state
+        log.warning("checkpoint %s is not whole and is passed over", path)
+    return None
+
+
+def best_checkpoint(folder: Path, state: TrainerState, metric: str) -> tuple[Path, TrainerState]:
+    """The best checkpoint of a run, which its newest one names.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        state: of the newest checkpoint.
+        metric: what the best is wanted by.
+
+    Raises:
+        TrainingError: the run did not choose by this metric, or the best checkpoint is gone or not whole.
+    """
+    if state.best is None or state.best.metric != metric:
+        chosen = "its last step" if state.best is None else state.best.metric
+        raise TrainingError(
+            f"the run in {folder.parent} ended at step {state.step} and kept its student by {chosen}, not by "
+            f"{metric}; set best back, set steps to more, or choose another out folder"
+        )
+    path = checkpoint_path(folder, state.best.step)
+    found = _whole_state(path)
+    if found is None:
+        raise TrainingError(
+            f"checkpoint {path}, the best of the run, is gone or not whole; leave best out to export the "
+            f"student of step {state.step}, or set steps to more and choose among those"
+        )
+    return path, found
+
+
+def note_exported(folder: Path, checkpoint: Path) -> None:
+    """Write down which checkpoint the run's student was made of."""
+    write_atomically(folder.parent / EXPORTED_FILE, (checkpoint.name + "\n").encode())
+
+
+def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The checkpoint that the run's student was made of; None where none is whole, or the run is not done."""
+    file = folder.parent / EXPORTED_FILE
+    if not file.is_file():
+        return None
+    path = folder / file.read_text(encoding="utf-8").strip()
+    state = _whole_state(path)
+    return None if state is None else (path, state)
+
+
+def known_best(folder: Path, state: TrainerState) -> Best | None:
+    """The best so far, to go on from; none, with a warning, where its checkpoint is gone or not whole."""
+    if state.best is None or _whole_state(checkpoint_path(folder, state.best.step)) is not None:
+        return state.best
+    log.warning(
+        "checkpoint %s, the best so far (%s %.4g), is gone or not whole: the best is chosen among the steps "
+        "from here on",
+        checkpoint_path(folder, state.best.step),
+        state.best.metric,
+        state.best.value,
+    )
+    return None
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return folder / f"step-{step:06d}"
+
+
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, and what a killed run left half written."""
+    best = None if best_step is None else checkpoint_path(folder, best_step)
+    old = [path for path in _checkpoints(folder)[:-keep] if path != best]
+    for path in [*folder.glob(".step-*.tmp"), *old]:
+        shutil.rmtree(path)
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give a new optimiser the state in a checkpoint; of a sharded model, a process reads its own rows."""
+    stored = StoredSet(path, OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" in stored:
+            optimizer.state[parameter] = {
+                "step": stored.whole(f"step/{name}"),
+                "exp_avg": stored.like(f"exp_avg/{name}", parameter),
+                "exp_avg_sq": stored.like(f"exp_avg_sq/{name}", parameter),
+            }
+
+
+def load_anchor(path: Path) -> dict[str, Tensor] | None:
+    """The weights that jumps start from; None in a checkpoint without them."""
+    file = path / ANCHOR_FILE
+    return load_file(file) if file.is_file() else None
+
+
+def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        TrainingError: names every setting that differs, with both values.
+    """
+    names = sorted({*state.recipe, *recipe})
+    differences = [
+        f"{name} is {_short(recipe.get(name))}, there it was {_short(state.recipe.get(name))}"
+        for name in names
+        if state.recipe.get(name) != recipe.get(name)
+    ]
+    if differences:
+        raise TrainingError(
+            f"checkpoint {path} belongs to another run: {'; '.join(differences)}; "
+            "set these back, or choose another out folder"
+        )
+
+
+def export_student(
+    checkpoint: Path, student: Path, write_weights: Callable[[Path], None] | None = None
+) -> None:
+    """Copy a checkpoint's model to `student`, replacing what is there, whole or not at all.
+
+    Args:
+        checkpoint: a model's folder, or one with its weights in shares.
+        student: the folder to make.
+        write_weights: writes the weights into a folder, where those of the checkpoint are stored in shares.
+
+    Raises:
+        OutputError: no space or no permission; the checkpoint is untouched.
+    """
+    part, old = (student.with_name(f".{student.name}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        ignored = shutil.ignore_patterns(*NOT_EXPORTED)
+        shutil.copytree(checkpoint, part, ignore=ignored, copy_function=_copy)
+        if write_weights is not None:
+            write_weights(part)
+        for file in part.rglob("*"):
+            flush(file)
+        if student.exists():
+            student.rename(old)
+        part.rename(student)
+        flush(student.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _copy(source: str, target: str) -> str:
+    """For `shutil.copytree`, which would gather failures of the disk into a list without their numbers."""
+    try:
+        return shutil.copy2(source, target)
+    except OSError as error:
+        raise output_error(error, Path(target), Path(source).stat().st_size) from error
+
+
+def copy_companions(student: ModelConfig, folder: Path) -> None:
+    """Copy what lies beside config and weights: tokenizer, chat template, generation settings."""
+    source = Path(student.path).expanduser()
+    if not source.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(student.path, revision=student.revision)
+        tokenizer.save_pretrained(folder)
+        return
+    for file in sorted(source.iterdir()):
+        is_hidden = file.name.startswith(".")
+        if file.is_file() and not is_hidden and file.name not in NOT_COPIED:
+            if not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+        elif file.name == "additional_chat_templates":
+            shutil.copytree(file, folder / file.name, copy_function=_copy)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return _on_host(moments_of(model, optimizer))
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_state(part: Path, state: TrainerState) -> None:
+    sizes = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
+    whole = state.model_copy(update={"sizes_bytes": sizes})
+    text = json.dumps(whole.model_dump(mode="json"), indent=2, sort_keys=True)
+    (part / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _whole_state(path: Path) -> TrainerState | None:
+    try:
+        state = TrainerState.model_validate_json((path / STATE_FILE).read_bytes())
+        is_whole = all((path / name).stat().st_size == size for name, size in state.sizes_bytes.items())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return state if is_whole else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [(FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    numbered = [(int(match.group(1)), path) for match, path in found if match]
+    return [path for _, path in sorted(numbered)]
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Trained weights and the two moments of Adam."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,282 @@
+"""The cache as the trainer reads it: checked once, indexed, and held in bounded memory."""
+
+# P = trainable rollouts of the cache, S = shards, R = rollouts of one shard
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lightopd.cache.reader import ShardColumns, read_shard_columns
+from lightopd.cache.shards import shard_path
+from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.errors import CacheError
+from lightopd.objectives.preparation.cache_tables import group_number
+from lightopd.objectives.preparation.prepare import Prepared
+from lightopd.schemas.manifest import ShardMarker
+from lightopd.training.data.plan import CacheIndex
+
+Stamp = tuple[int, int]
+"""Of a file: size in bytes and time of last change in nanoseconds."""
+
+Stamps = dict[Path, Stamp]
+
+Files = dict[Path, tuple[pa.Buffer, Stamp]]
+"""Bytes of a shard's files."""
+
+IndexPart = tuple[NDArray[Any], ...]
+"""Of one shard, [R] each: shard, row, prompt tokens, response tokens, trained tokens, group."""
+
+ROLLOUT_BYTES = 512
+"""Generous share of a rollout's strings and per-rollout values in memory."""
+
+
+def index_cache(
+    cache: Cache,
+    signals: Sequence[str],
+    topk: Sequence[str],
+    prepared: Prepared | None = None,
+    parts: Sequence[IndexPart] | None = None,
+) -> CacheIndex:
+    """Find out where every trainable rollout lies and how long it is.
+
+    Args:
+        cache: complete.
+        signals: names of the signals that will be read.
+        topk: those whose top-k will be read as well.
+        prepared: which rollouts the objective selects, and its columns; None for all, without columns.
+        parts: of all shards, in order, from `index_shard`; None reads the rollouts for them.
+
+    Raises:
+        CacheError: a rollout has an empty prompt; the message names file and row.
+    """
+    if parts is None:
+        parts = [index_shard(cache, shard, read_shard_columns(cache, shard)) for shard in cache.shards]
+    shard_P, row_P, prompts_P, responses_P, trained_P, groups_P = (
+        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
+        for column in range(6)
+    )
+    has_tokens_P = trained_P > 0
+    is_kept_P = has_tokens_P if prepared is None else has_tokens_P & prepared.keep_R
+    bytes_S = np.zeros(max(cache.shards, default=-1) + 1, dtype=np.int64)
+    np.add.at(bytes_S, shard_P, _bytes_of(cache, signals, topk, prompts_P, responses_P))
+    return CacheIndex(
+        shard_P=shard_P[is_kept_P],
+        row_P=row_P[is_kept_P],
+        prompts_P=prompts_P[is_kept_P],
+        responses_P=responses_P[is_kept_P],
+        trained_P=trained_P[is_kept_P],
+        groups_P=groups_P[is_kept_P].astype(np.int64),
+        bytes_S=bytes_S,
+        num_left_out=int((~has_tokens_P).sum()),
+        columns={} if prepared is None else {n: c[is_kept_P] for n, c in prepared.columns.items()},
+    )
+
+
+def index_shard(cache: Cache, shard: int, columns: ShardColumns) -> IndexPart:
+    """A shard's part of the index.
+
+    Raises:
+        CacheError: a rollout has an empty prompt; the message names file and row.
+    """
+    prompts_R = np.diff(columns.prompt_offsets)
+    if (prompts_R == 0).any():
+        raise CacheError(
+            f"{shard_path(rollouts_folder(cache.path), shard)} row {int((prompts_R == 0).argmax())}: the "
+            "prompt is empty, so nothing predicts the first response token; roll out again with prompts of "
+            "at least one token"
+        )
+    trained_R = np.diff(
+        np.concatenate([[0], np.cumsum(columns.loss_mask_N, dtype=np.int64)])[columns.offsets]
+    )
+    rows_R = np.arange(len(prompts_R))
+    counts = (np.full(len(rows_R), shard), rows_R, prompts_R, np.diff(columns.offsets), trained_R)
+    groups = [group_number(prompt) for prompt in columns.prompt_ids_by_user]
+    return *(count_R.astype(np.int32) for count_R in counts), np.array(groups, dtype=np.int64)
+
+
+@dataclass(slots=True)
+class FirstReading:
+    """Every shard once, before the first step; all stay in memory where the whole cache fits.
+
+    Iterating gives the shards in order. The bytes that are decoded are those whose SHA-256 was compared.
+    """
+
+    cache: Cache
+    """Complete."""
+    signals: tuple[str, ...]
+    topk: tuple[str, ...]
+    """Signals whose top-k is read as well."""
+    limit_bytes: int
+    """Most bytes held."""
+    stamps: Stamps = field(default_factory=dict)
+    """Of the files as they were read."""
+    parts: list[IndexPart] = field(default_factory=list)
+    """Of the index, complete after the reading."""
+    _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
+
+    def __iter__(self) -> Iterator[ShardColumns]:
+        """Read the shards.
+
+        Raises:
+            CacheError: a file is missing or not the one that its marker speaks of, or a prompt is empty.
+        """
+        size_bytes = 0
+        for shard, files in _read_ahead(self.cache, self.signals):
+            self.stamps |= {path: stamp for path, (_, stamp) in files.items()}
+            contents = {path: content for path, (content, _) in files.items()}
+            columns = read_shard_columns(self.cache, shard, self.signals, topk=self.topk, contents=contents)
+            part = index_shard(self.cache, shard, columns)
+            self.parts.append(part)
+            size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
+            if size_bytes > self.limit_bytes:
+                self._held.clear()
+            else:
+                self._held[shard] = columns
+            yield columns
+
+    def store(self, index: CacheIndex) -> "ShardStore":
+        """The shards for training, after the reading."""
+        return ShardStore(
+            self.cache, self.signals, self.topk, self.stamps, index.bytes_S, self.limit_bytes, self._held
+        )
+
+
+@dataclass(slots=True)
+class ShardStore:
+    """Decoded shards, the most recently used ones, within a limit of memory."""
+
+    cache: Cache
+    signals: tuple[str, ...]
+    topk: tuple[str, ...]
+    """Signals whose top-k is read as well."""
+    stamps: Stamps
+    """Of the files when they were checked."""
+    bytes_S: NDArray[np.int64]
+    """Size that a shard counts with."""
+    limit_bytes: int
+    """Most bytes held; a single shard may be larger."""
+    _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
+
+    def shard(self, number: int) -> ShardColumns:
+        """A shard's columns, from memory or from disk.
+
+        Raises:
+            CacheError: the file has changed since training began, or is damaged.
+        """
+        if number in self._held:
+            self._held.move_to_end(number)
+            return self._held[number]
+        while self._held and self._held_bytes() + self.bytes_S[number] > self.limit_bytes:
+            self._held.popitem(last=False)
+        self._held[number] = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
+        return self._held[number]
+
+    def changed(self) -> list[Path]:
+        """Files that are no longer those that were read before the first step."""
+        return [path for path, stamp in self.stamps.items() if not path.exists() or _stamp(path) != stamp]
+
+    def _held_bytes(self) -> int:
+        return int(sum(self.bytes_S[number] for number in self._held))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader process that is not a fork gets no decoded shards sent; it reads its own."""
+        return ShardStore, (
+            self.cache,
+            self.signals,
+            self.topk,
+            self.stamps,
+            self.bytes_S,
+            self.limit_bytes,
+        )
+
+
+def _read_unchanged(
+    cache: Cache, shard: int, signals: tuple[str, ...], topk: tuple[str, ...], stamps: Stamps
+) -> ShardColumns:
+    for path in _files(cache, shard, signals):
+        found = _stamp(path) if path.exists() else None
+        if found != stamps[path]:
+            raise CacheError(
+                f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
+                f"{cache.path}`, and start again from the last checkpoint"
+            )
+    return read_shard_columns(cache, shard, signals, topk=topk)
+
+
+def _read_ahead(cache: Cache, signals: Sequence[str]) -> Iterator[tuple[int, Files]]:
+    """Each shard and its files; while one is decoded, the next is read and checked."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        ahead: deque[tuple[int, Future[Files]]] = deque()
+        for shard in cache.shards:
+            ahead.append((shard, pool.submit(_checked_files, cache, shard, signals)))
+            if len(ahead) > 1:
+                before, files = ahead.popleft()
+                yield before, files.result()
+        for last, files in ahead:
+            yield last, files.result()
+
+
+def _checked_files(cache: Cache, shard: int, signals: Sequence[str]) -> Files:
+    markers = (cache.markers, *(cache.signals[name].markers for name in signals))
+    return {
+        path: _checked_content(path, of_shards[shard])
+        for path, of_shards in zip(_files(cache, shard, signals), markers, strict=True)
+    }
+
+
+def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, Stamp]:
+    """The bytes of a file that its marker speaks of, and the file's stamp."""
+    try:
+        stamp = _stamp(path)
+        with pa.OSFile(str(path)) as file:
+            content = file.read_buffer()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CacheError(f"{path} cannot be read ({reason}); copy the cache again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != marker.sha256:
+        raise CacheError(
+            f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; copy the file again "
+            "from where it was made, or delete it with its marker and run the stage that made it again"
+        )
+    return content, stamp
+
+
+def _files(cache: Cache, shard: int, signals: Sequence[str]) -> tuple[Path, ...]:
+    """Of a shard: its rollouts, then its signals."""
+    folders = (rollouts_folder(cache.path), *(signal_folder(cache.path, name) for name in signals))
+    return tuple(shard_path(folder, shard) for folder in folders)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _bytes_of(
+    cache: Cache,
+    signals: Sequence[str],
+    topk: Sequence[str],
+    prompts_R: NDArray[np.integer],
+    responses_R: NDArray[np.integer],
+) -> NDArray[np.int64]:
+    """What each rollout counts with in memory."""
+    per_token = _bytes_per_token(cache, signals, topk)
+    size_R: NDArray[np.int64] = 4 * prompts_R + per_token * responses_R.astype(np.int64) + ROLLOUT_BYTES
+    return size_R
+
+
+def _bytes_per_token(cache: Cache, signals: Sequence[str], topk: Sequence[str]) -> int:
+    """Bytes of a response token in `ShardColumns`, had every position its full top-k."""
+    rollout = 4 + 1 + 4 + 4 + 4
+    tails = 4 + 8
+    wide: list[int] = [tails + 8 * cache.signals[name].manifest.top_k for name in topk]
+    return rollout + 4 * len(signals) + sum(wide)

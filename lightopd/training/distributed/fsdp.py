@@ -1,0 +1,114 @@
+"""Fully sharded training (FSDP2): every device keeps a share of weights, gradients and moments.
+
+A decoder layer is gathered when it runs and freed again. What lies around the layers (embedding, final norm,
+output head) is one group that stays gathered from the forward to the end of the backward pass, because the
+loss reads the head's weight after the model has run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lightopd.models.head import decoder_output
+
+FORWARD = "sharded_decoder_output"
+"""Method of a sharded student that gathers its outer group and runs its decoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What is trained of a sharded student, whole, on the host of the first rank; empty on the others."""
+
+    weights: dict[str, Tensor]
+    """By the names of the model's parameters."""
+    moments: dict[str, Tensor]
+    """State of the optimiser, `key/parameter`."""
+    average: dict[str, Tensor]
+    """Averaged weights, by the names of the parameters."""
+
+
+def shard_student(student: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard a student in place over the ranks of a one-dimensional mesh."""
+    kinds = tuple(student._no_split_modules or ())
+    for module in student.modules():
+        if type(module).__name__ in kinds:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(student, mesh=mesh, reshard_after_forward=False)
+    setattr(student, FORWARD, MethodType(decoder_output, student))
+    register_fsdp_forward_method(student, FORWARD)
+
+
+def output_of(student: PreTrainedModel, **inputs: Any) -> Any:
+    """`decoder_output`, after which the weight of the output head is whole on every rank."""
+    if not isinstance(student, FSDPModule):
+        return decoder_output(student, **inputs)
+    return getattr(student, FORWARD)(**inputs)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that the ranks share in parts; every rank must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights_of(student: PreTrainedModel) -> dict[str, Tensor]:
+    """What is stored of a student, by the names of its state, where it lies; tied weights once."""
+    ignored = student._keys_to_ignore_on_save or ()
+    names: dict[Tensor, str] = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if name not in ignored:
+            names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in names.items()}
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimiser over a model's parameters, `key/parameter`, where it lies."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def count_broken(student: nn.Module) -> Tensor:
+    """How many trained parameters, or this rank's shares of them, hold a number that is not finite."""
+    trained = [parameter.detach() for parameter in student.parameters() if parameter.requires_grad]
+    shares = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in trained]
+    return torch.stack([~share.isfinite().all() for share in shares]).sum()
+
+
+def gather(
+    student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
+) -> Gathered | None:
+    """Collect what is trained of a sharded student; None when it is not sharded.
+
+    It suits an adapter, which is small. All ranks must call.
+
+    Args:
+        student: the same on every rank.
+        optimizer: over its trained parameters.
+        average: averaged weights, sharded like the student; empty where none are kept.
+        keep: whether this rank keeps what it gathers.
+    """
+    if not isinstance(student, FSDPModule):
+        return None
+    student.reshard()  # a pass without gradient leaves the outer group gathered
+    trained = {name: tensor for name, tensor in student.named_parameters() if tensor.requires_grad}
+    weights, moments, averaged = (
+        {name: _on_host(tensor, keep=keep) for name, tensor in tensors.items()}
+        for tensors in (trained, moments_of(student, optimizer), average)
+    )
+    return Gathered(weights, moments, averaged) if keep else Gathered({}, {}, {})
+
+
+def _on_host(tensor: Tensor, *, keep: bool) -> Tensor:
+    full = whole(tensor.detach())
+    return full.cpu().contiguous() if keep else full.new_empty(0)

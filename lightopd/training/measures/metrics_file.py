@@ -1,0 +1,92 @@
+"""A step's numbers: exact means over the global batch, and the file that keeps them.
+
+`metrics.csv` has one row per step. A resumed run first drops the rows after its checkpoint, so that no step
+stands there twice and the file is the same as that of an undisturbed run.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightopd.errors import OutputError
+from lightopd.training.student.drift import Sums
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def global_sums(sums: Sequence[Sums], reduce: Reduce) -> dict[str, tuple[float, float]]:
+    """(sum, weight) of every metric over all micro-batches of all ranks, added up in float64.
+
+    Args:
+        sums: one dict of (sum, weight) per micro-batch of this rank; every rank has the same names.
+        reduce: adds a tensor up over the ranks; called once.
+    """
+    names = sorted({name for one in sums for name in one})
+    totals = [torch.stack([_total(sums, name, side) for side in (0, 1)]) for name in names]
+    flat = reduce(torch.stack(totals)).tolist()
+    return {name: (total, weight) for name, (total, weight) in zip(names, flat, strict=True)}
+
+
+def _total(sums: Sequence[Sums], name: str, side: int) -> Tensor:
+    return torch.stack([one[name][side].detach().double() for one in sums if name in one]).sum()
+
+
+def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Add one row, in one write; the first row also writes the header.
+
+    A run may go on with a measurement more or less than it began with: what was not measured is NaN.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        is_new = not path.exists() or path.stat().st_size == 0
+        columns = list(metrics) if is_new else _columns_with(path, metrics)
+        header = ",".join(columns) + "\n" if is_new else ""
+        row = ",".join(repr(metrics.get(name, math.nan)) for name in columns)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{header}{row}\n")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; free space and run again") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole rows of a metrics file, in order; none when there is no file."""
+    lines = list(csv.reader(_whole_lines(path))) if path.exists() else []
+    return [dict(zip(lines[0], map(float, row), strict=True)) for row in lines[1:]]
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drop the rows after step `step`, and a row that a killed run left half written."""
+    if not path.exists():
+        return
+    header, *rows = _whole_lines(path) or [""]
+    kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
+    _rewrite(path, [header, *kept] if kept else [])
+
+
+def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
+    """The file's columns, once those of `names` that it lacks have been added."""
+    with path.open(encoding="utf-8") as file:
+        columns = file.readline().rstrip("\n").split(",")
+    new = [name for name in names if name not in columns]
+    if new:
+        header, *rows = (line.rstrip("\n") for line in _whole_lines(path))
+        lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
+        _rewrite(path, [f"{line}\n" for line in lines])
+    return columns + new
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,122 @@
+"""The student's forward pass over a micro-batch: from token ids to what an objective reads."""
+
+# B = rows of a micro-batch, T = their padded length, N = response tokens, D = hidden size
+# K = widest support of a signal, M = ids asked per position, S = supports
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightopd.kernels.selected_logprobs import selected_logprobs
+from lightopd.models.head import Head, head_of
+from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.training.data.batches import Microbatch
+from lightopd.training.distributed.fsdp import output_of
+from lightopd.training.student.drift import Sums, drift_sums
+from lightopd.training.student.packed_rows import decoder_inputs
+from lightopd.training.student.router_loss import Routers
+
+
+def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Put a loaded student into the state it is trained in.
+
+    Dropout is switched off: w and the advantage compare this student with log-probabilities that were
+    measured without it.
+    """
+    student.train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    if gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
+    """What the student says now about every response token, with gradients."""
+    output = output_of(student, use_cache=False, **decoder_inputs(student, batch))
+    return _read(student, output, batch, supports)
+
+
+def routed_tokens(
+    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]
+) -> tuple[StudentTokens, Routers]:
+    """`student_tokens`, and the logits of the routers that the tokens passed."""
+    output = _routed_output(student, batch)
+    return _read(student, output, batch, supports), output.router_logits
+
+
+def routers_of(student: PreTrainedModel, batch: Microbatch) -> Routers:
+    """The routers' logits alone, without a look at the output layer."""
+    routers: Routers = _routed_output(student, batch).router_logits
+    return routers
+
+
+def _routed_output(student: PreTrainedModel, batch: Microbatch) -> Any:
+    return output_of(student, use_cache=False, output_router_logits=True, **decoder_inputs(student, batch))
+
+
+def _read(student: PreTrainedModel, output: Any, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
+    hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
+    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
+
+
+def evaluate_tokens(
+    hidden_ND: Tensor, head: Head, rollouts: RolloutBatch, supports: Sequence[str]
+) -> StudentTokens:
+    """Log-probabilities of sampled tokens and of the supports' tokens, and the mass outside each support.
+
+    Args:
+        hidden_ND: last hidden state before each response token, any float dtype.
+        head: the student's output layer.
+        rollouts: the cached side.
+        supports: names of the signals whose top-k is asked for.
+    """
+    blocks = [rollouts.ids_N[:, None], *(rollouts.signals[name].topk_ids_NK for name in supports)]
+    widths = [block.shape[1] for block in blocks]
+    ids_NM = torch.cat(blocks, dim=1)
+    selected = selected_logprobs(
+        hidden_ND,
+        _like_hidden(head.weight_VD, hidden_ND),
+        ids_NM,
+        member_NSM=_members(ids_NM, widths),
+        bias_V=head.bias_V,
+        softcap=head.softcap,
+        temperature=head.temperature,
+    )
+    sampled_N1, *on_supports = torch.split(selected.logprobs_NM, widths, dim=1)
+    return StudentTokens(
+        logprobs_N=sampled_N1.squeeze(1),
+        entropies_N=selected.entropy_N,
+        topk_logprobs_NK=dict(zip(supports, on_supports, strict=True)),
+        tail_logprobs_N=dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True)),
+    )
+
+
+def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> Sums:
+    """The student's entropy and its drift from the one at rollout, as sums over the trained tokens."""
+    mask_N = rollouts.is_trained_N.double()
+    sums: Sums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
+    if rollouts.ref_logprobs_N is not None:
+        sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.is_trained_N)
+    return sums
+
+
+def _members(ids_NM: Tensor, widths: Sequence[int]) -> Tensor | None:
+    """bool [N, S, M]: the columns that belong to each support; None when there is none."""
+    if len(widths) == 1:
+        return None
+    block_M = torch.repeat_interleave(torch.tensor(widths)).to(ids_NM.device)
+    support_S1 = torch.arange(1, len(widths), device=ids_NM.device)[:, None]
+    return (block_M == support_S1).expand(len(ids_NM), -1, -1)
+
+
+def _like_hidden(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:
+    """The head in the hidden states' format on a GPU, where half-precision products are much faster."""
+    return weight_VD.to(hidden_ND.dtype) if hidden_ND.is_cuda else weight_VD

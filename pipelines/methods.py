@@ -1,0 +1,115 @@
+"""The recipes as methods: listed, shown, and checked against a cache.
+
+A recipe is a part of a train config with three comments at its top: `Title (paper)`, one sentence, and
+the path of its page.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightopd.config import build, read_yaml
+from lightopd.errors import ConfigError
+from lightopd.objectives.base.part import Needs
+from lightopd.objectives.parts.registry import PARTS
+from lightopd.objectives.preparation.serving import CacheFacts, missing, warnings_of
+from lightopd.objectives.requirements import needs, parts_of
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A recipe."""
+
+    name: str
+    """File name without suffix; `lightopd train -c methods/NAME` uses it."""
+    title: str
+    paper: str
+    sentence: str
+    """What it does."""
+    page: str
+    """Path of its page, from the repository's root."""
+    path: Path
+    settings: dict[str, Any]
+    """The whole recipe, as written."""
+    objective: ObjectiveConfig
+    needs: Needs
+
+
+def list_methods(folder: Path) -> tuple[Method, ...]:
+    """Every recipe in a folder, sorted by name.
+
+    Raises:
+        ConfigError: a recipe that is broken, or has no title, sentence and page at its top.
+    """
+    return tuple(read_method(path) for path in sorted(folder.glob("*.yaml")))
+
+
+def find_method(folder: Path, name: str) -> Method:
+    """The recipe of that name.
+
+    Raises:
+        ConfigError: there is none, or it is broken.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ConfigError(f"no method {name}; there are: {known}")
+    return read_method(path)
+
+
+def read_method(path: Path) -> Method:
+    """Read one recipe file; see `list_methods`."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:3]
+    head = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    if len(head) != 3 or not head[0].endswith(")") or not head[2].endswith(".md"):
+        raise ConfigError(f"{path}: begin with three comments: title (paper), one sentence, path of the page")
+    title, _, paper = head[0].removesuffix(")").partition(" (")
+    settings = read_yaml(str(path))
+    objective = build(ObjectiveConfig, settings.get("objective", {}))
+    return Method(path.stem, title, paper, head[1], head[2], path, settings, objective, needs(objective))
+
+
+def needs_lines(wanted: Needs) -> list[str]:
+    """What a method needs, in words, one line each."""
+    lines = [
+        f"signal {name}" + (" with top-k" if name in wanted.topk else " on the sampled tokens")
+        for name in wanted.signals
+    ]
+    lines += [f"column {name}" for name in wanted.columns]
+    lines += ["several rollouts of each prompt"] * wanted.groups
+    lines += ["a pass over the cache before the first step"] * wanted.prepared
+    lines += ["a second forward pass at each step"] * wanted.statistics
+    return lines or ["nothing beyond the rollouts"]
+
+
+def reads_lines(objective: ObjectiveConfig) -> list[str]:
+    """Which student each part reads, one line for each of the two: now, and at rollout."""
+    parts = [part for term in objective.terms for part in parts_of(term)] + list(objective.select)
+    lines = []
+    for student, words in (("now", "the student now"), ("rollout", "the student at rollout")):
+        kinds = dict.fromkeys(part.kind for part in parts if _reads(part) == student)
+        lines += [f"{words}: {', '.join(kinds)}"] if kinds else []
+    return lines
+
+
+def _reads(part: Any) -> str:
+    return str(getattr(part, "student", PARTS[type(part)].student))
+
+
+def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str]]:
+    """What the cache lacks for a method, and warnings; both empty when it can serve it."""
+    return missing(method.objective, facts), warnings_of(method.objective)
+
+
+def methods_table(methods: tuple[Method, ...]) -> str:
+    """The methods as a Markdown table, for the README."""
+    rows = ["| method | paper | what it does | needs |", "|---|---|---|---|"]
+    for method in methods:
+        signals = ", ".join(
+            name + (" (top-k)" if name in method.needs.topk else "") for name in method.needs.signals
+        )
+        columns = ", ".join(method.needs.columns)
+        wanted = "; ".join(part for part in (signals, columns) if part) or "rollouts only"
+        rows.append(f"| [{method.name}]({method.page}) | {method.paper} | {method.sentence} | {wanted} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,107 @@
+"""The whole chain from one run file: sft, rollout, precompute, train, and evaluations around it.
+
+    lightopd run -c run.yaml
+
+What is finished and made under the same settings is not made again; a stage that was stopped goes on. With a
+`rounds` section rollout, precompute and train are repeated.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightopd.config import build
+from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
+from lightopd.pipelines.shared.reports import Report, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.schemas.run import STAGES, RunConfig
+
+RUNNERS: dict[str, Callable[..., Report]] = {
+    "sft": sft.run,
+    "rollout": rollout.run,
+    "precompute": precompute.run,
+    "train": train.run,
+    "eval": evaluate.run,
+}
+"""What runs each stage; one entry for each of `lightopd.schemas.run.STAGES`."""
+
+NEEDS = {"rollout": "sft", "precompute": "rollout", "train": "precompute", "eval_before": "sft"}
+NEEDS |= {"eval_after": "train"}
+"""The step whose output a step reads."""
+
+
+def run(
+    config: RunConfig,
+    *,
+    dry_run: bool = False,
+    told: Callable[[Report], None] = lambda _: None,
+    before_training: Callable[[], None] = lambda: None,
+) -> Report:
+    """Run every stage of the chain in order; `told` hears each stage's report.
+
+    With `dry_run` each stage says what it would do, as far as what it reads is there.
+    """
+    started_s = time.monotonic()
+    if dry_run:
+        return _plan(config, told)
+    with writing(config.out):
+        save_config(config, "run", config.out, only_first=True)
+        reports = {}
+        for name, stage, settings in config.chain():
+            if config.rounds and stage in ("precompute", "train"):
+                continue  # rounds take them together with rollout
+            if config.rounds and stage == "rollout":
+                reports["rounds"] = rounds.run(config, told=told)
+                told(reports["rounds"])
+                continue
+            if stage == "train":
+                before_training()
+            reports[name] = RUNNERS[stage](build(STAGES[stage], settings))
+            told(reports[name])
+        report = Report("run", str(config.out), _summary(reports), seconds=time.monotonic() - started_s)
+        save_config(config, "run", config.out)
+        save_report(report, config.out)
+    return report
+
+
+def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
+    """Each step's dry run, where the step that it reads from is finished; else what it waits for."""
+    steps = {name: (stage, settings) for name, stage, settings in config.chain()}
+    ready = []
+    for name, (stage, settings) in steps.items():
+        if config.rounds and stage in ("precompute", "train"):
+            continue
+        needed = NEEDS.get(name)
+        if needed not in steps or _is_finished(needed, steps[needed][1]):
+            told(RUNNERS[stage](build(STAGES[stage], settings), dry_run=True))
+            ready.append(name)
+        else:
+            told(Report(name, _folder_of(name, settings), {}, notes=(f"dry run: waits for {needed}",)))
+        if config.rounds and stage == "rollout":
+            told(rounds.plan(config))
+    note = f"dry run: nothing was written; {len(ready)} steps can start now: {', '.join(ready)}"
+    return Report("run", str(config.out), {"steps": len(steps)}, notes=(note,))
+
+
+def _is_finished(name: str, settings: dict[str, Any]) -> bool:
+    """Whether the step has left its report; whether its settings are still the same is found when it runs."""
+    folder = Path(_folder_of(name, settings))
+    if name == "precompute":
+        folder = folder / "signals" / str(settings.get("signal", "teacher"))
+    return (folder / f"{name}.report.json").is_file()
+
+
+def _folder_of(name: str, settings: dict[str, Any]) -> str:
+    return str(settings["cache" if name in ("rollout", "precompute") else "out"])
+
+
+def _summary(reports: dict[str, Report]) -> dict[str, Any]:
+    """Accuracies and divergences before and after, and the seconds of every stage."""
+    figures: dict[str, Any] = {}
+    for name, report in reports.items():
+        figures[f"{name}_seconds"] = round(report.seconds, 2)
+        for key in ("avg_at_k", "reverse_kl_nats", "gap_nats"):
+            if key in report.figures:
+                figures[f"{name}_{key}"] = report.figures[key]
+    return figures

@@ -1,0 +1,197 @@
+"""Sampling into a cache: shared by rollout, the teacher's half of sft, and evaluation.
+
+Prompts are rendered to ids once; shards of whole prompt groups are sampled, judged and written one by
+one. A shard that is there and valid is never sampled again, so a stopped run goes on where it was.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightopd import __version__
+from lightopd.cache.index import build_index, query
+from lightopd.cache.shards import valid_shard, write_shard
+from lightopd.cache.store import Cache, create_cache, open_cache
+from lightopd.cache.tables import rollout_id, rollouts_to_table
+from lightopd.engines.base import Engine
+from lightopd.engines.kinds import describe_engine
+from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.shared.progress import Progress
+from lightopd.prompts.render import render_prompts
+from lightopd.prompts.tokens import prompt_text, response_text
+from lightopd.rewards.judge import judge
+from lightopd.schemas.base import canonical_hash
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
+from lightopd.schemas.manifest import CacheManifest, ModelFingerprint, Override, SftLineage
+from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
+
+log = logging.getLogger(__name__)
+
+LoadEngine = Callable[[EngineConfig, ModelConfig], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingJob:
+    """Everything that decides what is sampled and where it goes."""
+
+    stage: str
+    cache: Path
+    origin: Literal["student", "teacher"]
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    engine: EngineConfig
+    sft: SftLineage
+    shard_rollouts: int
+    keep_text: bool = True
+    overrides: tuple[Override, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job with its prompts rendered and its manifest made; nothing is loaded on a device yet."""
+
+    job: SamplingJob
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Ids]
+    tokenizer: Any
+    stops: tuple[int, ...]
+    sampler: ModelFingerprint
+    manifest: CacheManifest
+
+    @property
+    def prompts_per_shard(self) -> int:
+        """Groups of one prompt stay together in a shard."""
+        return max(1, self.job.shard_rollouts // self.job.sampling.n)
+
+
+def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepared:
+    """Load and render the prompts, fingerprint model and tokenizer, and write down the contract.
+
+    Raises:
+        InputError: unusable prompts, or a prompt that leaves no room for a response.
+    """
+    rendered = render_prompts(job.prompts, job.model)
+    prompts, prompt_ids = rendered.prompts, rendered.prompt_ids
+    pairs = zip(prompts, prompt_ids, strict=True)
+    sampler = sampler or fingerprint_model(job.model)
+    engine, precision = describe_engine(job.engine, job.model)
+    per_shard = max(1, job.shard_rollouts // job.sampling.n)
+    manifest = CacheManifest(
+        schema_version=SCHEMA_VERSION,
+        lightopd_version=__version__,
+        origin=job.origin,
+        sampler=sampler,
+        precision=precision,
+        sft=job.sft,
+        tokenizer=fingerprint_tokenizer(rendered.tokenizer, rendered.stops),
+        vocabulary_size=rendered.limits.vocabulary_size,
+        rendering={"render": job.prompts.render, "template_options": job.prompts.template_options},
+        sampling=job.sampling,
+        prompts=canonical_hash([_content(prompt, ids) for prompt, ids in pairs] + [[job.keep_text]]),
+        num_prompts=len(prompts),
+        shard_rollouts=job.shard_rollouts,
+        num_shards=-(-len(prompts) // per_shard),
+        engine=engine,
+        overrides=job.overrides,
+    )
+    return Prepared(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
+
+
+def _content(prompt: Prompt, ids: Ids) -> list[Any]:
+    """What of a prompt decides the bytes of its rollouts: a corrected answer changes their rewards."""
+    return [prompt.prompt_id, ids.tolist(), prompt.answer, prompt.domain, prompt.verifier]
+
+
+def missing_shards(prepared: Prepared) -> list[int]:
+    """Numbers of the shards that are not there yet, whole and made under the same contract."""
+    folder, fingerprint = prepared.job.cache / "rollouts", prepared.manifest.fingerprint()
+    return [i for i in range(prepared.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
+
+
+def sample(prepared: Prepared, load: LoadEngine) -> Cache:
+    """Sample every shard that is not there yet; the finished cache."""
+    job, manifest = prepared.job, prepared.manifest
+    create_cache(job.cache, manifest)
+    folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
+    missing = missing_shards(prepared)
+    if missing:
+        progress = Progress(
+            job.stage,
+            job.cache / "journal.jsonl",
+            "shards",
+            manifest.num_shards,
+            manifest.num_shards - len(missing),
+        )
+        engine = load(job.engine, job.model)
+        try:
+            for index in missing:
+                rollouts = _sample_shard(prepared, engine, index)
+                marker = write_shard(
+                    folder, index, rollouts_to_table(rollouts), kind="rollouts", fingerprint=fingerprint
+                )
+                progress.advance(tokens=marker.tokens)
+        finally:
+            engine.close()
+    cache = open_cache(job.cache, signals=())
+    build_index(open_cache(job.cache, incomplete=True))
+    return cache
+
+
+def _sample_shard(prepared: Prepared, engine: Engine, index: int) -> list[Rollout]:
+    job, width = prepared.job, prepared.prompts_per_shard
+    chosen = range(index * width, min((index + 1) * width, len(prepared.prompts)))
+    rows = [(i, sample_index) for i in chosen for sample_index in range(job.sampling.n)]
+    samples = engine.generate(
+        [prepared.prompt_ids[i] for i, _ in rows],
+        job.sampling,
+        [f"{prepared.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
+        prepared.stops,
+    )
+    return [_rollout(prepared, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
+
+
+def _rollout(prepared: Prepared, row: int, sample_index: int, drawn: Sample) -> Rollout:
+    prompt, prompt_ids = prepared.prompts[row], prepared.prompt_ids[row]
+    length = len(drawn.response_ids)
+    text = response_text(drawn.response_ids, prepared.tokenizer)
+    keep = prepared.job.keep_text
+    return Rollout(
+        rollout_id=rollout_id(prompt_ids, drawn.response_ids, prepared.sampler.identity, sample_index),
+        prompt_id=prompt.prompt_id,
+        sample_index=sample_index,
+        origin=prepared.job.origin,
+        domain=prompt.domain,
+        prompt_ids=prompt_ids,
+        response_ids=drawn.response_ids,
+        loss_mask=np.ones(length, dtype=np.bool_),
+        turns=np.zeros(length, dtype=np.int32),
+        logprobs=drawn.logprobs,
+        entropies=drawn.entropies,
+        finish_reason=drawn.finish_reason,
+        truncated=drawn.finish_reason == "length",
+        answer=prompt.answer,
+        reward=judge(prompt, text),
+        prompt_text=prompt_text(prompt_ids, prepared.tokenizer) if keep else None,
+        response_text=text if keep else None,
+    )
+
+
+def sampling_figures(cache: Cache, started_s: float) -> dict[str, Any]:
+    """Counts and rates of a finished cache's rollouts, for a report."""
+    row = query(
+        cache.path,
+        """select count(*) as rollouts, count(distinct prompt_id) as prompts,
+        sum(len(response_ids))::bigint as response_tokens, avg(len(response_ids)) as mean_response_tokens,
+        avg(truncated::int) as truncated_share, avg(reward) as mean_reward from rollouts""",
+    ).to_pylist()[0]
+    seconds = time.monotonic() - started_s
+    size = sum(marker.size_bytes for marker in cache.markers)
+    tokens = max(1, int(row["response_tokens"] or 0))
+    return {**row, "bytes_per_token": size / tokens, "seconds": round(seconds, 2)}

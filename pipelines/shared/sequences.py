@@ -1,0 +1,73 @@
+"""Cached rollouts as the sequences that an engine scores."""
+
+import pyarrow.parquet as pq
+
+from lightopd.cache.contexts import Contexts
+from lightopd.cache.reader import read_columns
+from lightopd.cache.shards import shard_path
+from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.cache.tables import split_lists
+from lightopd.errors import CacheError
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
+from lightopd.schemas.records import Ids, Sequence, Support
+
+COLUMNS = ["rollout_id", "prompt_id", "prompt_ids", "response_ids"]
+
+
+def read_sequences(
+    cache: Cache, shard: int, contexts: Contexts | None = None, support: str | None = None
+) -> tuple[list[str], list[Sequence]]:
+    """Rollout ids and sequences of one shard, in its order.
+
+    With `contexts`, each response follows the context of its prompt and not the student's own prompt;
+    with `support`, it has the top-k ids of that signal.
+
+    Raises:
+        CacheError: the file cannot be read or its pages fail their checksums.
+    """
+    path = shard_path(rollouts_folder(cache.path), shard)
+    try:
+        table = pq.read_table(path, columns=COLUMNS, page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path}: damaged ({error}); copy it again or make the rollouts again") from error
+    prompts, responses = split_lists(table.column("prompt_ids")), split_lists(table.column("response_ids"))
+    if contexts is not None:
+        prompts = [contexts[prompt_id] for prompt_id in table.column("prompt_id").to_pylist()]
+    supports = [None] * len(prompts) if support is None else read_supports(cache, shard, support)
+    rows = zip(prompts, responses, supports, strict=True)
+    sequences = [Sequence(p, r, s) for p, r, s in rows if p is not None and r is not None]
+    return table.column("rollout_id").to_pylist(), sequences
+
+
+def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:
+    """Top-k ids of a signal at every position, row by row.
+
+    Raises:
+        CacheError: the shard cannot be read.
+    """
+    table = read_columns(
+        shard_path(signal_folder(cache.path, signal), shard), SIGNALS, ("topk_counts", "topk_ids")
+    )
+    columns = (split_lists(table.column(name)) for name in ("topk_counts", "topk_ids"))
+    return [Support(c, i) for c, i in zip(*columns, strict=True) if c is not None and i is not None]
+
+
+def read_prompts(cache: Cache) -> tuple[dict[str, Ids], dict[str, int]]:
+    """Of each prompt, in order: its ids, and the tokens of its longest response.
+
+    Raises:
+        CacheError: a shard cannot be read.
+    """
+    prompts: dict[str, Ids] = {}
+    longest: dict[str, int] = {}
+    for shard in cache.shards:
+        path = shard_path(rollouts_folder(cache.path), shard)
+        table = read_columns(path, ROLLOUTS, ("prompt_id", "prompt_ids", "response_ids"))
+        names = table.column("prompt_id").to_pylist()
+        columns = (split_lists(table.column(name)) for name in ("prompt_ids", "response_ids"))
+        for name, prompt, response in zip(names, *columns, strict=True):
+            assert prompt is not None, "never null on disk"
+            assert response is not None, "never null on disk"
+            prompts.setdefault(name, prompt)
+            longest[name] = max(longest.get(name, 0), len(response))
+    return prompts, longest

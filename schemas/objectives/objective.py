@@ -1,0 +1,188 @@
+"""The objective: a sum of terms, each a chain of parts in one fixed order.
+
+signal -> router -> extrapolation -> target -> baseline -> advantage parts -> clip -> token weights
+-> reduce over tokens -> rollout weights -> reduce over the batch. `ObjectiveConfig()` is Lightning OPD
+(arXiv 2604.13010). A mapping with the keys of a term is an objective of that one term.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.objectives.targets import (
+    AdvantagePart,
+    DistanceExtrapolation,
+    DomainRouter,
+    ExpectedBaseline,
+    Extrapolation,
+    LogRatioTarget,
+    MleTarget,
+    PreferenceTarget,
+    Signal,
+    Target,
+)
+from lightopd.schemas.objectives.weights import (
+    Curriculum,
+    EmaBalance,
+    InverseStrengthWeight,
+    PpoClipWeight,
+    RolloutWeight,
+    Selection,
+    TokenWeight,
+    WeightJump,
+)
+
+_DEFAULT_KINDS = {"target": "log_ratio", "extrapolate": "constant"}
+
+
+def _with_kind(value: Any, field: str | None = None) -> Any:
+    """A plain string is a kind; a mapping without one has the field's default kind."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, dict) and field in _DEFAULT_KINDS:
+        return {"kind": _DEFAULT_KINDS[field], **value}
+    return value
+
+
+def _no_kind_twice(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    kinds = [part.kind for part in parts]
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if twice:
+        raise ValueError(f"part given twice: {', '.join(twice)}")
+    return parts
+
+
+class TermConfig(StrictModel):
+    """One loss: what is compared with what, and how it is weighed and averaged."""
+
+    name: str = Field("main", pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    """Name of the term, in metrics and messages."""
+    weight: float = Field(1.0, gt=0)
+    """Its coefficient in the sum."""
+    rows: Literal["all", "correct", "incorrect", "student", "teacher"] = "all"
+    """Rollouts it sees: all, by outcome, or by who wrote them."""
+    average_over: Literal["batch", "rows"] = "batch"
+    """Mean over the whole batch, or over the rollouts that the term sees (by their share of the cache)."""
+    signal: Signal = "teacher"
+    """Cached signal that teaches."""
+    router: DomainRouter | None = None
+    """Other signals for some domains."""
+    extrapolate: Extrapolation | None = None
+    """Moves the teacher away from a reference model."""
+    target: Target = LogRatioTarget()
+    """What is computed at each token."""
+    baseline: ExpectedBaseline | None = None
+    """Subtracted from the advantage."""
+    advantage: tuple[AdvantagePart, ...] = ()
+    """Scales and shifts of the advantage, in the order given."""
+    token_weights: tuple[TokenWeight, ...] = ()
+    """Weights of single tokens; they multiply."""
+    normalise_token_weights: bool = False
+    """Divide by the rollout's sum of token weights instead of its number of tokens."""
+    reduce: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"
+    """Mean of each rollout, then of the batch; sum of each, then mean; or mean over the batch's tokens."""
+    rollout_weights: tuple[RolloutWeight, ...] = ()
+    """Weights of whole rollouts; they multiply."""
+
+    @field_validator("target", "baseline", "extrapolate", "router", mode="before")
+    @classmethod
+    def _a_plain_string_is_a_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        return _with_kind(value, info.field_name)
+
+    @field_validator("advantage", "token_weights", "rollout_weights", mode="before")
+    @classmethod
+    def _plain_strings_are_kinds(cls, value: Any) -> Any:
+        return tuple(_with_kind(item) for item in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("advantage", "token_weights", "rollout_weights", mode="after")
+    @classmethod
+    def _no_part_twice(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _no_kind_twice(value)
+
+    @model_validator(mode="after")
+    def _parts_fit_the_target(self) -> "TermConfig":
+        is_advantage = self.target.gives == "advantage"
+        clips = any(isinstance(weight, PpoClipWeight) for weight in self.token_weights)
+        if not is_advantage and (self.baseline or self.advantage or clips):
+            raise ValueError(
+                f"baseline, advantage parts and ppo_clip need an advantage; {self.target.kind} is a loss"
+            )
+        if self.baseline and not (isinstance(self.target, LogRatioTarget) and self.target.student == "now"):
+            raise ValueError("a baseline needs target log_ratio with student: now")
+        if isinstance(self.target, LogRatioTarget) and self.target.student == "rollout" and not clips:
+            raise ValueError(
+                "a frozen advantage (student: rollout) has no fixed point at the teacher and collapses over "
+                "many steps; add token weight ppo_clip, or use student: now"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self) -> "TermConfig":
+        by_strength = any(isinstance(weight, InverseStrengthWeight) for weight in self.token_weights)
+        if by_strength and not isinstance(self.extrapolate, DistanceExtrapolation):
+            raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")
+        if self.normalise_token_weights and (self.reduce != "sequence_mean" or not self.token_weights):
+            raise ValueError("normalise_token_weights needs token_weights and reduce: sequence_mean")
+        if isinstance(self.target, PreferenceTarget) and (
+            self.token_weights or self.rollout_weights or self.reduce != "sequence_mean" or self.rows != "all"
+        ):
+            raise ValueError("target preference compares whole rollouts: leave weights, rows and reduce out")
+        return self
+
+
+class ObjectiveConfig(StrictModel):
+    """A loss as parts; the default is Lightning OPD."""
+
+    terms: tuple[TermConfig, ...] = (TermConfig(),)
+    """Terms that are added; a term's keys may also be given directly, for an objective of one term."""
+    correct_at: float = 0.5
+    """A rollout is correct when its reward is at least this."""
+    select: tuple[Selection, ...] = ()
+    """Which rollouts are trained on, decided once from the whole cache."""
+    curriculum: Curriculum | None = None
+    """Which tokens are trained on at a step."""
+    balance: EmaBalance | None = None
+    """Keeps two terms at equal weight."""
+    jump: WeightJump | None = None
+    """Extrapolates the weights now and then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_a_term_are_one_term(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        term = {key: value[key] for key in value if key in TermConfig.model_fields}
+        if not term:
+            return value
+        if "terms" in value:
+            raise ValueError(f"give {', '.join(term)} inside terms, or leave terms out")
+        rest = {key: item for key, item in value.items() if key not in term}
+        return {**rest, "terms": [term]}
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _plain_strings_are_kinds(cls, value: Any) -> Any:
+        return tuple(_with_kind(item) for item in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("select", mode="after")
+    @classmethod
+    def _no_part_twice(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _no_kind_twice(value)
+
+    @model_validator(mode="after")
+    def _terms_fit_each_other(self) -> "ObjectiveConfig":
+        names = [term.name for term in self.terms]
+        if not names:
+            raise ValueError("an objective needs at least one term")
+        if len(set(names)) != len(names):
+            raise ValueError(f"two terms have the same name: {', '.join(names)}")
+        if self.balance:
+            unknown = {self.balance.anchor, self.balance.follower} - set(names)
+            if unknown or self.balance.anchor == self.balance.follower:
+                raise ValueError(f"balance needs two of the terms {', '.join(names)}")
+        return self
+
+
+MLE_OBJECTIVE = ObjectiveConfig(terms=(TermConfig(target=MleTarget(kind="mle")),))
+"""Supervised fine-tuning: each answer's mean negative log-likelihood."""

@@ -1,0 +1,290 @@
+"""Configs of the parts up to the advantage: router, extrapolation, target, baseline, shift.
+
+Every part's config has a `kind`; `lightopd/objectives/parts/registry.py` names the function behind each.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from lightopd.schemas.base import StrictModel
+
+Signal = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+"""Name of a cached signal, as given to `lightopd precompute --signal`."""
+
+Column = Literal["ref_logprobs", "ref_entropies", "reward", "domain", "turns", "teacher_reward"]
+"""Columns of a cache that not every cache has."""
+
+
+class DomainRouter(StrictModel):
+    """One teacher per domain, chosen by the rollout's tag."""
+
+    kind: Literal["by_domain"] = "by_domain"
+    """Hard routing by the prompt's `domain`."""
+    signals: dict[str, Signal] = Field(min_length=1)
+    """Domain tag to signal; any other rollout takes the term's own `signal`."""
+
+
+class FactorGuard(StrictModel):
+    """Inferred limit on the extrapolation factor at near-deterministic tokens (arXiv 2605.08737)."""
+
+    ratio_clip: float = Field(5.0, gt=1)
+    """How many times rarer than under the teacher a deviation may become at the fixed point."""
+    min_probability: float = Field(0.99, gt=0.5, lt=1)
+    """A token counts as near-deterministic when the teacher gives it at least this."""
+    max_share: float = Field(0.01, ge=0, le=1)
+    """Largest share of near-deterministic tokens whose limit may lie below the factor."""
+    action: Literal["warn", "refuse"] = "refuse"
+    """What happens above that share, before the first step."""
+
+
+class ConstantExtrapolation(StrictModel):
+    """Teacher moved away from a reference: log T + (factor - 1) (log T - log B) (arXiv 2602.12125)."""
+
+    kind: Literal["constant"] = "constant"
+    """The same factor at every token."""
+    reference: Signal = "reference"
+    """Signal of B: the student's initial model, or the teacher before its reinforcement learning."""
+    factor: float = Field(1.25, gt=0)
+    """1 is the teacher itself, below 1 lies between B and T, above 1 goes past the teacher."""
+    guard: FactorGuard | None = None
+    """Check of the factor against the cache before training; none leaves it unchecked."""
+
+
+class DistanceExtrapolation(StrictModel):
+    """Extrapolation with a strength per token, scale * sum|T - B| + floor (arXiv 2503.02832)."""
+
+    kind: Literal["by_distance"]
+    """The strength grows with the distance of the two models at the token."""
+    reference: Signal = "reference"
+    """Signal of B, the model to move away from."""
+    scale: float = Field(15.0, ge=0)
+    """beta2 of the paper: 15 on-policy, 10 off-policy."""
+    floor: float = Field(1e-3, gt=0)
+    """Strength where the two models agree."""
+
+
+Extrapolation = Annotated[ConstantExtrapolation | DistanceExtrapolation, Field(discriminator="kind")]
+
+
+class TargetConfig(StrictModel):
+    """What every target has."""
+
+    gives: ClassVar[Literal["advantage", "token_loss", "rollout_loss"]] = "token_loss"
+    """An advantage becomes the loss -A log s; a loss is differentiated as it stands."""
+
+
+class LogRatioTarget(TargetConfig):
+    """Sampled-token advantage log T - log s, no gradient through it (arXiv 2604.13010)."""
+
+    gives: ClassVar[Literal["advantage"]] = "advantage"
+    kind: Literal["log_ratio"] = "log_ratio"
+    """loss = -A log s on the sampled token."""
+    student: Literal["now", "rollout"] = "now"
+    """Whose s stands in A; `rollout` freezes A, has no fixed point at the teacher, and needs `ppo_clip`."""
+    clip: float | None = Field(10.0, gt=0)
+    """A is held within +-clip nats, after baseline and shifts; none leaves it as it is."""
+
+
+class RewardTarget(TargetConfig):
+    """Reward against the mean of the prompt's rollouts, divided by their spread (GRPO)."""
+
+    gives: ClassVar[Literal["advantage"]] = "advantage"
+    kind: Literal["reward"]
+    """One advantage for all tokens of a rollout."""
+    epsilon: float = Field(1e-6, gt=0)
+    """Added to the standard deviation."""
+
+
+class MleTarget(TargetConfig):
+    """Maximum likelihood of the sampled tokens."""
+
+    kind: Literal["mle"]
+    """loss = -log s on the sampled token; needs no signal."""
+
+
+class EstimatorTarget(TargetConfig):
+    """A sampled estimator of KL(s || T), back-propagated as it stands."""
+
+    kind: Literal["estimator"]
+    """k2 has the gradient of `log_ratio`; k3 on frozen samples has the gradient of the forward KL."""
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    """k1 is refused: its gradient has zero mean and does not contain the teacher."""
+    max_log_ratio: float = Field(20.0, gt=0)
+    """log T - log s is held below this inside the exponential of k3."""
+
+    @model_validator(mode="after")
+    def _k1_carries_no_teacher(self) -> "EstimatorTarget":
+        if self.estimator == "k1":
+            raise ValueError(
+                "k1 by direct back-propagation has a zero-mean gradient without the teacher; "
+                "use kind: log_ratio, or estimator: k2"
+            )
+        return self
+
+
+class DivergenceTarget(TargetConfig):
+    """A divergence between teacher and student over the cached support."""
+
+    kind: Literal["divergence"]
+    """A differentiable loss at every position."""
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tv", "alpha"
+    ] = "reverse_kl"
+    """forward_kl = KL(T || s), reverse_kl = KL(s || T), tv = total variation."""
+    parameter: float | None = None
+    """beta of jsd in [0, 1] (0.5), mixing share of skew in [0, 1) (0.1), alpha of alpha, not 0 or 1 (0.5)."""
+    support: Literal["tail", "renormalised", "stop_gradient", "truncated"] = "tail"
+    """`tail` adds one outcome for all other tokens; `renormalised` scales both to sum to one on the support;
+    `stop_gradient` (reverse_kl only) is sum s sg[log s - log T]; `truncated` is refused."""
+    temperature: float = Field(1.0, gt=0)
+    """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
+    element_clip: float | None = Field(None, gt=0)
+    """Largest contribution of one outcome, in nats."""
+    route: Literal["loss", "advantage"] = "loss"
+    """`advantage` is refused: a divergence over a support is no score of the sampled token."""
+
+    @model_validator(mode="after")
+    def _what_mathematics_allows(self) -> "DivergenceTarget":
+        if self.route == "advantage":
+            raise ValueError(
+                "a top-k divergence is a differentiable loss, never an advantage; use route: loss, "
+                "or kind: log_ratio for an advantage"
+            )
+        if self.support == "truncated":
+            raise ValueError(
+                "a plain truncated divergence moves probability across the support's edge even where teacher "
+                "and student agree (arXiv 2605.11182); use support: tail, renormalised or stop_gradient"
+            )
+        if self.support == "stop_gradient" and self.divergence != "reverse_kl":
+            raise ValueError(f"support: stop_gradient is defined for reverse_kl, not for {self.divergence}")
+        if self.temperature != 1 and self.support != "renormalised":
+            raise ValueError(
+                "temperature needs support: renormalised; a tail of tempered tokens is not in the cache"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parameter_in_range(self) -> "DivergenceTarget":
+        low, high = {"jsd": (0.0, 1.0), "skew_forward_kl": (0.0, 0.999), "skew_reverse_kl": (0.0, 0.999)}.get(
+            self.divergence, (float("-inf"), float("inf"))
+        )
+        if self.parameter is None:
+            return self
+        if self.divergence in ("forward_kl", "reverse_kl", "tv"):
+            raise ValueError(f"{self.divergence} takes no parameter; found {self.parameter}")
+        if not low <= self.parameter <= high or (self.divergence == "alpha" and self.parameter in (0.0, 1.0)):
+            raise ValueError(f"parameter {self.parameter} is out of range for {self.divergence}")
+        return self
+
+
+class PreferenceTarget(TargetConfig):
+    """Teacher's answer preferred to the student's own (DPO; arXiv 2604.03873)."""
+
+    gives: ClassVar[Literal["rollout_loss"]] = "rollout_loss"
+    kind: Literal["preference"]
+    """loss = -log sigmoid(beta * margin) over a pair of rollouts, one by the teacher, one by the student."""
+    reference: Signal = "reference"
+    """Signal of the frozen warm-up model, scored over both answers."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the preference; the paper's value is not known."""
+
+
+class CustomTarget(TargetConfig):
+    """A function of your own: (batch, student, options) -> loss of each token, float32 [N]."""
+
+    kind: Literal["custom"]
+    """The loss of a token is what the function returns; weights and reduction are as for any target."""
+    import_path: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`pkg.mod:function`."""
+    options: dict[str, JsonValue] = {}
+    """Handed to the function as they are."""
+    signals: tuple[Signal, ...] = ()
+    """Cached signals the function reads."""
+    supports: tuple[Signal, ...] = ()
+    """Signals on whose top-k the function needs the student."""
+    columns: tuple[Column, ...] = ()
+    """Columns of the cache the function reads."""
+
+
+Target = Annotated[
+    LogRatioTarget
+    | RewardTarget
+    | MleTarget
+    | EstimatorTarget
+    | DivergenceTarget
+    | PreferenceTarget
+    | CustomTarget,
+    Field(discriminator="kind"),
+]
+
+
+class ExpectedBaseline(StrictModel):
+    """The student's expected advantage on the teacher's support (after arXiv 2605.07865)."""
+
+    kind: Literal["expected"] = "expected"
+    """sum over the support of s (renormalised there) times A (from full-vocabulary log-probabilities)."""
+    support: Literal["topk", "topk_and_sampled"] = "topk"
+    """`topk_and_sampled` is refused: such a baseline depends on the sampled token and biases the gradient."""
+    ratio_cap: float | None = Field(None, gt=0)
+    """Multiply the baseline term alone by min(s / s at rollout, cap); none leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _independent_of_the_action(self) -> "ExpectedBaseline":
+        if self.support == "topk_and_sampled":
+            raise ValueError(
+                "a baseline's support may not contain the sampled token by construction: it would depend on "
+                "the action and bias the gradient; use support: topk"
+            )
+        return self
+
+
+class MarginShift(StrictModel):
+    """Moves correct rollouts above incorrect ones of the same prompt by a margin (arXiv 2605.03677)."""
+
+    kind: Literal["margin"]
+    """Added to every token's advantage; from teacher and student at rollout, so it does not change later."""
+    delta: float = 0.4
+    """Wanted gap, in nats per token, between correct and incorrect rollouts."""
+    direction: Literal["both", "correct_up", "incorrect_down"] = "both"
+    """Who is moved: both by half, or one side by all of it."""
+    scope: Literal["group", "global"] = "group"
+    """The gap of each prompt, or one gap of the whole cache."""
+    gap: Literal["mean", "min_max"] = "mean"
+    """Distance of the means, or from the lowest correct to the highest incorrect rollout."""
+
+
+class GroupRewardShift(StrictModel):
+    """Adds the group-normalised reward to the advantage (GRPO + OPD)."""
+
+    kind: Literal["group_reward"]
+    """(reward - mean of the group) / (standard deviation + epsilon), the same at every token."""
+    coefficient: float = 1.0
+    """Its share in the sum."""
+    epsilon: float = Field(1e-6, gt=0)
+    """Added to the standard deviation."""
+
+
+class StepDriftScale(StrictModel):
+    """Scales the advantage of a turn by how far student and teacher have drifted (arXiv 2605.07725)."""
+
+    kind: Literal["step_drift"]
+    """min((d_1 + eps) / (d_k + eps), 1 + delta), d_k = mean |log s at rollout - log T| of turn k."""
+    delta: float = Field(0.2, ge=0)
+    """How far above one the scale may go; 0.2 in the launch script, 0.5 in the config class."""
+    epsilon: float = Field(1e-6, gt=0)
+    """Keeps a turn without any gap finite."""
+
+
+class CoefficientScale(StrictModel):
+    """Multiplies the advantage by a number."""
+
+    kind: Literal["coefficient"]
+    """A := value * A."""
+    value: float = Field(gt=0)
+    """The factor."""
+
+
+AdvantagePart = Annotated[
+    MarginShift | GroupRewardShift | StepDriftScale | CoefficientScale, Field(discriminator="kind")
+]

@@ -1,0 +1,129 @@
+"""The package as it is built: folders, layers, light imports, sizes."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "lightopd": "lightopd",
+    "lightopd.cli": "cli",
+    "lightopd.pipelines": "pipelines",
+    "lightopd.schemas": "schemas",
+}
+ROOMS = [
+    "schemas.base",
+    "schemas.objectives",
+    "schemas",
+    "errors",
+    "files",
+    "ranks",
+    "config",
+    "lineage",
+    "models",
+    "rewards",
+    "prompts",
+    "cache",
+    "kernels",
+    "engines.base",
+    "engines.hf",
+    "engines.vllm",
+    "engines",
+    "objectives.base",
+    "objectives.parts",
+    "objectives",
+    "objectives.preparation",
+    "training.distributed",
+    "training.weight_files",
+    "training.data",
+    "training.student",
+    "training.measures",
+    "training.checkpoints",
+    "training",
+    "pipelines",
+    "pipelines.shared",
+    "pipelines.caches",
+    "pipelines.stages",
+    "pipelines.demos",
+    "cli",
+]
+"""Each may import itself and what stands before it; `pipelines` alone is its `__init__`, a path or two."""
+HEAVY = ("torch", "transformers", "vllm", "ray", "lightning", "reasoning_gym")
+
+SOURCES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def room_of(module: str) -> str:
+    """The room of a module of ours: the longest name in `ROOMS` that it begins with."""
+    name = module.removeprefix("lightopd.")
+    if name.startswith("pipelines.") and name.count(".") == 1 and f"{name}" not in ROOMS:
+        return "pipelines.stages"
+    return max((room for room in ROOMS if f"{name}.".startswith(f"{room}.")), key=len)
+
+
+def module_of(path: Path) -> str:
+    package = next(name for name, folder in FOLDERS.items() if path.is_relative_to(ROOT / folder))
+    parts = path.relative_to(ROOT / FOLDERS[package]).with_suffix("").parts
+    return ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+MODULES = {module_of(path) for path in SOURCES} - {"lightopd"}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name == "lightopd" or name.startswith("lightopd.")}
+
+
+def test_the_package_list_names_every_folder_with_python_files():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    on_disk = {module_of(path.parent / "__init__.py") for path in SOURCES}
+    assert listed == on_disk
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_between_all_rooms(path):
+    module = module_of(path)
+    if module == "lightopd":
+        assert not imports_of(path)
+        return
+    allowed = ROOMS[: ROOMS.index(room_of(module)) + 1]
+    beyond = {name for name in imports_of(path) if name in MODULES and room_of(name) not in allowed}
+    assert not beyond
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=str)
+def test_no_folder_holds_more_than_ten_modules(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 10
+
+
+def test_the_command_and_the_schemas_import_nothing_heavy():
+    code = (
+        "import sys, lightopd.cli.main, lightopd.schemas.configs, lightopd.schemas.manifest\n"
+        "import lightopd.schemas.run\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_file_outgrows_400_lines_and_no_function_60(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name

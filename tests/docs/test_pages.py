@@ -1,0 +1,57 @@
+"""Documentation that is made from the code is what the code says; links lead somewhere."""
+
+import importlib.util
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_settings_is_what_the_configs_say():
+    assert (ROOT / "docs" / "configuration.md").read_text() == generator().configuration(), (
+        "python docs/generate.py"
+    )
+
+
+def test_the_readmes_table_of_methods_is_what_the_recipes_say():
+    text = (ROOT / "README.md").read_text()
+    assert generator().BEGIN in text
+    assert generator().readme(text) == text, "python docs/generate.py"
+
+
+def test_what_the_pages_say_was_measured_is_what_the_results_say():
+    for page, text in generator().method_pages().items():
+        assert page.read_text() == text, f"{page.name}: python docs/generate.py"
+
+
+def test_every_recipe_has_a_result_at_every_learning_rate():
+    lines = json.loads((ROOT / "docs" / "methods" / "results.json").read_text())["results"]
+    rates = {line["learning_rate"] for line in lines}
+    recipes = {path.stem for path in (ROOT / "pipelines" / "recipes" / "methods").glob("*.yaml")}
+    assert {(line["recipe"], line["learning_rate"]) for line in lines} == set(product(recipes, rates)), (
+        "python benchmarks/methods.py --save --only RECIPE"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_to_one(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("stage", ["sft", "rollout", "precompute", "train", "eval", "run"])
+def test_every_stage_has_a_page_that_names_its_command(stage):
+    assert f"lightopd {stage}" in (ROOT / "docs" / "stages" / f"{stage}.md").read_text()

@@ -1,0 +1,150 @@
+"""What surrounds the loss: curricula, balance of terms, jumps of the weights, pairs of rollouts."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from objective_cases import evaluate, make_world, objective, recipe
+from torch import Tensor, nn
+
+from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump, movable
+from lightopd.objectives.requirements import needs
+from lightopd.objectives.state import ObjectiveState, advance, term_factor, visible_tokens
+from lightopd.schemas.objectives.weights import WeightJump
+
+INDEX_N = np.arange(12)
+TURNS_N = INDEX_N // 3
+
+
+def shown(config, **state: int) -> int:
+    """Visible tokens of a response of twelve tokens in four turns."""
+    is_shown_N = visible_tokens(config, ObjectiveState(**state), INDEX_N, TURNS_N)
+    number = int(is_shown_N.sum())
+    assert is_shown_N[:number].all()
+    return number
+
+
+def test_front_to_back_adds_a_turn_every_few_steps_and_never_takes_one_back():
+    config = objective(curriculum={"kind": "turns", "start": 1, "every": 2, "limit": 3})
+    assert [shown(config, steps=steps) for steps in range(8)] == [3, 3, 6, 6, 9, 9, 9, 9]
+    assert shown(objective(curriculum={"kind": "turns"}), steps=100) == 12
+    assert shown(objective()) == 12
+
+
+def test_the_ladder_rises_only_when_its_rung_is_held_and_the_student_uncertain():
+    ladder = {"kind": "lengths", "lengths": [2, 4, 8], "every": 3, "min_entropy": 0.5}
+    config, state, seen = objective(curriculum=ladder), ObjectiveState(), []
+    for entropy in (0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6):
+        state = advance(config, state, {"entropy": entropy})
+        seen.append(shown(config, **{**asdict(state), "averages": {}}))
+    assert seen == [2, 2, 4, 4, 4, 4, 4, 8, 8, 8, 8]
+
+
+def test_a_curriculum_trains_the_same_loss_on_the_tokens_it_shows():
+    world = make_world(1)
+    config = recipe("decoupling_lengths").model_dump(mode="json")
+    config["curriculum"].update(lengths=[2, 4])
+    short = replace(world, is_trained_N=world.is_trained_N & (world.index_N < 2))
+    ladder, plain = objective(**config), recipe("decoupling_mix")
+    torch.testing.assert_close(evaluate(ladder, world)[1], evaluate(plain, short)[1])
+
+
+def test_a_state_survives_json():
+    state = ObjectiveState(3, 1, 2, {"sft": 0.5, "kl": 0.25})
+    assert ObjectiveState(**json.loads(json.dumps(asdict(state)))) == state
+
+
+def test_balance_makes_the_follower_weigh_as_much_as_the_anchor():
+    """Where the means began cancels: after any number of equal steps the factor is the losses' ratio."""
+    config, state = recipe("raft"), ObjectiveState()
+    assert term_factor(config, state, "kl") == 1
+    for _ in range(4):
+        state = advance(config, state, {"sft/loss": 3.0, "kl/loss": 0.5})
+        assert term_factor(config, state, "kl") == pytest.approx(6, rel=1e-6)
+        assert term_factor(config, state, "sft") == 1
+
+
+def test_balance_follows_the_mean_of_recent_losses():
+    config, state = recipe("raft"), ObjectiveState()
+    for kl in (1.0, 0.5):
+        state = advance(config, state, {"sft/loss": 1.0, "kl/loss": kl})
+    mean = (0.9 * 0.1 * 1.0 + 0.1 * 0.5) / (1 - 0.9**2)
+    assert term_factor(config, state, "kl") == pytest.approx(1 / mean, rel=1e-6)
+
+
+def test_the_balanced_loss_is_the_sum_with_that_factor():
+    config, world = recipe("raft"), make_world(1)
+    state = advance(config, ObjectiveState(), {"sft/loss": 2.0, "kl/loss": 0.5})
+    value, _, metrics = evaluate(config, world, state=state)
+    assert value == pytest.approx(metrics["sft/loss"] + 4 * metrics["kl/loss"], rel=1e-5)
+
+
+def test_only_curricula_and_balances_have_a_state():
+    assert [
+        name for name in ("tcod", "raft", "decoupling_lengths", "exopd") if needs(recipe(name)).state
+    ] == [
+        "tcod",
+        "raft",
+        "decoupling_lengths",
+    ]
+
+
+class Small(nn.Module):
+    """Names as in transformers models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(3, 2)
+        self.self_attn = nn.Linear(2, 2)
+        self.mlp = nn.Linear(2, 2)
+        self.norm = nn.LayerNorm(2)
+
+
+def parameters_at(value: float) -> dict[str, Tensor]:
+    model = Small()
+    for tensor in model.parameters():
+        nn.init.constant_(tensor, value)
+    return dict(model.named_parameters())
+
+
+def test_jumps_come_after_powers_of_two():
+    steps = [step for step in range(40) if is_jump_step(WeightJump(), step)]
+    assert steps == [1, 2, 4, 8, 16, 32]
+
+
+def test_only_attention_and_feed_forward_matrices_move():
+    assert list(movable(parameters_at(0.0))) == ["self_attn.weight", "mlp.weight"]
+
+
+def test_candidates_lie_at_two_four_six_eight_ten_times_the_update():
+    parameters, anchor = parameters_at(1.0), anchor_of(parameters_at(0.0))
+    seen: list[float] = []
+
+    def score() -> float:
+        seen.append(parameters["mlp.weight"][0, 0].item())
+        return seen[-1]
+
+    found = jump(WeightJump(), parameters, anchor, score)
+    assert seen == [1, 3, 5, 7, 9, 11]
+    assert (found.accepted, found.scores) == (5, (1, 3, 5, 7, 9, 11))
+    assert parameters["mlp.weight"][0, 0].item() == 11
+    assert parameters["norm.weight"][0].item() == 1
+
+
+def test_the_search_stops_at_the_first_failure_and_goes_back_to_the_best():
+    parameters, anchor = parameters_at(1.0), anchor_of(parameters_at(0.0))
+    scores = iter([0.1, 0.2, 0.2, 9.0])
+    found = jump(WeightJump(), parameters, anchor, lambda: next(scores))
+    assert (found.accepted, found.scores) == (1, (0.1, 0.2, 0.2))
+    assert parameters["mlp.weight"][0, 0].item() == 3
+
+
+def test_a_rejected_jump_leaves_every_bit_as_it_was():
+    parameters = {name: tensor.detach().bfloat16() for name, tensor in parameters_at(0.3).items()}
+    before = {name: tensor.clone() for name, tensor in parameters.items()}
+    scores = iter([1.0, 0.5])
+    found = jump(WeightJump(), parameters, anchor_of(parameters_at(0.1)), lambda: next(scores))
+    assert found.accepted == 0
+    assert all(torch.equal(parameters[name], before[name]) for name in before)

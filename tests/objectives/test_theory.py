@@ -1,0 +1,324 @@
+"""What the theory says, in expectation over the tokens a student would sample, exactly.
+
+One context, V tokens. An expectation over a ~ s0 is a batch with one rollout of one token for each token of
+the vocabulary, weighed by s0.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from objective_cases import METHODS, evaluate, make_world, objective, recipe, tail_of
+from torch import Tensor
+
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.loss import compute_loss
+from lightopd.objectives.requirements import needs
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+
+V = 12
+
+
+@dataclass(frozen=True)
+class Context:
+    """Log-probabilities [V] of everyone at one position."""
+
+    student_V: Tensor
+    rollout_V: Tensor
+    tables: dict[str, Tensor]
+
+
+def context(seed: int, drift: float = 0.0, **tables: Tensor) -> Context:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(spread: float = 1.5) -> Tensor:
+        return spread * torch.randn(V, generator=random, dtype=torch.float64)
+
+    rollout_V = draw()
+    drawn = {name: draw().log_softmax(0) for name in ("teacher", "reference")}
+    student_V = (rollout_V + drift * draw(1.0)).log_softmax(0)
+    return Context(student_V, rollout_V.log_softmax(0), {**drawn, **tables})
+
+
+def expected_gradient(
+    config: ObjectiveConfig, at: Context, top_k: int = V, sampler: str = "rollout"
+) -> Tensor:
+    """Gradient by the student's logits, [V], in expectation over the sampler's token."""
+    logits_V = at.student_V.clone().requires_grad_()
+    batch = expectation_batch(at, top_k, at.rollout_V if sampler == "rollout" else at.student_V)
+    logprobs_NV = logits_V.log_softmax(0).expand(V, V)
+    ids = {name: batch.signals[name].topk_ids_NK for name in needs(config).supports}
+    student = StudentTokens(
+        logprobs_NV.diagonal(),
+        torch.zeros(V, dtype=torch.float64),
+        {name: logprobs_NV.gather(1, ids_NK) for name, ids_NK in ids.items()},
+        {name: tail_of(logprobs_NV, ids_NK) for name, ids_NK in ids.items()},
+    )
+    (gradient_V,) = torch.autograd.grad(compute_loss(config, batch, student).value, logits_V)
+    return gradient_V
+
+
+def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatch:
+    every = torch.arange(V)
+    signals = {}
+    for name, table_V in at.tables.items():
+        table_NV = table_V.expand(V, V)
+        topk_NK, ids_NK = table_NV.topk(top_k, dim=1)
+        signals[name] = SignalTokens(table_V, ids_NK, topk_NK, tail_of(table_NV, ids_NK))
+    return RolloutBatch(
+        ids_N=every,
+        row_N=every,
+        index_N=torch.zeros(V, dtype=torch.int64),
+        is_trained_N=torch.ones(V, dtype=torch.bool),
+        turns_N=torch.zeros(V, dtype=torch.int64),
+        ref_logprobs_N=at.rollout_V,
+        ref_entropies_N=None,
+        signals=signals,
+        lengths_R=torch.ones(V, dtype=torch.int64),
+        rewards_R=torch.zeros(V),
+        is_truncated_R=torch.zeros(V, dtype=torch.bool),
+        groups_R=every,
+        domains=(None,) * V,
+        rollout_ids=tuple(map(str, range(V))),
+        totals=BatchTotals(V, V),
+        prepared_R={"main/weight": V * sampler_V.exp()},
+    )
+
+
+def score_rows(student_V: Tensor) -> Tensor:
+    """Row a is the gradient of log s(a) by the logits."""
+    return torch.eye(V, dtype=torch.float64) - student_V.exp()
+
+
+PLAIN = objective(target={"kind": "log_ratio", "clip": None})
+RATIO = objective(target={"kind": "log_ratio", "clip": None}, token_weights=[{"kind": "ratio", "cap": 1e9}])
+REVERSE_KL = objective(target={"kind": "divergence"})
+
+
+def extrapolating(factor: float, baseline: bool) -> ObjectiveConfig:
+    return objective(
+        target={"kind": "log_ratio", "clip": None},
+        extrapolate={"factor": factor},
+        baseline="expected" if baseline else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lightning_has_the_online_gradient_before_the_first_step(seed):
+    at = context(seed)
+    torch.testing.assert_close(expected_gradient(PLAIN, at), expected_gradient(PLAIN, at, sampler="student"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_online_gradient_is_that_of_the_reverse_kl(seed):
+    at = context(seed, drift=0.7)
+    torch.testing.assert_close(
+        expected_gradient(PLAIN, at, sampler="student"), expected_gradient(REVERSE_KL, at)
+    )
+
+
+@pytest.mark.parametrize("drift", [0.3, 1.0, 2.0])
+def test_the_offline_gradient_stays_within_the_bound_and_differs_by_the_covariance(drift):
+    """arXiv 2604.13010, theorems 3.5 and 3.7."""
+    at = context(4, drift)
+    rollout_V, student_V = at.rollout_V.exp(), at.student_V.exp()
+    advantage_V = at.tables["teacher"] - at.student_V
+    online_V, offline_V = expected_gradient(PLAIN, at, sampler="student"), expected_gradient(PLAIN, at)
+    w_V = student_V / rollout_V
+    chi2 = (rollout_V * w_V**2).sum() - 1
+    largest = score_rows(at.student_V).norm(dim=1).max()
+    spread = (rollout_V * advantage_V**2).sum().sqrt()
+    assert (online_V - offline_V).norm() <= largest * spread * chi2.sqrt() + 1e-12
+    f_NV = -advantage_V[:, None] * score_rows(at.student_V)
+    covariance_V = (rollout_V[:, None] * (w_V - 1)[:, None] * f_NV).sum(0)
+    torch.testing.assert_close(offline_V, online_V - covariance_V)
+
+
+def test_the_ratio_to_the_rollouts_student_makes_the_offline_gradient_exact():
+    at = context(5, drift=1.0)
+    torch.testing.assert_close(expected_gradient(RATIO, at), expected_gradient(REVERSE_KL, at))
+
+
+def test_a_capped_ratio_lies_between_none_and_the_exact_one():
+    at = context(5, drift=1.0)
+    exact_V = expected_gradient(REVERSE_KL, at)
+    capped = objective(target={"kind": "log_ratio", "clip": None}, token_weights=["ratio"])
+    bias = [(expected_gradient(config, at) - exact_V).norm() for config in (PLAIN, capped)]
+    assert 0 < bias[1] < bias[0]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("top_k", [4, V])
+@pytest.mark.parametrize("factor", [0.8, 1.25, 1.5])
+def test_offline_an_extrapolated_optimum_is_stationary_exactly_with_the_baseline(factor, top_k, baseline):
+    """s* = T^lambda B^(1 - lambda) / Z, where A = log Z at every token."""
+    at = context(6)
+    optimum_V = (factor * at.tables["teacher"] + (1 - factor) * at.tables["reference"]).log_softmax(0)
+    gradient_V = expected_gradient(
+        extrapolating(factor, baseline), Context(optimum_V, at.rollout_V, at.tables), top_k
+    )
+    assert (gradient_V.abs().max() < 1e-12) == baseline
+
+
+@pytest.mark.parametrize("top_k", [3, V])
+def test_a_baseline_leaves_the_on_policy_gradient_as_it_is(top_k):
+    at = context(7)
+    with_baseline = objective(target={"kind": "log_ratio", "clip": None}, baseline="expected")
+    torch.testing.assert_close(expected_gradient(with_baseline, at, top_k), expected_gradient(PLAIN, at))
+
+
+def test_the_vopd_advantage_has_mean_zero_under_the_student():
+    at = context(8, drift=0.5)
+    advantage_V = at.tables["teacher"] - at.student_V
+    value = (at.student_V.exp() * (at.student_V - at.tables["teacher"])).sum()
+    assert (at.student_V.exp() * (advantage_V + value)).sum().abs() < 1e-12
+
+
+def test_off_policy_a_baseline_biases_the_gradient_and_its_own_ratio_removes_that():
+    at = context(9, drift=1.0)
+    plain_V = expected_gradient(PLAIN, at)
+    biased, mended = (
+        objective(target={"kind": "log_ratio", "clip": None}, baseline={"ratio_cap": cap})
+        for cap in (None, 1e9)
+    )
+    assert (expected_gradient(biased, at) - plain_V).norm() > 0.01
+    torch.testing.assert_close(expected_gradient(mended, at), plain_V)
+
+
+def test_k2_has_the_gradient_of_the_live_advantage():
+    at = context(10, drift=0.5)
+    k2 = objective(target={"kind": "estimator", "estimator": "k2"})
+    torch.testing.assert_close(expected_gradient(k2, at), expected_gradient(PLAIN, at))
+
+
+def test_k3_on_samples_has_the_gradient_of_the_forward_kl():
+    at = context(11)
+    k3 = objective(target={"kind": "estimator", "estimator": "k3"})
+    forward = objective(target={"kind": "divergence", "divergence": "forward_kl"})
+    torch.testing.assert_close(expected_gradient(k3, at), expected_gradient(forward, at))
+
+
+def test_the_forward_kl_gradient_is_student_minus_teacher():
+    at = context(12, drift=0.5)
+    forward = objective(target={"kind": "divergence", "divergence": "forward_kl"})
+    torch.testing.assert_close(
+        expected_gradient(forward, at), at.student_V.exp() - at.tables["teacher"].exp()
+    )
+
+
+def test_a_frozen_advantage_is_not_stationary_at_the_teacher():
+    at = context(13)
+    frozen = objective(
+        target={"kind": "log_ratio", "student": "rollout", "clip": None},
+        token_weights=[{"kind": "ppo_clip", "low": 0.99, "high": 100.0}],
+    )
+    here = Context(at.tables["teacher"], at.rollout_V, at.tables)
+    assert expected_gradient(frozen, here).abs().max() > 1e-3
+    assert expected_gradient(PLAIN, here).abs().max() < 1e-12
+
+
+def test_offline_ascent_reaches_the_online_optimum_exactly_with_the_baseline():
+    """From the student at rollout, tabular, with the full expectation; the distance is KL in nats."""
+    at = context(14)
+    target_V = (1.5 * at.tables["teacher"] - 0.5 * at.tables["reference"]).log_softmax(0)
+    distance = {}
+    for baseline in (False, True):
+        logits_V = at.rollout_V.clone()
+        for _ in range(400):
+            here = Context(logits_V.log_softmax(0), at.rollout_V, at.tables)
+            logits_V = logits_V - 2.0 * expected_gradient(extrapolating(1.5, baseline), here)
+        end_V = logits_V.log_softmax(0)
+        distance[baseline] = (end_V.exp() * (end_V - target_V)).sum().item()
+    assert distance[True] < 1e-5
+    assert distance[False] > 0.01
+
+
+AT_REST = {
+    "teacher": (
+        "decoupling_lengths",
+        "decoupling_mix",
+        "decoupling_student_fkl",
+        "decoupling_student_rkl",
+        "decoupling_teacher_fkl",
+        "decoupling_teacher_rkl",
+        "effopd",
+        "f_alpha",
+        "f_forward_kl",
+        "f_jsd",
+        "f_reverse_kl",
+        "f_skew_kl",
+        "f_skew_reverse_kl",
+        "hy_embodied",
+        "lightning_opd",
+        "many_faces",
+        "many_faces_renormalised",
+        "prune_opd",
+        "recommended_baseline_ratio",
+        "recommended_topk_reverse_kl",
+        "renio",
+        "tcod",
+        "tip",
+        "tip_entropy",
+        "truncated_importance",
+        "uni_opd_mask",
+        "video_opd",
+        "vopd",
+    ),
+    "privileged": ("mgsd", "opsd", "opsd_sampled", "v_zero"),
+}
+MOVING = {
+    "g_opd": "needs a baseline",
+    "exopd": "needs a baseline",
+    "extrapolation_cliff": "needs a baseline",
+    "g_opd_baseline": "at rest at the extrapolated teacher",
+    "exopd_baseline": "at rest at the extrapolated teacher",
+    "aligndistil": "at rest at the extrapolated teacher",
+    "uni_opd": "shifted by the margin",
+    "scope": "maximum likelihood of the correct",
+    "scope_code": "maximum likelihood of the correct",
+    "sod": "reward",
+    "dgrpo": "reward",
+    "soda": "preference",
+    "raft": "maximum likelihood of refined answers",
+    "f_tv": "no derivative at its minimum",
+}
+
+
+def test_every_recipe_is_said_to_rest_at_its_teacher_or_why_not():
+    named = [*AT_REST["teacher"], *AT_REST["privileged"], *MOVING]
+    assert sorted(named) == sorted(path.stem for path in METHODS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("top_k", [3, 7])
+@pytest.mark.parametrize(
+    ("name", "signal"), [(name, signal) for signal, names in AT_REST.items() for name in names]
+)
+def test_gradient_vanishes_token_by_token_where_the_student_is_the_teacher(name, signal, top_k):
+    world = make_world(1)
+    if name == "prune_opd":
+        config = recipe(name, token_weights=[{"kind": "drift_fade", "top_k": 3}])
+    else:
+        config = recipe(name)
+    _, gradient_NV, _ = evaluate(config, world, top_k=top_k, student_NV=world.tables[signal])
+    assert gradient_NV.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["exopd_baseline", "g_opd_baseline", "aligndistil"])
+def test_extrapolating_recipes_rest_at_the_extrapolated_teacher(name):
+    world, config = make_world(1), recipe(name)
+    tables, term = world.tables, config.terms[0]
+    teacher_NV, reference_NV = tables[term.signal], tables[term.extrapolate.reference]
+    if name == "aligndistil":
+        strength = 15 * (teacher_NV.exp() - reference_NV.exp()).abs().sum(1, keepdim=True) + 1e-3
+    else:
+        strength = term.extrapolate.factor - 1
+    optimum_NV = teacher_NV + strength * (teacher_NV - reference_NV)
+    _, gradient_NV, _ = evaluate(config, world, student_NV=optimum_NV)
+    assert gradient_NV.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["sod", "dgrpo"])
+def test_equal_rewards_leave_pure_distillation(name):
+    world = replace(make_world(1), rewards=(1.0,) * 8)
+    _, gradient_NV, _ = evaluate(recipe(name), world, student_NV=world.tables["teacher"])
+    assert gradient_NV.abs().max() < 1e-9

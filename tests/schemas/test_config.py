@@ -1,0 +1,225 @@
+"""Configs from files, `--set` and flags, and the words of their errors."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightopd.config import as_yaml, build, describe, load_run, load_stage, merged, parse_set, read_yaml
+from lightopd.errors import ConfigError
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.configs import PrecomputeConfig, TrainConfig
+from lightopd.schemas.run import STAGES, RunConfig
+
+TRAIN = {"cache": "c", "student": "s", "out": "o"}
+
+
+def written(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def models_in(model, seen=None):
+    from lightopd.config import _models_in
+
+    seen = {} if seen is None else seen
+    if model not in seen:
+        seen[model] = True
+        for field in model.model_fields.values():
+            for nested in _models_in(field.annotation):
+                models_in(nested, seen)
+    return list(seen)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "run"])
+def test_every_field_of_every_config_has_a_sentence(stage):
+    for model in models_in({**STAGES, "run": RunConfig}[stage]):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            assert field.description.endswith("."), f"{model.__name__}.{name}"
+
+
+def test_later_files_then_sets_then_flags_win(tmp_path):
+    first = written(
+        tmp_path, "a.yaml", {**TRAIN, "steps": 1, "seed": 1, "optimizer": {"lr": 0.1, "eps": 0.5}}
+    )
+    second = written(tmp_path, "b.yaml", {"steps": 2, "seed": 2})
+    config = load_stage(
+        "train", [first, second], ["seed=3", "optimizer.lr=1e-3"], {"student": "other", "out": None}
+    )
+    assert (config.steps, config.seed, config.optimizer.lr, config.optimizer.eps) == (2, 3, 1e-3, 0.5)
+    assert (config.student.path, str(config.out)) == ("other", "o")
+
+
+def test_a_stage_takes_its_section_of_a_run_file(tmp_path):
+    shared = {"out": "x", "teacher": "t", "student": "s", "prompts": "p.jsonl"}
+    run = written(tmp_path, "run.yaml", {**shared, "train": {"steps": 7}, "precompute": {"top_k": 5}})
+    assert load_stage("train", [run], [], {}).steps == 7
+    precompute = load_stage("precompute", [run], ["top_k=6"], {})
+    assert (precompute.top_k, precompute.teacher.path, str(precompute.cache)) == (6, "t", "x/cache")
+
+
+def test_the_student_of_a_run_is_the_fine_tuned_one_where_there_is_an_sft_section(tmp_path):
+    shared = {"out": "x", "teacher": "t", "student": "s", "prompts": "p.jsonl"}
+    plain = load_run([written(tmp_path, "a.yaml", {**shared, "train": {}})], [], {})
+    tuned = load_run([written(tmp_path, "b.yaml", {**shared, "sft": {"part": "both"}})], [], {})
+    assert build(STAGES["rollout"], plain.settings("rollout")).student.path == "s"
+    assert build(STAGES["rollout"], tuned.settings("rollout")).student.path == "x/sft/student"
+    assert build(STAGES["train"], tuned.settings("train")).student.path == "x/sft/student"
+
+
+def test_an_unknown_key_is_refused_with_the_name_that_was_meant():
+    with pytest.raises(ConfigError, match=r"unknown key optimizer\.lrr \(did you mean lr\?\)"):
+        build(TrainConfig, {**TRAIN, "optimizer": {"lrr": 1}})
+
+
+def test_a_mistake_in_a_run_files_section_names_the_section(tmp_path):
+    shared = {"out": "x", "teacher": "t", "student": "s", "prompts": "p.jsonl"}
+    run = written(tmp_path, "run.yaml", {**shared, "train": {"stepz": 7}})
+    with pytest.raises(ConfigError, match="section train: unknown key stepz"):
+        load_run([run], [], {})
+
+
+def test_a_wrong_type_says_what_was_found_and_a_missing_key_is_named():
+    with pytest.raises(ConfigError, match=r"top_k: .*found 'many'"):
+        build(PrecomputeConfig, {"cache": "c", "teacher": "t", "top_k": "many"})
+    with pytest.raises(ConfigError, match="teacher is missing"):
+        build(PrecomputeConfig, {"cache": "c"})
+
+
+def test_contradictions_are_refused_at_load():
+    with pytest.raises(ConfigError, match="leave rollouts out"):
+        build(PrecomputeConfig, {"cache": "c", "rollouts": "c", "teacher": "t"})
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", "a..b=1", ".a=1"])
+def test_a_set_that_is_no_assignment_is_refused(text):
+    with pytest.raises(ConfigError, match="is not key=value"):
+        parse_set(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=1e-5", 1e-5), ("a=3", 3), ("a=true", True), ("a=[1, 2]", [1, 2]), ("a=x=y", "x=y"), ("a=", None)],
+)
+def test_values_of_sets_are_read_as_yaml(text, value):
+    assert parse_set(text) == {"a": value}
+    assert type(parse_set(text)["a"]) is type(value)
+
+
+def test_a_models_other_settings_stay_when_its_folder_is_a_flag():
+    flags = {"student": "base", "prompts": "p.jsonl", "cache": "c"}
+    student = load_stage("rollout", [], ["student.adapter=a", "student.dtype=float32"], flags).student
+    assert (student.path, str(student.adapter), student.dtype) == ("base", "a", "float32")
+
+
+def test_a_flag_for_a_prompt_file_keeps_what_is_set_beside_it():
+    flags = {"student": "base", "cache": "c", "prompts": Path("p.jsonl")}
+    prompts = load_stage("rollout", [], ["prompts.limit=2"], flags).prompts
+    assert (prompts.path, prompts.limit) == (Path("p.jsonl"), 2)
+    prompts = load_stage("rollout", [], ["prompts.kind=running_totals"], flags).prompts
+    assert (prompts.path, prompts.kind) == (Path("p.jsonl"), "file")
+
+
+def test_another_kind_replaces_a_union_instead_of_mixing_with_it():
+    base = {"prompts": {"kind": "file", "path": "p"}}
+    assert merged(base, {"prompts": {"kind": "running_totals", "count": 3}})["prompts"] == {
+        "kind": "running_totals",
+        "count": 3,
+    }
+    assert merged(base, {"prompts": {"limit": 3}})["prompts"] == {"kind": "file", "path": "p", "limit": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "not valid YAML"), ("- 1", "holds a list"), (b"\xff\xfe", "cannot be read")],
+)
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_yaml(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_suggests_recipes_of_a_close_name(tmp_path):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "lightning_opd.yaml").write_text("steps: 3")
+    assert read_yaml("methods/lightning_opd", tmp_path) == {"steps": 3}
+    with pytest.raises(ConfigError, match="did you mean the recipe methods/lightning_opd"):
+        read_yaml("methods/lightening_opd", tmp_path)
+
+
+def test_a_recipe_name_cannot_leave_the_recipe_folder(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "secret.yaml").write_text("steps: 3")
+    with pytest.raises(ConfigError, match="no config file"):
+        read_yaml("../secret", tmp_path / "recipes")
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = build(TrainConfig, {**TRAIN, "optimizer": {"lr": 3e-5}})
+    path = tmp_path / "train.yaml"
+    path.write_text(as_yaml(config))
+    assert load_stage("train", [str(path)], [], {}) == config
+
+
+def test_describe_names_every_key_with_default_and_sentence():
+    class Inner(StrictModel):
+        depth: int = 3
+        """How deep."""
+
+    class Outer(StrictModel):
+        name: str
+        """What it is called."""
+        inner: Inner = Inner()
+        """The inside."""
+
+    assert describe(Outer).splitlines() == [
+        "name  (required)",
+        "    What it is called.",
+        "inner  (default below)",
+        "    The inside.",
+        "inner.depth  (default 3)",
+        "    How deep.",
+    ]
+
+
+def test_settings_of_a_model_or_a_prompt_file_join_the_plain_path_of_a_file():
+    written = {"student": "STUDENT", "prompts": "p.jsonl", "out": "out"}
+    over = {"student": {"dtype": "float32"}, "prompts": {"limit": 2}}
+    assert merged(written, over) == {
+        "student": {"path": "STUDENT", "dtype": "float32"},
+        "prompts": {"path": "p.jsonl", "limit": 2},
+        "out": "out",
+    }
+    replaced = {"student": {"path": "OTHER"}, "prompts": {"kind": "running_totals", "count": 4}}
+    assert merged(written, replaced) == {**written, **replaced}
+
+
+def test_every_setting_is_read_somewhere():
+    """A field that no code outside its definition names is a knob that turns nothing."""
+    root = Path(__file__).parents[2]
+    folders = ("lightopd", "pipelines", "cli", "schemas")
+    text = "\n".join(path.read_text() for folder in folders for path in sorted((root / folder).rglob("*.py")))
+    unread = [
+        f"{model.__name__}.{name}"
+        for stage in {**STAGES, "run": RunConfig}.values()
+        for model in models_in(stage)
+        for name in model.model_fields
+        if not re.search(rf"(?:\.{name}\b(?! *:))|(?:[\"']{name}[\"'])", text)
+    ]
+    assert sorted(set(unread)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": ".inf"}, {"lr": "1e39"}, {"weight_decay": ".inf"}, {"eps": ".nan"}, {"betas": "[1.5, 0.98]"}],
+)
+def test_an_optimiser_that_torch_would_refuse_is_refused_as_a_setting(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ConfigError, match=rf"optimizer\.{name}"):
+        load_stage("train", [], [f"optimizer.{name}={value}"], TRAIN)

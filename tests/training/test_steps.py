@@ -1,0 +1,112 @@
+"""Learning rate, weight decay, drift, and the file of metrics."""
+
+import math
+
+import pytest
+import torch
+
+from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
+from lightopd.training.measures.metrics_file import append_metrics, global_sums, keep_metrics, read_metrics
+from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer
+from lightopd.training.student.drift import drift_metrics, drift_sums, exceeded_limits
+
+
+def rates(steps=6, **settings):
+    config = OptimizerConfig(lr=1.0, **settings)
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+def test_a_constant_rate_is_the_peak_throughout():
+    assert rates() == [1.0] * 6
+
+
+def test_warm_up_rises_linearly_to_the_peak():
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_linear_and_cosine_fall_from_the_peak_towards_zero():
+    assert rates(schedule="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    expected = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert rates(schedule="cosine") == pytest.approx(expected)
+
+
+def test_only_matrices_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    groups = make_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_clipping_returns_the_norm_before_it():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.grad = torch.full((1, 1), 5.0)
+    assert float(clip_gradients(model, None)) == 5.0
+    assert float(model.weight.grad) == 5.0
+    assert float(clip_gradients(model, 1.0)) == 5.0
+    assert float(model.weight.grad) == pytest.approx(1.0, abs=1e-5)
+
+
+def drift_of(now, ref, trained):
+    sums = drift_sums(torch.tensor(now), torch.tensor(ref), torch.tensor(trained))
+    return drift_metrics({name: float(total / weight) for name, (total, weight) in sums.items()})
+
+
+def test_drift_of_an_unchanged_student_is_none():
+    drift = drift_of([-1.0, -2.0], [-1.0, -2.0], [True, True])
+    assert drift == {"w_mean": 1.0, "w_std": 0.0, "ess": 1.0, "chi2": 0.0, "log_ratio_lost": 0.0}
+
+
+def test_drift_is_as_worked_out_by_hand():
+    # w = 1/2 and 3/2: mean 1, mean square 5/4.
+    drift = drift_of([math.log(0.5), math.log(1.5), 9.0], [0.0, 0.0, 0.0], [True, True, False])
+    assert drift["w_mean"] == pytest.approx(1.0, rel=1e-6)
+    assert drift["w_std"] == pytest.approx(0.5, rel=1e-6)
+    assert drift["chi2"] == pytest.approx(0.25, rel=1e-6)
+    assert drift["ess"] == pytest.approx(0.8, rel=1e-6)
+    assert drift["log_ratio_lost"] == pytest.approx(-math.log(0.75) / 2, rel=1e-6)
+
+
+def test_only_passed_limits_are_named():
+    limits = StalenessLimits(min_ess=0.9, max_chi2=1.0, max_log_ratio=0.2)
+    assert exceeded_limits({"ess": 0.95, "chi2": 0.1, "log_ratio_lost": 0.1}, limits) == []
+    passed = exceeded_limits({"ess": 0.8, "chi2": 0.25, "log_ratio_lost": 0.3}, limits)
+    assert passed == ["ess 0.8 (limit 0.9)", "log_ratio_lost 0.3 (limit 0.2)"]
+
+
+def test_sums_add_up_over_micro_batches_and_are_reduced_once():
+    calls = []
+
+    def double(flat):
+        calls.append(flat)
+        return flat * 2
+
+    pair = (torch.tensor(1.5), torch.tensor(2.0))
+    assert global_sums([{"a": pair, "b": pair}, {"a": pair, "b": pair}], double) == {
+        "a": (6.0, 8.0),
+        "b": (6.0, 8.0),
+    }
+    assert len(calls) == 1
+
+
+def test_metrics_survive_the_file_to_the_last_bit(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}]
+    for row in rows:
+        append_metrics(path, row)
+    read = read_metrics(path)
+    assert read[0] == {"step": 1.0, "loss": 0.1 + 0.2}
+    assert math.isnan(read[1]["loss"])
+
+
+def test_rows_after_the_checkpoint_and_half_written_rows_are_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for step in (1, 2, 3):
+        append_metrics(path, {"step": step, "loss": step / 3})
+    whole = path.read_text()
+    path.write_text(whole + "4,0.1")
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    keep_metrics(path, 2)
+    assert path.read_text() == whole[: whole.index("3,")]
+    keep_metrics(path, 0)
+    assert read_metrics(path) == []
+    append_metrics(path, {"step": 1, "loss": 1.0})
+    assert path.read_text() == "step,loss\n1,1.0\n"
