@@ -58,7 +58,7 @@ lint: $(VENV)/.ready
 
 # mypy sees the four folders as one package only when they lie in one folder: a tree of links.
 types: $(VENV)/.ready
-	rm -rf build/types && mkdir -p build/types/lightopd
+	rm -rf build/types/lightopd && mkdir -p build/types/lightopd
 	ln -s $(CURDIR)/lightopd/* $(CURDIR)/cli $(CURDIR)/pipelines $(CURDIR)/schemas build/types/lightopd/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lightopd
 
