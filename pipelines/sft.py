@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.engines.kinds import load_engine
+from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
 from lightopd.pipelines.shared.reports import Report, save_report
@@ -110,7 +111,7 @@ def _take_over_tokenizer(config: SftConfig, folder: Path) -> None:
     settings = folder / "generation_config.json"
     stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     stored["eos_token_id"] = list(stop_ids(tokenizer, config.teacher))
-    settings.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    write_atomically(settings, json_bytes(stored))
 
 
 def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, folder: Path) -> None:
