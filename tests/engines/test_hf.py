@@ -322,8 +322,9 @@ def test_a_loaded_engine_is_what_its_description_says(tmp_path, dtype):
     tiny_model("qwen3").to(getattr(torch, dtype)).save_pretrained(tmp_path)
     settings, model = HfEngine(device="cpu"), ModelConfig(path=str(tmp_path))
     engine = load_engine(settings, model)
-    assert (engine.record, engine.precision) == describe_engine(settings, model)
-    assert engine.precision.dtype == dtype == str(engine._loaded.model.dtype).removeprefix("torch.")
+    record, precision = describe_engine(settings, model)
+    assert (record.kind, record.settings["device"]) == ("hf", "cpu")
+    assert precision.dtype == dtype == str(engine._loaded.model.dtype).removeprefix("torch.")
     assert (engine.vocabulary_size, engine.context_length) == (VOCABULARY, CONTEXT)
 
 
