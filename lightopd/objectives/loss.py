@@ -96,51 +96,51 @@ def _term_loss(
 ) -> Loss:
     scene = _look(term, batch, student)
     rollout_weight_R = _rollout_weights(scene, statistics)
-    is_counted_N = batch.is_trained_N & (rollout_weight_R != 0)[batch.row_N]
+    loss_mask_N = batch.loss_mask_N & (rollout_weight_R != 0)[batch.row_N]
     metrics: Metrics = {}
     if scene.teacher is not None:
         gap_N = scene.teacher.logprobs_N - student.logprobs_N.detach()
-        metrics["log_ratio"] = token_mean(gap_N, is_counted_N)
+        metrics["log_ratio"] = token_mean(gap_N, loss_mask_N)
     if term.target.gives == "rollout_loss":
         loss_R = _apply(term.target, scene) * (batch.lengths_R > 0) / max(batch.totals.num_rollouts, 1)
     else:
-        loss_N, weight_N = _token_losses(scene, metrics, is_counted_N)
+        loss_N, weight_N = _token_losses(scene, metrics, loss_mask_N)
         loss_R = _reduce(term, batch, loss_N * weight_N, weight_N)
     return Loss((loss_R * rollout_weight_R).sum(), metrics)
 
 
-def _token_losses(scene: Scene, metrics: Metrics, is_counted_N: Tensor) -> tuple[Tensor, Tensor]:
+def _token_losses(scene: Scene, metrics: Metrics, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and weight of each token, [N] each; the weights carry no gradient."""
     term, student = scene.term, scene.student
     advantage_N = None
     if term.target.gives == "advantage":
-        advantage_N = _advantage(scene, metrics, is_counted_N)
+        advantage_N = _advantage(scene, metrics, loss_mask_N)
         loss_N = -advantage_N * student.logprobs_N
     else:
         loss_N = _apply(term.target, scene)
     weight_N = torch.ones_like(student.logprobs_N).detach()
     for config in term.token_weights:
         part_N = _apply(config, scene, advantage_N).to(weight_N.dtype)
-        metrics[f"weight_{config.kind}"] = token_mean(part_N, is_counted_N)
+        metrics[f"weight_{config.kind}"] = token_mean(part_N, loss_mask_N)
         weight_N = weight_N * part_N
     return loss_N, weight_N
 
 
-def _advantage(scene: Scene, metrics: Metrics, is_counted_N: Tensor) -> Tensor:
+def _advantage(scene: Scene, metrics: Metrics, loss_mask_N: Tensor) -> Tensor:
     """Target, then baseline, then scales and shifts, then clip; [N], detached."""
     term = scene.term
     advantage_N = _apply(term.target, scene).to(scene.student.logprobs_N.dtype).detach()
     if term.baseline is not None:
         baseline_N = _apply(term.baseline, scene)
-        metrics["baseline"] = token_mean(baseline_N, is_counted_N)
+        metrics["baseline"] = token_mean(baseline_N, loss_mask_N)
         advantage_N = advantage_N - baseline_N
     for config in term.advantage:
         advantage_N = _apply(config, scene, advantage_N)
     limit = term.target.clip if isinstance(term.target, LogRatioTarget) else None
     if limit is not None:
-        metrics["clipped"] = token_mean((advantage_N.abs() > limit).float(), is_counted_N)
+        metrics["clipped"] = token_mean((advantage_N.abs() > limit).float(), loss_mask_N)
         advantage_N = advantage_N.clamp(-limit, limit)
-    metrics["advantage"] = token_mean(advantage_N, is_counted_N)
+    metrics["advantage"] = token_mean(advantage_N, loss_mask_N)
     return advantage_N
 
 

@@ -85,7 +85,7 @@ def measured_gap(cache: Cache, signal: str) -> float | None:
         scored = read_columns(shard_path(signal_folder(cache.path, signal), shard), SIGNALS, ["logprobs"])
         student_N, _ = flat_column(rollouts.column("logprobs"))
         signal_N, _ = flat_column(scored.column("logprobs"))
-        is_trained_N, _ = flat_column(rollouts.column("loss_mask"))
+        loss_mask_N, _ = flat_column(rollouts.column("loss_mask"))
         gap_N = student_N.astype(np.float64) - signal_N
-        total, count = total + float(gap_N[is_trained_N].sum()), count + int(is_trained_N.sum())
+        total, count = total + float(gap_N[loss_mask_N].sum()), count + int(loss_mask_N.sum())
     return total / count if count else None

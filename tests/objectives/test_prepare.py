@@ -37,7 +37,7 @@ def cache(
         origins=origins or ["student"] * number,
         domains=[None] * number,
         offsets=np.arange(number + 1) * 2,
-        is_trained_N=np.ones(2 * number, bool),
+        loss_mask_N=np.ones(2 * number, bool),
         ref_logprobs_N=np.full(2 * number, -10, np.float32),
         logprobs_N={"teacher": teacher_N, "reference": other_N, "negative": other_N},
         teacher_rewards_R=None if teacher_rewards is None else np.array(teacher_rewards, np.float32),

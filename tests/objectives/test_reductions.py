@@ -119,7 +119,7 @@ def test_constant_strength_makes_aligndistil_the_expected_exopd_gradient():
     p_NV = student_NV.exp()
     mean_N1 = (p_NV * advantage_NV).sum(1, keepdim=True)
     counts_R = torch.tensor([len(world.tokens(row)) for row in range(world.size)])
-    share_N = world.is_trained_N / counts_R[world.row_N] / world.size
+    share_N = world.loss_mask_N / counts_R[world.row_N] / world.size
     torch.testing.assert_close(gradient_NV, -share_N[:, None] * p_NV * (advantage_NV - mean_N1))
 
 
@@ -241,10 +241,10 @@ def test_a_pair_of_equal_texts_has_no_gradient():
     second = second[: len(first)]
     logits_NV, warmup_NV = world.student_NV.clone(), world.tables["warmup"].clone()
     logits_NV[second], warmup_NV[second] = logits_NV[first], warmup_NV[first]
-    ids_N, trained_N = world.ids_N.clone(), world.is_trained_N.clone()
+    ids_N, trained_N = world.ids_N.clone(), world.loss_mask_N.clone()
     ids_N[second] = ids_N[first]
     trained_N[places[1][len(first) :]] = False
-    alike = replace(world, ids_N=ids_N, is_trained_N=trained_N, tables={**world.tables, "warmup": warmup_NV})
+    alike = replace(world, ids_N=ids_N, loss_mask_N=trained_N, tables={**world.tables, "warmup": warmup_NV})
     _, gradient_NV, _ = evaluate(recipe("soda"), alike, student_NV=logits_NV)
     torch.testing.assert_close(gradient_NV[first], -gradient_NV[second])
 

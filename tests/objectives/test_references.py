@@ -57,7 +57,7 @@ def test_neither_micro_batches_nor_the_order_of_the_cache_change_anything(name):
 def test_tokens_outside_the_loss_mask_have_no_gradient(name):
     world = make_world(4)
     _, gradient_NV, _ = evaluate(configured(name), world, top_k=4)
-    assert (gradient_NV[~world.is_trained_N] == 0).all()
+    assert (gradient_NV[~world.loss_mask_N] == 0).all()
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -191,7 +191,7 @@ def test_a_view_holds_the_rows_of_its_shard(tmp_path):
     for view, shard in zip(views, shards, strict=True):
         assert list(view.rollout_ids) == [one.rollout_id for one in shard]
         assert view.groups_R.tolist() == [group_number(one.prompt_id) for one in shard]
-        np.testing.assert_array_equal(view.is_trained_N, np.concatenate([one.loss_mask for one in shard]))
+        np.testing.assert_array_equal(view.loss_mask_N, np.concatenate([one.loss_mask for one in shard]))
         np.testing.assert_array_equal(view.ref_logprobs_N, np.concatenate([one.logprobs for one in shard]))
         assert list(view.origins) == ["student"] * len(shard)
     assert prepare(ObjectiveConfig(), views).keep_R.tolist() == [True] * 3

@@ -46,7 +46,7 @@ def test_a_curriculum_trains_the_same_loss_on_the_tokens_it_shows():
     world = make_world(1)
     config = recipe("decoupling_lengths").model_dump(mode="json")
     config["curriculum"].update(lengths=[2, 4])
-    short = replace(world, is_trained_N=world.is_trained_N & (world.index_N < 2))
+    short = replace(world, loss_mask_N=world.loss_mask_N & (world.index_N < 2))
     ladder, plain = objective(**config), recipe("decoupling_mix")
     torch.testing.assert_close(evaluate(ladder, world)[1], evaluate(plain, short)[1])
 

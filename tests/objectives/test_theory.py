@@ -69,7 +69,7 @@ def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatc
         ids_N=every,
         row_N=every,
         index_N=torch.zeros(V, dtype=torch.int64),
-        is_trained_N=torch.ones(V, dtype=torch.bool),
+        loss_mask_N=torch.ones(V, dtype=torch.bool),
         turns_N=torch.zeros(V, dtype=torch.int64),
         ref_logprobs_N=at.rollout_V,
         ref_entropies_N=None,

@@ -43,8 +43,8 @@ class RolloutBatch:
     """int64, which of the R rollouts a token belongs to."""
     index_N: Tensor
     """int64, position within its response, from 0."""
-    is_trained_N: Tensor
-    """bool, the loss mask."""
+    loss_mask_N: Tensor
+    """bool, True where the token is trained on."""
     turns_N: Tensor
     """int64, assistant turn of the token, from 0."""
     ref_logprobs_N: Tensor | None

@@ -33,7 +33,7 @@ class CacheView:
     """R long."""
     offsets: NDArray[np.int64]
     """[R + 1], where each rollout's tokens begin; the last entry is N."""
-    is_trained_N: NDArray[np.bool_]
+    loss_mask_N: NDArray[np.bool_]
     """The loss mask."""
     ref_logprobs_N: NDArray[np.float32] | None
     """Student at rollout."""
@@ -84,7 +84,7 @@ def summarise(
         rewards_R,
         np.asarray(view.origins, np.str_),
         missing if view.teacher_rewards_R is None else np.asarray(view.teacher_rewards_R, np.float32),
-        sums(view, view.is_trained_N).astype(np.int64),
+        sums(view, view.loss_mask_N).astype(np.int64),
         is_correct_R,
         is_incorrect_R,
         {name: measure(view) for name, measure in measures.items()},
@@ -122,13 +122,13 @@ def subset(table: RolloutTable, keep_R: NDArray[np.bool_]) -> RolloutTable:
 
 def sums(view: CacheView, values_N: NDArray[Any]) -> Floats:
     """Sum over the trained tokens of each rollout, float64 [R]."""
-    counted_N = np.where(view.is_trained_N, values_N, 0).astype(np.float64)
+    counted_N = np.where(view.loss_mask_N, values_N, 0).astype(np.float64)
     return np.diff(np.concatenate([[0.0], np.cumsum(counted_N)])[view.offsets])
 
 
 def means(view: CacheView, values_N: NDArray[Any]) -> Floats:
     """Mean over the trained tokens of each rollout, float64 [R]; 0 where there are none."""
-    return sums(view, values_N) / np.maximum(sums(view, view.is_trained_N), 1)
+    return sums(view, values_N) / np.maximum(sums(view, view.loss_mask_N), 1)
 
 
 def mean_ref_logprob(view: CacheView) -> Floats:

@@ -11,7 +11,7 @@ from lightopd.objectives.base.batch import RolloutBatch
 
 def rollout_sums(values_N: Tensor, batch: RolloutBatch) -> Tensor:
     """Sum of `values_N` over the trained tokens of each rollout, [R]."""
-    kept_N = torch.where(batch.is_trained_N, values_N, torch.zeros_like(values_N))
+    kept_N = torch.where(batch.loss_mask_N, values_N, torch.zeros_like(values_N))
     return kept_N.new_zeros(len(batch.lengths_R)).index_add(0, batch.row_N, kept_N)
 
 
@@ -20,10 +20,10 @@ def rollout_means(values_N: Tensor, batch: RolloutBatch) -> Tensor:
     return rollout_sums(values_N, batch) / batch.lengths_R.clamp(min=1)
 
 
-def token_mean(values_N: Tensor, is_counted_N: Tensor) -> tuple[Tensor, Tensor]:
+def token_mean(values_N: Tensor, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
     """A metric as (sum, weight): detached sum over the counted tokens, and their number, float32."""
-    kept_N = torch.where(is_counted_N, values_N.detach(), torch.zeros_like(values_N))
-    return kept_N.sum().float(), is_counted_N.sum().float()
+    kept_N = torch.where(loss_mask_N, values_N.detach(), torch.zeros_like(values_N))
+    return kept_N.sum().float(), loss_mask_N.sum().float()
 
 
 def pad_rollouts(values_N: Tensor, batch: RolloutBatch, fill: float) -> Tensor:

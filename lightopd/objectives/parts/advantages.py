@@ -71,7 +71,7 @@ def step_drift_scale(config: StepDriftScale, scene: Scene, advantage_N: Tensor) 
     place_N = batch.row_N * num_turns + batch.turns_N
     gap_N = (scene.ref_logprobs_N() - scene.taught().logprobs_N).abs()
     cells = len(batch.lengths_R) * num_turns
-    counted_N = batch.is_trained_N.to(gap_N.dtype)
+    counted_N = batch.loss_mask_N.to(gap_N.dtype)
     total_C = gap_N.new_zeros(cells).index_add(0, place_N, gap_N * counted_N)
     count_C = gap_N.new_zeros(cells).index_add(0, place_N, counted_N)
     drift_RU = (total_C / count_C.clamp(min=1)).view(-1, num_turns)

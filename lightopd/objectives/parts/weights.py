@@ -53,10 +53,10 @@ def select_tokens(config: TokenSelectionWeight, scene: Scene, advantage_N: Tenso
     """1 for the ceil(keep n) of a rollout's n trained tokens that score highest, [N]; ties by position."""
     batch = scene.batch
     score_N = _usefulness(config, scene)
-    score_RL = pad_rollouts(torch.where(batch.is_trained_N, score_N, float("-inf")), batch, float("-inf"))
+    score_RL = pad_rollouts(torch.where(batch.loss_mask_N, score_N, float("-inf")), batch, float("-inf"))
     rank_RL = score_RL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept_R1 = (config.keep * batch.lengths_R.double() - 1e-9).ceil()[:, None]
-    return (flatten_rollouts((rank_RL < kept_R1).to(score_N.dtype), batch)) * batch.is_trained_N
+    return (flatten_rollouts((rank_RL < kept_R1).to(score_N.dtype), batch)) * batch.loss_mask_N
 
 
 def _usefulness(config: TokenSelectionWeight, scene: Scene) -> Tensor:
@@ -72,8 +72,8 @@ def _usefulness(config: TokenSelectionWeight, scene: Scene) -> Tensor:
 
 def _scaled(values_N: Tensor, config: TokenSelectionWeight, scene: Scene) -> Tensor:
     """Min-max scaled within each rollout after cutting above its quantile; 0 where all are equal."""
-    is_counted_N = scene.batch.is_trained_N
-    padded_RL = pad_rollouts(torch.where(is_counted_N, values_N, float("nan")), scene.batch, float("nan"))
+    loss_mask_N = scene.batch.loss_mask_N
+    padded_RL = pad_rollouts(torch.where(loss_mask_N, values_N, float("nan")), scene.batch, float("nan"))
     high_R1 = torch.nanquantile(padded_RL, config.winsorise, dim=1, keepdim=True)
     cut_RL = torch.minimum(padded_RL, high_R1)
     low_R1 = torch.where(cut_RL.isnan(), float("inf"), cut_RL).amin(1, keepdim=True)
@@ -90,7 +90,7 @@ def needs_selection(config: TokenSelectionWeight, term: TermConfig) -> Needs:
 def drift_fade(config: DriftFadeWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
     """clip(1 - drop * bad tokens so far, 0, 1) + base, [N] (arXiv 2605.07804)."""
     is_bad_N = _lacks_overlap(config, scene) if config.bad == "overlap" else _outside_nucleus(config, scene)
-    bad_RL = pad_rollouts((is_bad_N & scene.batch.is_trained_N).float(), scene.batch, 0.0)
+    bad_RL = pad_rollouts((is_bad_N & scene.batch.loss_mask_N).float(), scene.batch, 0.0)
     so_far_N = flatten_rollouts(bad_RL.cumsum(1), scene.batch)
     return (1 - config.drop * so_far_N).clamp(0, 1) + config.base
 

@@ -47,7 +47,7 @@ def cache_views(
             origins=columns.origins,
             domains=columns.domains,
             offsets=columns.offsets,
-            is_trained_N=columns.loss_mask_N,
+            loss_mask_N=columns.loss_mask_N,
             ref_logprobs_N=columns.logprobs_N,
             logprobs_N={name: signal.logprobs_N for name, signal in columns.signals.items()},
             teacher_rewards_R=scores_R if wanted.answers else None,

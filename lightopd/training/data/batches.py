@@ -186,7 +186,7 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
     flat_BT.scatter_(0, starts_R.index_select(0, row_P) + index_P, _long(rows.prompt_ids_P, device))
     flat_BT.scatter_(0, positions_N + 1, ids_N)
     is_token_BT = (flat_BT != NO_TOKEN).view(-1, layout.width)
-    is_trained_N = torch.from_numpy(rows.loss_mask_N).to(device)
+    loss_mask_N = torch.from_numpy(rows.loss_mask_N).to(device)
     return Microbatch(
         input_ids_BT=flat_BT.view(-1, layout.width).where(is_token_BT, PADDING_TOKEN),
         position_ids_BT=None
@@ -197,12 +197,12 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             ids_N=ids_N,
             row_N=row_N,
             index_N=index_N,
-            is_trained_N=is_trained_N,
+            loss_mask_N=loss_mask_N,
             turns_N=_long(rows.turns_N, device),
             ref_logprobs_N=_maybe(rows.logprobs_N, device),
             ref_entropies_N=_maybe(rows.entropies_N, device),
             signals={name: _signal_tokens(signal, device) for name, signal in rows.signals.items()},
-            lengths_R=torch.zeros_like(responses_R).index_add_(0, row_N, is_trained_N.long()),
+            lengths_R=torch.zeros_like(responses_R).index_add_(0, row_N, loss_mask_N.long()),
             rewards_R=torch.from_numpy(rows.rewards_R).to(device),
             is_truncated_R=torch.from_numpy(rows.is_truncated_R).to(device),
             groups_R=torch.from_numpy(rows.groups_R).to(device),

@@ -18,15 +18,15 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 DRIFT_METRICS = ("w_mean", "w_std", "ess", "chi2", "log_ratio_lost")
 
 
-def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, is_trained_N: Tensor) -> Sums:
+def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> Sums:
     """Sums and weights from which `drift_metrics` is made, float64, over the trained tokens.
 
     Args:
         logprobs_N: float32, nats, of the sampled tokens under the student now.
         ref_logprobs_N: float32, nats, of the same tokens under the student at rollout.
-        is_trained_N: bool, the loss mask.
+        loss_mask_N: bool, True where the token is trained on.
     """
-    mask_N = is_trained_N.double()
+    mask_N = loss_mask_N.double()
     log_w_N = (logprobs_N.detach().double() - ref_logprobs_N.double()) * mask_N
     w_N = log_w_N.exp() * mask_N
     weight = mask_N.sum()

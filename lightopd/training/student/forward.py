@@ -101,10 +101,10 @@ def evaluate_tokens(
 
 def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> Sums:
     """The student's entropy and its drift from the one at rollout, as sums over the trained tokens."""
-    mask_N = rollouts.is_trained_N.double()
+    mask_N = rollouts.loss_mask_N.double()
     sums: Sums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
     if rollouts.ref_logprobs_N is not None:
-        sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.is_trained_N)
+        sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.loss_mask_N)
     return sums
 
 

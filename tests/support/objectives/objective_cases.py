@@ -36,7 +36,7 @@ class World:
     row_N: Tensor
     index_N: Tensor
     ids_N: Tensor
-    is_trained_N: Tensor
+    loss_mask_N: Tensor
     turns_N: Tensor
     student_NV: Tensor
     """Logits of the live student."""
@@ -55,7 +55,7 @@ class World:
 
     def tokens(self, row: int) -> list[int]:
         """Places of a rollout's trained tokens."""
-        return [n for n in range(len(self.row_N)) if self.row_N[n] == row and self.is_trained_N[n]]
+        return [n for n in range(len(self.row_N)) if self.row_N[n] == row and self.loss_mask_N[n]]
 
 
 @cache
@@ -70,8 +70,8 @@ def make_world(seed: int = 0, vocabulary: int = 7, spread: float = 1.0, drift: f
 
     row_N = torch.repeat_interleave(torch.tensor(lengths))
     index_N = torch.cat([torch.arange(length) for length in lengths])
-    is_trained_N = torch.ones(total, dtype=torch.bool)
-    is_trained_N[[2, 9, 17]] = False
+    loss_mask_N = torch.ones(total, dtype=torch.bool)
+    loss_mask_N[[2, 9, 17]] = False
     base_NV = spread * noise(total, vocabulary)
     tables = {name: (base_NV + noise(total, vocabulary)).log_softmax(-1) for name in SIGNALS}
     tables["rollout_student"] = base_NV.log_softmax(-1)
@@ -82,7 +82,7 @@ def make_world(seed: int = 0, vocabulary: int = 7, spread: float = 1.0, drift: f
         row_N=row_N,
         index_N=index_N,
         ids_N=ids_N,
-        is_trained_N=is_trained_N,
+        loss_mask_N=loss_mask_N,
         turns_N=index_N // 2,
         student_NV=base_NV + drift * noise(total, vocabulary),
         tables=tables,
@@ -171,7 +171,7 @@ def shown_world(config: ObjectiveConfig, world: World, state: ObjectiveState | N
     is_shown_N = visible_tokens(
         config, state or ObjectiveState(), world.index_N.numpy(), world.turns_N.numpy()
     )
-    return replace(world, is_trained_N=world.is_trained_N & torch.from_numpy(is_shown_N))
+    return replace(world, loss_mask_N=world.loss_mask_N & torch.from_numpy(is_shown_N))
 
 
 def places_of(world: World, rows: Sequence[int]) -> Tensor:
@@ -192,7 +192,7 @@ def view_of(world: World, rows: Sequence[int]) -> CacheView:
         origins=[world.origins[row] for row in rows],
         domains=[world.domains[row] for row in rows],
         offsets=np.concatenate([[0], np.cumsum([world.lengths[row] for row in rows])]),
-        is_trained_N=world.is_trained_N[places_N].numpy(),
+        loss_mask_N=world.loss_mask_N[places_N].numpy(),
         ref_logprobs_N=sampled["rollout_student"],
         logprobs_N=sampled,
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
@@ -217,7 +217,7 @@ def make_batch(
         ids_N=world.ids_N[places_N],
         row_N=torch.tensor([number[int(row)] for row in world.row_N[places_N]]),
         index_N=world.index_N[places_N],
-        is_trained_N=world.is_trained_N[places_N],
+        loss_mask_N=world.loss_mask_N[places_N],
         turns_N=world.turns_N[places_N],
         ref_logprobs_N=_sampled(world, "rollout_student", places_N),
         ref_entropies_N=None,

@@ -57,7 +57,7 @@ def test_a_micro_batch_holds_the_records_row_by_row(make_cache, tmp_path):
         assert side.ids_N[tokens].tolist() == record.response_ids.tolist()
         assert side.row_N[tokens].tolist() == [row] * len(record.response_ids)
         assert side.index_N[tokens].tolist() == list(range(len(record.response_ids)))
-        assert side.is_trained_N[tokens].tolist() == record.loss_mask.tolist()
+        assert side.loss_mask_N[tokens].tolist() == record.loss_mask.tolist()
         assert side.turns_N[tokens].tolist() == record.turns.tolist()
         assert side.ref_logprobs_N[tokens].tolist() == record.logprobs.tolist()
         assert side.ref_entropies_N[tokens].tolist() == record.entropies.tolist()
