@@ -180,6 +180,16 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         ) from None
 
 
+def schema_version_at(path: Path) -> int:
+    """Schema version of the manifest at `path`, which a stage that resumes keeps; the newest where none is.
+
+    Raises:
+        CacheError: the manifest is broken.
+    """
+    kind = SignalManifest if path.name == SIGNAL_MANIFEST else CacheManifest
+    return read_manifest(path, kind).schema_version if path.exists() else SCHEMA_VERSION
+
+
 def differences(found: StrictModel, wanted: StrictModel) -> list[str]:
     """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
     before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
