@@ -16,10 +16,26 @@ from lightopd.training.module import StudentModule
 
 
 def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue]) -> list[Logger]:
-    """The loggers asked for; a resumed run goes on in the same records.
+    """The loggers requested; a resumed run adds to the same records.
 
     Raises:
         ConfigError: a logger's package is not installed.
+    """
+    check_loggers(names)
+    loggers: list[Logger] = []
+    if "tensorboard" in names:  # purged: what an earlier process wrote, as `LogSteps` says all of it again
+        loggers.append(TensorBoardLogger(out, name="tensorboard", version="", purge_step=1))
+    if "wandb" in names:
+        identity = canonical_hash([str(out.resolve()), dict(recipe)])[:16]
+        loggers.append(StepwiseWandb(name=out.name, save_dir=out, version=identity, resume="allow"))
+    return loggers
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger whose package is not installed.
+
+    Raises:
+        ConfigError: names the package.
     """
     packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
     for name in names:
@@ -28,13 +44,6 @@ def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue
                 f"logger {name} needs the package {packages[name][0]}, which is not installed; "
                 f"pip install {packages[name][0]}, or take {name} out of loggers"
             )
-    loggers: list[Logger] = []
-    if "tensorboard" in names:  # purged: what an earlier process wrote, as `LogSteps` says all of it again
-        loggers.append(TensorBoardLogger(out, name="tensorboard", version="", purge_step=1))
-    if "wandb" in names:
-        identity = canonical_hash([str(out.resolve()), dict(recipe)])[:16]
-        loggers.append(StepwiseWandb(name=out.name, save_dir=out, version=identity, resume="allow"))
-    return loggers
 
 
 class StepwiseWandb(WandbLogger):  # type: ignore[misc]
