@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_tokenizer
 from lightopd.models.limits import ModelLimits, model_limits
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import Allowed, ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import Override, TokenizerFingerprint
@@ -40,8 +39,7 @@ def check_ids(
     """
     if cached is None:
         return ()
-    tokenizer = load_tokenizer(model)
-    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, model))
+    _, found = identified_tokenizer(model)
     aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
     return check_tokenizer(cached, aligned, allow, stage)
 

@@ -31,7 +31,7 @@ def test_kl_to_a_teacher_on_another_engine_is_refused_where_it_is_loaded(kind):
 
 def test_evaluation_refuses_a_teacher_of_another_width_before_it_samples(world, tmp_path):
     wider = save_model(tmp_path / "wider", 3, vocabulary=32)
-    with pytest.raises(InputError, match="24 outputs, .* has 32"):
+    with pytest.raises(InputError, match=r"24 outputs, .* has 32"):
         evaluation(world, tmp_path / "eval", teacher=wider)
     assert not (tmp_path / "eval").exists()
 
