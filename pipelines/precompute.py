@@ -25,6 +25,7 @@ from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
@@ -35,7 +36,7 @@ from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
-from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer
+from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest

@@ -43,7 +43,12 @@ def run(tree: Path, code: str) -> str:
     search = os.pathsep.join(map(str, [tree.parent / "packages", ROOT / "tests" / "support" / "objectives"]))
     environment = {**os.environ, "PYTHONPATH": search}
     found = subprocess.run(
-        [sys.executable, "-c", PATHS_FIRST + code], env=environment, cwd=tree, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PATHS_FIRST + code],
+        env=environment,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stderr
     return found.stdout
