@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightopd.errors import OutputError
-from lightopd.training.student.drift import Sums
+from lightopd.objectives.base.batch import Sums
 
 Reduce = Callable[[Tensor], Tensor]
 

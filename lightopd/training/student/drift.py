@@ -11,9 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightopd.objectives.base.batch import Sums
 from lightopd.schemas.finetune import StalenessLimits
-
-Sums = dict[str, tuple[Tensor, Tensor]]
 
 DRIFT_METRICS = ("w_mean", "w_std", "ess", "chi2", "log_ratio_lost")
 

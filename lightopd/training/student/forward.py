@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
-from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.base.batch import RolloutBatch, StudentTokens, Sums
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
-from lightopd.training.student.drift import Sums, drift_sums
+from lightopd.training.student.drift import drift_sums
 from lightopd.training.student.packed_rows import decoder_inputs
 from lightopd.training.student.router_loss import Routers
 
