@@ -17,10 +17,10 @@ from lightopd.pipelines.shared.reports import Report, finished_report, save_repo
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
+    SamplingPlan,
     missing_shards,
-    prepare,
+    plan_sampling,
     sample,
     sampling_figures,
 )
@@ -39,16 +39,16 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         InputError, EngineError, OutputError: see their messages.
     """
     started_s = time.monotonic()
-    prepared = prepare(_job(config))
+    plan = plan_sampling(_job(config))
     if dry_run:
-        count = len(prepared.prompts) * config.sampling.n
+        count = len(plan.prompts) * config.sampling.n
         return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
     with writing(config.out):
-        made_from = _made_from(config, prepared)
+        made_from = _made_from(config, plan)
         finished = finished_report("eval", config.out, made_from)
-        if finished is not None and not missing_shards(prepared):
+        if finished is not None and not missing_shards(plan):
             return finished
-        answers = sample(prepared, load)
+        answers = sample(plan, load)
         save_config(config, "eval", config.out)
         figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
         figures |= sampling_figures(answers, started_s)
@@ -58,11 +58,11 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
     return report
 
 
-def _made_from(config: EvalConfig, prepared: Prepared) -> str:
+def _made_from(config: EvalConfig, plan: SamplingPlan) -> str:
     """Hash of everything the figures follow from: the answers' contract, the code's version, the teacher."""
     teacher = None if config.teacher is None else fingerprint_model(config.teacher).identity
     how = None if config.teacher is None else [config.teacher.dtype, config.engine.model_dump(mode="json")]
-    return canonical_hash([__version__, prepared.manifest.fingerprint(), teacher, how])
+    return canonical_hash([__version__, plan.manifest.fingerprint(), teacher, how])
 
 
 def _job(config: EvalConfig) -> SamplingJob:

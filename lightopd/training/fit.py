@@ -16,9 +16,9 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
-from lightopd.cache.shards import output_error
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, ConfigError, TrainingError
+from lightopd.files import output_error
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
 from lightopd.objectives.base.part import Needs
@@ -253,7 +253,7 @@ def _make_room(out: Path, done: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.csv", done)
     except OSError as error:
-        raise output_error(error, out / "metrics.csv", 0) from error
+        raise output_error(error, out / "metrics.csv") from error
 
 
 def _open_data(run: _Run) -> tuple[Selected, ShardStore]:

@@ -182,11 +182,11 @@ def test_a_folder_that_cannot_be_made_is_named(lightopd, world, tmp_path):
     arguments = ["--cache", world.cache, "--student", world.sft / "student", "--out", tmp_path / "file" / "x"]
     code, _, err = lightopd("train", *arguments)
     assert code == 7
-    assert f"{tmp_path / 'file' / 'x'}: cannot write here (Not a directory)" in err
+    assert f"cannot write {tmp_path / 'file' / 'x'}: Not a directory; a file lies where" in err
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "Permission denied")]
+    ("number", "message"), [(errno.ENOSPC, "free space there"), (errno.EACCES, "Permission denied")]
 )
 def test_a_failed_write_inside_a_stage_is_one_line(tmp_path, number, message):
     with pytest.raises(OutputError, match=message), writing(tmp_path / "out"):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from lightopd.cache.shards import output_error
+from lightopd.files import output_error
 from lightopd.models.load import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig

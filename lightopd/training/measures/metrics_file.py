@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightopd.errors import OutputError
+from lightopd.files import output_error, write_atomically
 from lightopd.objectives.base.batch import Sums
 
 Reduce = Callable[[Tensor], Tensor]
@@ -51,7 +51,7 @@ def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{header}{row}\n")
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free space and run again") from error
+        raise output_error(error, path) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -66,7 +66,7 @@ def keep_metrics(path: Path, step: int) -> None:
         return
     header, *rows = _whole_lines(path) or [""]
     kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
-    _rewrite(path, [header, *kept] if kept else [])
+    write_atomically(path, "".join([header, *kept] if kept else []).encode())
 
 
 def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
@@ -77,14 +77,8 @@ def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
     if new:
         header, *rows = (line.rstrip("\n") for line in _whole_lines(path))
         lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
-        _rewrite(path, [f"{line}\n" for line in lines])
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return columns + new
-
-
-def _rewrite(path: Path, lines: Sequence[str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _whole_lines(path: Path) -> list[str]:

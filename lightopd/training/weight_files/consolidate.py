@@ -6,7 +6,6 @@ the checkpoint has them, go before its own.
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lightopd.files import flush
+from lightopd.files import json_bytes, write_atomically
 from lightopd.models.load import outline
 from lightopd.training.weight_files.tensor_files import Layout, TensorWriter
 from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, StoredSet, has_set
@@ -110,6 +109,4 @@ def _write_index(
         "metadata": {"total_parameters": num_parameters, "total_size": total},
         "weight_map": {name: file for file, names in files.items() for name in names},
     }
-    path = folder / SAFE_WEIGHTS_INDEX_NAME
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    flush(path)
+    write_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json_bytes(index))
