@@ -12,7 +12,7 @@ from lightopd.cache.store import Cache
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
@@ -25,7 +25,7 @@ from lightopd.pipelines.shared.sampling import (
     sampling_figures,
 )
 from lightopd.pipelines.shared.sequences import read_sequences
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
 from lightopd.schemas.manifest import SftLineage
@@ -104,8 +104,7 @@ def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
 
 def _one_vocabulary(teacher: ModelConfig, answers: Cache) -> None:
     """KL compares the probabilities of ids, so the ids must mean the same tokens; templates do not matter."""
-    tokenizer = load_tokenizer(teacher)
-    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, teacher))
+    _, found = identified_tokenizer(teacher)
     cached = answers.manifest.tokenizer
     if cached is not None:
         aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})

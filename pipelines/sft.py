@@ -15,7 +15,7 @@ from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.engines.kinds import load_engine
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.sampling import (
@@ -26,7 +26,7 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
@@ -97,9 +97,8 @@ def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
     """Token ids must agree; the student's template and end ids need not, since it learns the teacher's."""
-    teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
-    taught = fingerprint_tokenizer(teacher, stop_ids(teacher, config.teacher))
-    found = fingerprint_tokenizer(student, stop_ids(student, config.student))
+    teacher, taught = identified_tokenizer(config.teacher)
+    student, found = identified_tokenizer(config.student)
     learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
     return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
 

@@ -16,7 +16,7 @@ from lightopd.training.module import StudentModule
 
 
 def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue]) -> list[Logger]:
-    """The loggers asked for; a resumed run goes on in the same records.
+    """The loggers of the settings; a resumed run writes into the same records.
 
     Raises:
         ConfigError: a logger's package is not installed.
@@ -41,13 +41,13 @@ class StepwiseWandb(WandbLogger):  # type: ignore[misc]
     """A wandb logger whose steps are those of the run, so that none is there twice."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log a step, unless the record that a run goes on in has it: wandb takes steps in order only."""
+        """Log a step, unless the record of a resumed run has it: wandb takes steps in order only."""
         run = self.experiment
         if step is None or step >= run.starting_step:
             run.log({**metrics, "trainer/global_step": step}, step=step)
 
     def finish(self, exit_code: int) -> None:
-        """Close the run, where one was begun: to ask for it would begin it."""
+        """Close the run, where one was begun: reading it would begin it."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=exit_code)
 
@@ -72,7 +72,7 @@ class LogSteps(Callback):  # type: ignore[misc]
             _log(trainer, module.metrics)
 
     def on_fit_end(self, trainer: Trainer, module: StudentModule) -> None:
-        """Close wandb's run, which the next run of this process would go on in."""
+        """Close wandb's run, which the next run of this process would write into."""
         _finish(trainer, exit_code=0)
 
     def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-Sums = dict[str, tuple[Tensor, Tensor]]
+MetricSums = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, weight), detached; add both over micro-batches and devices, then divide."""
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder with the optimiser's state and the run's identity beside the weights.
 
 `checkpoints/step-000050/` is complete or not there: it is written under a dot name, flushed and renamed.
-It can be loaded as a model like any other; a run that goes on from it is the same run, bit by bit.
+It can be loaded as a model like any other; a run that resumes from it is the same run, bit by bit.
 """
 
 import json
@@ -182,7 +182,7 @@ def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
 
 
 def known_best(folder: Path, state: TrainerState) -> Best | None:
-    """The best so far, to go on from; none, with a warning, where its checkpoint is gone or not whole."""
+    """The best so far, to resume with; none, with a warning, where its checkpoint is gone or not whole."""
     if state.best is None or _whole_state(checkpoint_path(folder, state.best.step)) is not None:
         return state.best
     log.warning(
@@ -227,7 +227,7 @@ def load_anchor(path: Path) -> dict[str, Tensor] | None:
 
 
 def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
-    """Refuse to go on from a checkpoint of another run.
+    """Refuse to resume from a checkpoint of another run.
 
     Raises:
         TrainingError: names every setting that differs, with both values.

@@ -30,7 +30,7 @@ from lightopd.training.weight_files.tensor_shards import MODEL, OPTIMIZER, write
 T = TypeVar("T")
 
 
-def save_together(
+def save_sharded(
     folder: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,

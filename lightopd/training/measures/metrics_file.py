@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lightopd.files import output_error, write_atomically
-from lightopd.objectives.base.batch import Sums
+from lightopd.objectives.base.batch import MetricSums
 
 Reduce = Callable[[Tensor], Tensor]
 
 
-def global_sums(sums: Sequence[Sums], reduce: Reduce) -> dict[str, tuple[float, float]]:
+def global_sums(sums: Sequence[MetricSums], reduce: Reduce) -> dict[str, tuple[float, float]]:
     """(sum, weight) of every metric over all micro-batches of all ranks, added up in float64.
 
     Args:
@@ -31,14 +31,14 @@ def global_sums(sums: Sequence[Sums], reduce: Reduce) -> dict[str, tuple[float, 
     return {name: (total, weight) for name, (total, weight) in zip(names, flat, strict=True)}
 
 
-def _total(sums: Sequence[Sums], name: str, side: int) -> Tensor:
+def _total(sums: Sequence[MetricSums], name: str, side: int) -> Tensor:
     return torch.stack([one[name][side].detach().double() for one in sums if name in one]).sum()
 
 
 def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """Add one row, in one write; the first row also writes the header.
 
-    A run may go on with a measurement more or less than it began with: what was not measured is NaN.
+    A run may be resumed with a measurement more or less than it began with: what was not measured is NaN.
 
     Raises:
         OutputError: the file cannot be written.

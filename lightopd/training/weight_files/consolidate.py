@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lightopd.files import json_bytes, write_atomically
 from lightopd.models.load import outline
-from lightopd.training.weight_files.tensor_files import Layout, TensorWriter
+from lightopd.training.weight_files.tensor_files import TensorLayout, TensorWriter
 from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, StoredSet, has_set
 
 LAYER = re.compile(r".*?\.\d+\.")
@@ -43,7 +43,7 @@ def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> N
     model = outline(checkpoint, trust_remote_code=trust_remote_code)
     weights = _Weights(checkpoint, model)
     layouts = {
-        name: Layout(tensor.dtype, tuple(tensor.shape))
+        name: TensorLayout(tensor.dtype, tuple(tensor.shape))
         for layer in weights.layers()
         for name, tensor in weights.converted(layer, StoredSet.outline)
     }
@@ -92,7 +92,7 @@ class _Weights:
         return saved.items()
 
 
-def _divided(layouts: dict[str, Layout]) -> dict[str, list[str]]:
+def _divided(layouts: dict[str, TensorLayout]) -> dict[str, list[str]]:
     """Which tensors go into which file."""
     empty = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in layouts.items()}
     divided = split_torch_state_dict_into_shards(
@@ -102,7 +102,7 @@ def _divided(layouts: dict[str, Layout]) -> dict[str, list[str]]:
 
 
 def _write_index(
-    folder: Path, files: dict[str, list[str]], layouts: dict[str, Layout], num_parameters: int
+    folder: Path, files: dict[str, list[str]], layouts: dict[str, TensorLayout], num_parameters: int
 ) -> None:
     total = sum(layout.size_bytes for layout in layouts.values())
     index = {
