@@ -16,6 +16,7 @@ from lightopd.engines.kinds import load_engine
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.sampling import (
@@ -43,6 +44,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     """
     started_s = time.monotonic()
     overrides = _one_vocabulary(config)
+    if config.part != "answers":
+        check_training(config.finetune, MLE_OBJECTIVE, asks_student=False)
     teacher = fingerprint_model(config.teacher)
     job = SamplingJob(
         stage="sft",
