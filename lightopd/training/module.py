@@ -235,7 +235,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return student_tokens(self.student, batch, self.needed.supports), ()
 
     def _backward(
-        self, rows: Rows, statistics: MetricSums, load: StepLoad | None, *, is_last: bool
+        self, rows: Rows, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
     ) -> MetricSums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
