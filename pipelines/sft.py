@@ -4,7 +4,7 @@
 
 Both halves can run alone (`part: answers`, `part: finetune`). Answers are kept like rollouts, ids and all,
 in `RUN/answers`. The student in `RUN/student` takes over the teacher's tokenizer, chat template and end
-tokens, and its folder records which teacher wrote its data: the proof that `precompute` asks for later.
+tokens, and its folder records which teacher wrote its data: the proof that `precompute` needs later.
 """
 
 import json
