@@ -32,17 +32,18 @@ from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
-from lightopd.pipelines.shared.progress import Progress
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
-from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer
+from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
@@ -84,7 +85,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     if config.top_k > limits.vocabulary_size:
         raise ConfigError(
             f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has "
-            f"{limits.vocabulary_size} tokens; ask for at most that many"
+            f"{limits.vocabulary_size} tokens; set top_k to that or less"
         )
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
@@ -180,7 +181,9 @@ def _score(
         if contexts is not None:
             write_contexts(folder, contexts, load_tokenizer(config.teacher))
         started_s = time.monotonic()
-        progress = Progress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
+        progress = StageProgress(
+            "precompute", folder / "journal.jsonl", "shards", total, total - len(missing)
+        )
         make_and_write(
             missing,
             lambda index: _score_shard(config, cache, engine, index, contexts),

@@ -214,7 +214,7 @@ class SignalManifest(StrictModel):
     noise: NoiseFloor | None = None
     """The engine's own run-to-run noise, measured before scoring."""
     cross_check: NoiseFloor | None = None
-    """Differences from transformers in float32, where they were asked for."""
+    """Differences from transformers in float32, where they were requested."""
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the rollouts' included."""
 

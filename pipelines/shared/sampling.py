@@ -21,7 +21,7 @@ from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
-from lightopd.pipelines.shared.progress import Progress
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -121,7 +121,7 @@ def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
     missing = missing_shards(plan)
     if missing:
-        progress = Progress(
+        progress = StageProgress(
             job.stage,
             job.cache / "journal.jsonl",
             "shards",

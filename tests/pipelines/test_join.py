@@ -123,7 +123,7 @@ def test_a_source_given_twice_adds_nothing(sources, tmp_path):
     assert report.dropped == {"in an earlier cache already": 24}
 
 
-def test_a_killed_join_goes_on_and_gives_the_same_bytes(sources, tmp_path, monkeypatch):
+def test_a_killed_join_resumes_and_gives_the_same_bytes(sources, tmp_path, monkeypatch):
     join(tmp_path / "whole", sources)
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "rollouts").glob("part-*")}
     write, calls = joining.write_shard, []
