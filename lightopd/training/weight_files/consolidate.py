@@ -41,7 +41,7 @@ def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> N
     model = outline(checkpoint, trust_remote_code=trust_remote_code)
     weights = _Weights(checkpoint, model)
     outlines = {
-        name: tensor
+        name: tensor.new_empty(tensor.shape)  # a part of a fused tensor counts with its own size
         for layer in weights.layers()
         for name, tensor in weights.converted(layer, StoredSet.outline)
     }

@@ -52,7 +52,7 @@ def write_share(folder: Path, tensors: Mapping[str, Tensor], rank: int, world_si
             offsets[name] = {"saved_offsets": [first, *[0] * (rows.ndim - 1)][: rows.ndim]}
             own[name] = rows.cpu().contiguous()
     path = folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-    save_file(own, path, metadata={"format": "pt", INFO: json.dumps(offsets, sort_keys=True)})
+    save_file(own, path, metadata={INFO: json.dumps(offsets, sort_keys=True)})  # two keys come in any order
     flush(path)
     return path
 
