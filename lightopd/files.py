@@ -1,7 +1,24 @@
-"""Files that must survive a crash."""
+"""Every way to write a file that must survive a crash.
 
+A file is written under a dot name in its own folder, flushed to the disk and renamed; then the folder's list
+of names is flushed too. A finished folder gets its name in the same way, after every file in it was flushed.
+Whoever looks sees the old one or the new one, whole.
+"""
+
+import errno
+import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from lightopd.errors import OutputError
+
+Content = Any
+"""Anything with a buffer: `bytes`, or Arrow's."""
 
 
 def flush(path: Path) -> None:
@@ -15,3 +32,91 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, content: Content, *, shared: bool = False) -> None:
+    """Put a file in place whole or not at all; its folder is made where it is missing.
+
+    Args:
+        path: of the file.
+        content: its bytes.
+        shared: other processes may write the same file at the same moment; the last one stays.
+
+    Raises:
+        OutputError: the file could not be written; the message has the numbers and the remedy.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path, f".{os.getpid()}" if shared else "") as part, part.open("wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise output_error(error, path, len(content)) from error
+
+
+@contextmanager
+def replaced_file(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A path beside `path` to write to; when the body ends well, what lies there takes the place of `path`.
+
+    Raises:
+        OSError: the file could not be written; `path` is untouched.
+    """
+    part = path.with_name(f".{path.name}{suffix}.tmp")
+    try:
+        yield part
+        flush(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def put_folder(part: Path, final: Path) -> None:
+    """Give a finished folder its name, once everything in it lies on the disk; `final` is replaced.
+
+    Raises:
+        OSError: the disk fails; `final` is whole, or stands beside itself as `.<name>.old`.
+    """
+    for inner in [*part.rglob("*"), part]:
+        flush(inner)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    part.rename(final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON for people and programs: sorted keys, two spaces, one line end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def output_error(error: Exception, path: Path, size_bytes: int | None = None) -> OutputError:
+    """A failure to write `path`, told with the numbers that are known and what to do."""
+    number, reason = _cause(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        remedy = f"free space there ({_free_bytes(path)} bytes are free), then run the same command again"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "make the folder writable, or name another one"
+    elif number in (errno.ENOTDIR, errno.EEXIST):
+        remedy = "a file lies where a folder is needed; move it, or name another folder"
+    else:
+        remedy = "mend the cause, then run the same command again"
+    size = "" if size_bytes is None else f" ({size_bytes} bytes)"
+    return OutputError(f"cannot write {path}{size}: {reason}; {remedy}")
+
+
+def _cause(error: Exception) -> tuple[int | None, str]:
+    """The system's number of a failure, and its words; libraries written in Rust give them as text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.errno, error.strerror
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if told is not None:
+        return int(told[1]), os.strerror(int(told[1]))
+    return None, (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
+    return shutil.disk_usage(existing).free

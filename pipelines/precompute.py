@@ -23,7 +23,7 @@ from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
@@ -35,7 +35,7 @@ from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
@@ -81,8 +81,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
             f"{limits.vocabulary_size} tokens; ask for at most that many"
         )
     teacher = fingerprint_model(config.teacher)
-    tokenizer = load_tokenizer(config.teacher)
-    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.teacher))
+    tokenizer, found = identified_tokenizer(config.teacher)
     overrides = cache.manifest.overrides
     if config.role == "teacher":
         overrides += check_teacher(cache.manifest.sft, teacher, config.allow, "precompute")

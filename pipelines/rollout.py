@@ -14,9 +14,9 @@ from lightopd.pipelines.shared.reports import Report, override_notes, save_repor
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
-    prepare,
+    SamplingPlan,
+    plan_sampling,
     sample,
     sampling_figures,
 )
@@ -31,24 +31,25 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
         InputError, LineageError, OutputError, EngineError: see their messages; finished shards stay.
     """
     started_s = time.monotonic()
-    prepared = _prepared(config)
+    plan = sampling_plan(config)
     if dry_run:
-        return _plan(config, prepared)
+        return _planned(config, plan)
     with writing(config.cache):
-        cache = sample(prepared, load)
+        cache = sample(plan, load)
         save_config(config, "rollout", config.cache)
         report = Report(
             stage="rollout",
             out=str(config.cache),
             figures=sampling_figures(cache, started_s),
-            notes=_notes(prepared.manifest.sft, prepared.manifest.overrides),
+            notes=_notes(plan.manifest.sft, plan.manifest.overrides),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)
     return report
 
 
-def _prepared(config: RolloutConfig) -> Prepared:
+def sampling_plan(config: RolloutConfig) -> SamplingPlan:
+    """What would be sampled, under which contract; nothing is written or loaded on a device."""
     student = fingerprint_model(config.student)
     sft, overrides = _sft_lineage(config, student)
     job = SamplingJob(
@@ -64,7 +65,7 @@ def _prepared(config: RolloutConfig) -> Prepared:
         keep_text=config.keep_text,
         overrides=overrides,
     )
-    return prepare(job, student)
+    return plan_sampling(job, student)
 
 
 def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftLineage, tuple[Override, ...]]:
@@ -78,19 +79,19 @@ def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftL
     return declared_teacher(config.sft_teacher), overrides
 
 
-def _plan(config: RolloutConfig, prepared: Prepared) -> Report:
-    rollouts = len(prepared.prompts) * config.sampling.n
+def _planned(config: RolloutConfig, plan: SamplingPlan) -> Report:
+    rollouts = len(plan.prompts) * config.sampling.n
     return Report(
         stage="rollout",
         out=str(config.cache),
         figures={
-            "prompts": len(prepared.prompts),
+            "prompts": len(plan.prompts),
             "rollouts": rollouts,
-            "shards": prepared.manifest.num_shards,
-            "prompt_tokens": sum(len(ids) for ids in prepared.prompt_ids),
+            "shards": plan.manifest.num_shards,
+            "prompt_tokens": sum(len(ids) for ids in plan.prompt_ids),
             "response_tokens_at_most": rollouts * config.sampling.max_tokens,
         },
-        notes=("dry run: nothing was written", *_notes(prepared.manifest.sft, prepared.manifest.overrides)),
+        notes=("dry run: nothing was written", *_notes(plan.manifest.sft, plan.manifest.overrides)),
     )
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from lightopd.cache.shards import write_atomically
 from lightopd.config import build, merged
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import OutputError
+from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, train
 from lightopd.pipelines.shared.engine_pool import KeptEngines
@@ -193,7 +193,7 @@ def _run_round(config: RunConfig, one: Round, load_teacher: LoadEngine, load: Lo
     if one.eval is not None and (is_last or (one.index + 1) % config.rounds.eval_every == 0):
         reports.append(evaluate.run(one.eval, load=load))
     report = replace(_round_report(one, reports, started_s), made_from=made_from)
-    write_atomically(one.folder / MADE_FROM, (json.dumps(decisive, indent=2) + "\n").encode())
+    write_atomically(one.folder / MADE_FROM, json_bytes(decisive))
     save_report(report, one.folder)
     return report
 

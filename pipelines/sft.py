@@ -13,19 +13,21 @@ from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.engines.kinds import load_engine
+from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
-    prepare,
+    SamplingPlan,
+    plan_sampling,
     sample,
     sampling_figures,
 )
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
@@ -42,6 +44,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     """
     started_s = time.monotonic()
     overrides = _one_vocabulary(config)
+    if config.part != "answers":
+        check_training(config.finetune, MLE_OBJECTIVE, asks_student=False)
     teacher = fingerprint_model(config.teacher)
     job = SamplingJob(
         stage="sft",
@@ -56,13 +60,13 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
         overrides=overrides,
     )
     if dry_run:
-        prepared = prepare(job, teacher)
-        count = len(prepared.prompts) * config.sampling.n
+        plan = plan_sampling(job, teacher)
+        count = len(plan.prompts) * config.sampling.n
         return Report(
             "sft", str(config.out), {"answers": count, "steps": config.finetune.steps}, notes=("dry run",)
         )
     with writing(config.out):
-        answers = _answers(config, prepare(job, teacher), load)
+        answers = _answers(config, plan_sampling(job, teacher), load)
         save_config(config, "sft", config.out)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
@@ -72,13 +76,13 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     return report
 
 
-def _answers(config: SftConfig, prepared: Prepared, load: LoadEngine) -> Cache:
+def _answers(config: SftConfig, plan: SamplingPlan, load: LoadEngine) -> Cache:
     """The teacher's answers: sampled, or those that are there when they were made under these settings."""
-    path = prepared.job.cache
+    path = plan.job.cache
     if config.part != "finetune" and is_main():
-        return sample(prepared, load)
+        return sample(plan, load)
     answers = open_cache(path)
-    create_cache(path, prepared.manifest)  # refuses answers of another teacher, prompts or settings
+    create_cache(path, plan.manifest)  # refuses answers of another teacher, prompts or settings
     return answers
 
 
@@ -96,9 +100,8 @@ def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
     """Token ids must agree; the student's template and end ids need not, since it learns the teacher's."""
-    teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
-    taught = fingerprint_tokenizer(teacher, stop_ids(teacher, config.teacher))
-    found = fingerprint_tokenizer(student, stop_ids(student, config.student))
+    teacher, taught = identified_tokenizer(config.teacher)
+    student, found = identified_tokenizer(config.student)
     learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
     return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
 
@@ -110,7 +113,7 @@ def _take_over_tokenizer(config: SftConfig, folder: Path) -> None:
     settings = folder / "generation_config.json"
     stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     stored["eos_token_id"] = list(stop_ids(tokenizer, config.teacher))
-    settings.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    write_atomically(settings, json_bytes(stored))
 
 
 def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, folder: Path) -> None:

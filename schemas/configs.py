@@ -338,6 +338,20 @@ class TrainConfig(StageConfig, FinetuneConfig):
             raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
         return self
 
+    @model_validator(mode="after")
+    def _a_jump_has_matrices_and_a_score(self) -> "TrainConfig":
+        if self.objective.jump is not None and self.adapter is not None:
+            raise ValueError(
+                "objective.jump moves along the update of whole matrices, and adapter trains factors of one; "
+                "leave out adapter, or objective.jump"
+            )
+        if self.objective.jump is not None and not self.held_out:
+            raise ValueError(
+                "objective.jump needs a score on held-out rollouts, and held_out is 0; set held_out to 50 or "
+                "more"
+            )
+        return self
+
 
 class EvalConfig(StrictModel):
     """A model answers held-out prompts; accuracy and divergence from a teacher are measured."""
@@ -358,3 +372,12 @@ class EvalConfig(StrictModel):
     """Answers in one shard."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+    @model_validator(mode="after")
+    def _kl_has_both_models_here(self) -> "EvalConfig":
+        if self.teacher is not None and self.engine.kind != "hf":
+            raise ValueError(
+                f"KL to a teacher needs both models in this process, and engine.kind is {self.engine.kind}; "
+                "set it to hf, or leave out teacher (in a run file: eval_divergence)"
+            )
+        return self

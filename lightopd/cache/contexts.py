@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from lightopd.cache.shards import WRITE_OPTIONS, write_atomically
+from lightopd.cache.shards import WRITE_OPTIONS
 from lightopd.cache.tables import split_lists
 from lightopd.errors import CacheError, InputError
+from lightopd.files import write_atomically
 from lightopd.prompts.tokens import prompt_text
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import list_of

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lightopd import __version__
 from lightopd.cache.reader import check_rollout_ids, read_columns
-from lightopd.cache.shards import file_sha256, shard_path, write_atomically, write_shard
+from lightopd.cache.shards import file_sha256, shard_path, write_shard
 from lightopd.cache.store import (
     Cache,
     create_cache,
@@ -27,6 +27,7 @@ from lightopd.cache.store import (
 )
 from lightopd.cache.tables import flat_column, rollout_id, rollouts_to_table, scores_to_table, split_lists
 from lightopd.errors import InputError, OutputError
+from lightopd.files import write_atomically
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, list_of
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest

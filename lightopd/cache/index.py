@@ -21,7 +21,7 @@ import duckdb
 import pyarrow as pa
 
 from lightopd.cache.fence import ReadOnlyFolder
-from lightopd.cache.shards import output_error, shard_path
+from lightopd.cache.shards import shard_path
 from lightopd.cache.store import (
     Cache,
     Signal,
@@ -32,6 +32,7 @@ from lightopd.cache.store import (
     signal_names,
 )
 from lightopd.errors import CacheError, ConfigError
+from lightopd.files import output_error, replaced_file
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
@@ -100,17 +101,14 @@ def build_index(cache: Cache) -> Path:
     Raises:
         OutputError: the file cannot be written.
     """
-    path, part = cache.path / INDEX, cache.path / f".{INDEX}.tmp"
+    path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        part.unlink(missing_ok=True)
-        with duckdb.connect(str(part), config={"file_search_path": str(cache.path.resolve())}) as connection:
-            _make_views(connection, cache, "")
-        part.replace(path)
+        with replaced_file(path) as part:
+            part.unlink(missing_ok=True)
+            with duckdb.connect(str(part), config=search) as connection:
+                _make_views(connection, cache, "")
     except (OSError, duckdb.IOException) as error:
-        cause = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
-        raise output_error(cause, path, 0) from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise output_error(error, path) from error
     return path
 
 

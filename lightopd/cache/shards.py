@@ -5,11 +5,7 @@ The file is written under a dot name in its own folder, flushed to the disk and 
 its marker is not a shard: the next run writes it again, with the same bytes. A shard has one writer.
 """
 
-import errno
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from lightopd.errors import OutputError
-from lightopd.files import flush
+from lightopd.files import json_bytes, write_atomically
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import ShardMarker
 
@@ -154,52 +149,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_bytes(value: Any) -> bytes:
-    """JSON for people and programs: sorted keys, two spaces, one line end."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write_atomically(path: Path, content: bytes | pa.Buffer) -> None:
-    """Put a file in place whole or not at all, and flush file and folder to the disk.
-
-    Raises:
-        OutputError: the file could not be written; the message has the numbers and the remedy.
-    """
-    part = path.parent / f".{path.name}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        flush(path.parent)
-    except OSError as error:
-        raise output_error(error, path, len(content)) from error
-
-
-def output_error(error: OSError, path: Path, size_bytes: int) -> OutputError:
-    """A failure to write `size_bytes` to `path`, told with numbers and what to do."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = f"free space there ({_free_bytes(path)} bytes are free), then run the same command again"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "make the folder writable, or name another one"
-    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-        remedy = "a file lies where a folder is needed; move it, or name another folder"
-    else:
-        remedy = "mend the cause, then run the same command again"
-    return OutputError(f"cannot write {path} ({size_bytes} bytes): {reason}; {remedy}")
-
-
-def _free_bytes(path: Path) -> int:
-    existing = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
-    return shutil.disk_usage(existing).free
 
 
 def _response_tokens(table: pa.Table) -> int:

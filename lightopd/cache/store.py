@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lightopd.cache.shards import json_bytes, marker_path, read_marker, shard_path, write_atomically
+from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
+from lightopd.files import json_bytes, write_atomically
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (

@@ -1,14 +1,14 @@
 """Walks [N, V] logits in tiles of [C, T], forward and backward, and never holds more than a few tiles.
 
-The tokens asked for at a position are kept apart from all others, and running statistics cover the others
-only. The mass outside a set of asked tokens is then a sum of positive terms and never `1 - sum`, so a tail of
-1e-12 is as exact as one of 0.5. The vocabulary is the outer loop and the positions are the inner one: a tile
-of the head is read and converted once per pass, and its gradient is complete, in float32, before the next
-tile begins.
+The tokens requested at a position are kept apart from all others, and running sums cover the others only. The
+mass outside a set of requested tokens is then a sum of positive terms and never `1 - sum`, so a tail of 1e-12
+is as exact as one of 0.5. The vocabulary is the outer loop and the positions are the inner one: a tile of the
+head is read and converted once per pass, and its gradient is complete, in float32, before the next tile
+begins.
 """
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
-# U = slots for the distinct ids asked at a position (as many slots as ids asked)
+# U = slots for the distinct ids requested at a position (as many slots as ids requested)
 # C = positions in one chunk, T = tokens in one tile
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 # Stand-ins for minus infinity that stay finite, so that 0 * value is 0 and not NaN. Inside a tile the logits
-# of asked tokens are sunk to SUNK; a running maximum starts at FLOOR, so exp(SUNK - maximum) is 0 even where
-# every token was asked for.
+# of requested tokens are sunk to SUNK; a running maximum starts at FLOOR, so exp(SUNK - maximum) is 0 even
+# where every token was requested.
 SUNK = -1e30
 FLOOR = -1e20
 
@@ -47,17 +47,17 @@ class Walk(NamedTuple):
     operand_dtype: torch.dtype
 
 
-class Statistics(NamedTuple):
-    """Sums over the tokens that were not asked for, and the logits of those that were.
+class VocabularySums(NamedTuple):
+    """Sums over the tokens that were not requested, and the logits of those that were.
 
     sum_N adds up exp(z - max_N) and moment_N adds up exp(z - max_N) * (z - max_N). An empty sum leaves max_N
-    at FLOOR. asked_NU is minus infinity in slots without a token.
+    at FLOOR. requested_NU is minus infinity in slots without a token.
     """
 
     max_N: Tensor
     sum_N: Tensor
     moment_N: Tensor
-    asked_NU: Tensor
+    requested_NU: Tensor
     top_ids_NK: Tensor
     top_logits_NK: Tensor
 
@@ -65,12 +65,12 @@ class Statistics(NamedTuple):
 class LogitGradient(NamedTuple):
     """Gradient of the loss by every logit, in closed form.
 
-    It is scale_N * exp(z - max_N) for a token that was not asked for and asked_NU for one that was.
+    It is scale_N * exp(z - max_N) for a token that was not requested and requested_NU for one that was.
     """
 
     max_N: Tensor
     scale_N: Tensor
-    asked_NU: Tensor
+    requested_NU: Tensor
 
 
 class Gradients(NamedTuple):
@@ -81,8 +81,8 @@ class Gradients(NamedTuple):
     bias_V: Tensor | None
 
 
-def collect_statistics(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> Statistics:
-    """First pass: sums over all logits, and the logits of the tokens asked for.
+def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
+    """First pass: sums over all logits, and the logits of the tokens requested.
 
     Args:
         inputs: any float dtypes.
@@ -90,20 +90,22 @@ def collect_statistics(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: in
         walk: form of the logits and size of the pieces.
         own_top_k: how many of the largest logits to keep at each position, 0 for none.
     """
-    statistics = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k)
+    sums = _empty_sums(inputs.hidden_ND, ids_NU, walk, own_top_k)
     logits_buffer, exp_buffer = _tile_buffer(inputs, walk), _tile_buffer(inputs, walk)
     for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
         weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
         for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens):
             logits_CT = _tile_logits(inputs.hidden_ND[rows], weight_TD, bias_T, walk, logits_buffer)
-            part = Statistics(*(field[rows] for field in statistics))
+            part = VocabularySums(*(field[rows] for field in sums))
             if own_top_k:
                 _merge_top_k(part, logits_CT, tile.start)
             column_CU, is_inside_CU = _locate(ids_NU[rows], tile)
-            torch.where(is_inside_CU, logits_CT.gather(1, column_CU), part.asked_NU, out=part.asked_NU)
+            torch.where(
+                is_inside_CU, logits_CT.gather(1, column_CU), part.requested_NU, out=part.requested_NU
+            )
             _sink(logits_CT, column_CU, is_inside_CU)
             _absorb(part, logits_CT, exp_buffer)
-    return statistics
+    return sums
 
 
 def propagate(
@@ -153,17 +155,17 @@ def _view_of(buffer: Tensor, num_rows: int, num_columns: int) -> Tensor:
     return buffer[: num_rows * num_columns].view(num_rows, num_columns)
 
 
-def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> Statistics:
+def _empty_sums(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
     num_positions = hidden_ND.shape[0]
 
     def filled(value: float, *shape: int) -> Tensor:
         return hidden_ND.new_full((num_positions, *shape), value, dtype=walk.dtype)
 
-    return Statistics(
+    return VocabularySums(
         max_N=filled(FLOOR),
         sum_N=filled(0.0),
         moment_N=filled(0.0),
-        asked_NU=filled(-torch.inf, ids_NU.shape[1]),
+        requested_NU=filled(-torch.inf, ids_NU.shape[1]),
         top_ids_NK=ids_NU.new_full((num_positions, own_top_k), -1),
         top_logits_NK=filled(-torch.inf, own_top_k),
     )
@@ -207,11 +209,11 @@ def _locate(ids_CU: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
 
 
 def _sink(logits_CT: Tensor, column_CU: Tensor, is_inside_CU: Tensor) -> None:
-    """Take asked tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
+    """Take requested tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
     logits_CT.scatter_add_(1, column_CU, is_inside_CU.to(logits_CT.dtype) * SUNK)
 
 
-def _absorb(part: Statistics, logits_CT: Tensor, exp_buffer: Tensor) -> None:
+def _absorb(part: VocabularySums, logits_CT: Tensor, exp_buffer: Tensor) -> None:
     """Add a tile to the running sums of its rows; the tile is spent afterwards."""
     max_C = torch.maximum(part.max_N, logits_CT.amax(1))
     logits_CT.sub_(max_C[:, None])
@@ -223,7 +225,7 @@ def _absorb(part: Statistics, logits_CT: Tensor, exp_buffer: Tensor) -> None:
     part.max_N.copy_(max_C)
 
 
-def _merge_top_k(part: Statistics, logits_CT: Tensor, start: int) -> None:
+def _merge_top_k(part: VocabularySums, logits_CT: Tensor, start: int) -> None:
     own_top_k = part.top_logits_NK.shape[1]
     logits_CK, column_CK = logits_CT.topk(min(own_top_k, logits_CT.shape[1]))
     candidates = torch.cat([part.top_logits_NK, logits_CK], dim=1)
@@ -242,7 +244,7 @@ def _turn_into_gradient(
         slope_CT = 1 - (logits_CT * (walk.temperature / walk.softcap)).square_()
     _sink(logits_CT, column_CU, is_inside_CU)
     logits_CT.sub_(part.max_N[:, None]).exp_().mul_(part.scale_N[:, None])
-    logits_CT.scatter_add_(1, column_CU, torch.where(is_inside_CU, part.asked_NU, 0.0))
+    logits_CT.scatter_add_(1, column_CU, torch.where(is_inside_CU, part.requested_NU, 0.0))
     if slope_CT is not None:
         logits_CT.mul_(slope_CT)
     if walk.temperature != 1.0:

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lightopd.errors import InputError, LineageError, OutputError
-from lightopd.lineage.tensor_hashes import TensorHash, hash_tensors, write_atomically
+from lightopd.errors import InputError, LineageError
+from lightopd.files import write_atomically
+from lightopd.lineage.tensor_hashes import TensorHash, hash_tensors
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import (
@@ -182,10 +183,7 @@ def write_student_lineage(folder: Path, lineage: StudentLineage) -> Path:
         OutputError: the folder cannot be written.
     """
     path = folder / STUDENT_LINEAGE
-    try:
-        write_atomically(path, lineage.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomically(path, (lineage.model_dump_json(indent=2) + "\n").encode())
     return path
 
 

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lightopd.errors import InputError
+from lightopd.errors import InputError, OutputError
+from lightopd.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -154,26 +154,6 @@ def _write_known(fresh: dict[str, dict[str, Any]]) -> None:
     path = _known_path()
     known = {file: entry for file, entry in {**_read_known(), **fresh}.items() if Path(file).exists()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(known))
-    except OSError as error:
-        log.warning("%s cannot be written (%s); models will be hashed again next time", path, error)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old one or the new one, also after a crash.
-
-    Raises:
-        OSError: the folder does not exist, cannot be written or is full; the old file stays.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write_atomically(path, json.dumps(known).encode(), shared=True)
+    except OutputError as error:
+        log.warning("%s: models will be hashed again next time", error)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.rewards.gym import reasoning_gym_dataset
-from lightopd.rewards.judge import find_verifier
+from lightopd.rewards.reward import find_verifier
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, PromptsConfig, ReasoningGymPrompts, RunningTotalsPrompts
 from lightopd.schemas.records import Prompt

@@ -7,8 +7,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from lightopd.errors import ConfigError, InputError
-from lightopd.lineage.fingerprint import model_folder, read_json
+from lightopd.lineage.fingerprint import fingerprint_tokenizer, model_folder, read_json
 from lightopd.schemas.configs import ModelConfig, PromptRendering
+from lightopd.schemas.manifest import TokenizerFingerprint
 from lightopd.schemas.records import Ids, Prompt
 
 
@@ -32,6 +33,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+
+
+def identified_tokenizer(model: ModelConfig) -> tuple[Any, TokenizerFingerprint]:
+    """The tokenizer of a model folder, and its fingerprint with the ids that end a response.
+
+    Raises:
+        InputError: as `load_tokenizer` and `stop_ids`.
+    """
+    tokenizer = load_tokenizer(model)
+    return tokenizer, fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, model))
 
 
 def stop_ids(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:

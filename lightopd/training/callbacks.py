@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
 from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
-from lightopd.training.checkpoints.save_sharded import save_together
-from lightopd.training.distributed.fsdp import gather
-from lightopd.training.measures.best import is_over, judge
+from lightopd.training.checkpoints.save_sharded import save_sharded
+from lightopd.training.distributed.fsdp import gather_trained
+from lightopd.training.measures.best import is_over, updated_best
 from lightopd.training.measures.metrics_file import append_metrics
 from lightopd.training.module import StudentModule
 from lightopd.training.weight_files.tensor_shards import AVERAGE
@@ -60,7 +60,7 @@ class KeepBest(Callback):  # type: ignore[misc]
         value = module.metrics[self.config.metric]
         if math.isnan(value):  # not measured at this step
             return
-        module.best = judge(module.best, self.config, module.step, value)
+        module.best = updated_best(module.best, self.config, module.step, value)
         if not is_over(module.best, self.config):
             return
         trainer.should_stop = True
@@ -113,8 +113,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
         average = module.average.tensors if module.average else {}
         place = self.folder, model, optimizer, self.student, state
         if isinstance(model, FSDPModule) and self.finetune.adapter is None:
-            return save_together(*place, {AVERAGE: average} if average else {})
-        gathered = gather(model, optimizer, average, keep=trainer.is_global_zero)
+            return save_sharded(*place, {AVERAGE: average} if average else {})
+        gathered = gather_trained(model, optimizer, average, keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return None
         return save_checkpoint(*place, anchor=module.anchor, average=average, gathered=gathered)

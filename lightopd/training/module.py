@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
-from lightopd.objectives.base.batch import BatchTotals, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump
 from lightopd.objectives.loss import collect_statistics, compute_loss
@@ -40,7 +40,7 @@ from lightopd.training.measures.metrics_file import global_sums
 from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from lightopd.training.student.compile import is_of_compiler, uncompiled
-from lightopd.training.student.drift import Sums, drift_metrics, exceeded_limits
+from lightopd.training.student.drift import drift_metrics, exceeded_limits
 from lightopd.training.student.ema import WeightAverage
 from lightopd.training.student.forward import routed_tokens, routers_of, student_sums, student_tokens
 from lightopd.training.student.router_loss import (
@@ -60,12 +60,10 @@ NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 """How torch's CPU allocator says it, in a plain RuntimeError."""
 
-Statistics = Mapping[str, tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run stands before its first step, or goes on."""
+    """Where a run begins or resumes."""
 
     step: int = 0
     """Optimiser steps already done."""
@@ -85,19 +83,19 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in float32 and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        asked: what it needs.
+        needed: what it needs.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
-        accuracy: asks the student prompts when it is due; None for never.
-        start: where the run goes on.
+        accuracy: puts prompts to the student when it is due; None for never.
+        start: where the run begins or resumes.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
         objective: ObjectiveConfig,
-        asked: Needs,
+        needed: Needs,
         finetune: FinetuneConfig,
         *,
         limits: StalenessLimits | None = None,
@@ -109,7 +107,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.asked = asked
+        self.needed = needed
         self.finetune = finetune
         self.limits = limits
         self.held_out = held_out
@@ -206,10 +204,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         totals = BatchTotals(*(int(count) for count in self._reduce(counts)))
         return [replace(rows, totals=totals) for rows in shown]
 
-    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[Statistics, StepLoad | None]:
+    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[MetricSums, StepLoad | None]:
         """Sums over the whole step that the loss needs beforehand, from a pass without gradient."""
         has_routers = self.finetune.router_loss is not None
-        if not self.asked.statistics and not has_routers:
+        if not self.needed.statistics and not has_routers:
             return {}, None
         sums, counts = [], []
         with torch.no_grad(), uncompiled(self.student):
@@ -217,7 +215,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
                 with self._memory_named(rows):
                     batch = collate(rows, self.device)
                     routers: Routers = ()
-                    if self.asked.statistics:
+                    if self.needed.statistics:
                         student, routers = self._student_tokens(batch)
                         sums.append(collect_statistics(self.objective, batch.rollouts, student))
                     if has_routers:
@@ -231,12 +229,14 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return statistics, step_load(counts, self._reduce) if has_routers else None
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
-        """What the student says, and its routers' logits where the loss asks for them."""
+        """What the student says, and its routers' logits where the loss reads them."""
         if self.finetune.router_loss is not None:
-            return routed_tokens(self.student, batch, self.asked.supports)
-        return student_tokens(self.student, batch, self.asked.supports), ()
+            return routed_tokens(self.student, batch, self.needed.supports)
+        return student_tokens(self.student, batch, self.needed.supports), ()
 
-    def _backward(self, rows: Rows, statistics: Statistics, load: StepLoad | None, *, is_last: bool) -> Sums:
+    def _backward(
+        self, rows: Rows, statistics: MetricSums, load: StepLoad | None, *, is_last: bool
+    ) -> MetricSums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
             batch = collate(rows, self.device)
@@ -280,7 +280,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         }
 
     def _measure(self, *, is_last: bool) -> dict[str, float]:
-        """Held-out loss and avg@k when they are due, NaN between; nothing where neither is asked for."""
+        """Held-out loss and avg@k when they are due, NaN between; nothing where neither is requested."""
         is_due: dict[str, bool] = {}
         if self.held_out is not None:
             is_due["held_out"] = is_last or self.step % self.finetune.held_out_every == 0
@@ -339,7 +339,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         context: AbstractContextManager[Any] = block()
         return context
 
-    def _refuse_non_finite(self, loss: float, sums: Sequence[Sums], micro_batches: Sequence[Rows]) -> None:
+    def _refuse_non_finite(
+        self, loss: float, sums: Sequence[MetricSums], micro_batches: Sequence[Rows]
+    ) -> None:
         if loss - loss == 0:
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
@@ -347,7 +349,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad or micro_batches)))
 
     def refuse_broken_weights(self) -> None:
-        """Every rank must ask.
+        """Every rank must call.
 
         Raises:
             TrainingError: a trained weight is not finite.

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from lightopd.cache.shards import marker_path, shard_path, valid_shard, write_atomically
+from lightopd.cache.shards import marker_path, shard_path, valid_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder
 from lightopd.errors import CacheError
+from lightopd.files import write_atomically
 
 
 def copy_rollouts(source: Cache, path: Path) -> Cache:

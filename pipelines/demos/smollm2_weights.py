@@ -3,7 +3,6 @@
 import importlib.metadata
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lightopd.errors import ConfigError, InputError, OutputError
+from lightopd.files import output_error, put_folder
 from lightopd.prompts.tokens import load_tokenizer
 from lightopd.schemas.configs import ModelConfig
 
@@ -150,15 +150,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the body ends well."""
     if out.exists():
         raise OutputError(f"{out} exists; give a new folder, or remove this one")
-    temporary = None
+    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(out)
+        put_folder(temporary, out)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+        raise output_error(error, out) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

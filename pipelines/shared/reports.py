@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from lightopd.files import write_atomically
 from lightopd.ranks import is_main
 from lightopd.schemas.manifest import Override
 
@@ -38,7 +39,7 @@ class Report:
 def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
     if is_main():
-        (folder / f"{report.stage}.report.json").write_text(report.as_json() + "\n", encoding="utf-8")
+        write_atomically(folder / f"{report.stage}.report.json", (report.as_json() + "\n").encode())
 
 
 def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightopd.config import as_yaml
 from lightopd.errors import OutputError
+from lightopd.files import output_error, write_atomically
 from lightopd.ranks import is_main
 from lightopd.schemas.base import StrictModel
 
@@ -35,7 +36,7 @@ def writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise output_error(error, folder) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -47,21 +48,10 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise cannot_write(folder, error) from error
+            raise output_error(error, folder) from error
         raise
     finally:
         os.close(handle)
-
-
-def cannot_write(folder: Path, error: OSError) -> OutputError:
-    """The user's words for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"{folder}: the disk is full; free space and run the same command again, it goes on"
-        )
-    return OutputError(
-        f"{folder}: cannot write here ({error.strerror}); choose another folder or mend its rights"
-    )
 
 
 def save_config(config: StrictModel, stage: str, folder: Path, *, only_first: bool = False) -> None:
@@ -70,4 +60,4 @@ def save_config(config: StrictModel, stage: str, folder: Path, *, only_first: bo
     With `only_first` one that is there stays: the run may yet be refused, and the folder is another run's.
     """
     if is_main() and not (only_first and (folder / f"{stage}.yaml").exists()):
-        (folder / f"{stage}.yaml").write_text(as_yaml(config), encoding="utf-8")
+        write_atomically(folder / f"{stage}.yaml", as_yaml(config).encode())

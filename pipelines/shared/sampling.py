@@ -24,7 +24,7 @@ from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenize
 from lightopd.pipelines.shared.progress import Progress
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
-from lightopd.rewards.judge import judge
+from lightopd.rewards.reward import reward_of
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
@@ -54,7 +54,7 @@ class SamplingJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class SamplingPlan:
     """A job with its prompts rendered and its manifest made; nothing is loaded on a device yet."""
 
     job: SamplingJob
@@ -71,7 +71,7 @@ class Prepared:
         return max(1, self.job.shard_rollouts // self.job.sampling.n)
 
 
-def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepared:
+def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> SamplingPlan:
     """Load and render the prompts, fingerprint model and tokenizer, and write down the contract.
 
     Raises:
@@ -101,7 +101,7 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         engine=engine,
         overrides=job.overrides,
     )
-    return Prepared(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
+    return SamplingPlan(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
 
 
 def _content(prompt: Prompt, ids: Ids) -> list[Any]:
@@ -109,18 +109,18 @@ def _content(prompt: Prompt, ids: Ids) -> list[Any]:
     return [prompt.prompt_id, ids.tolist(), prompt.answer, prompt.domain, prompt.verifier]
 
 
-def missing_shards(prepared: Prepared) -> list[int]:
+def missing_shards(plan: SamplingPlan) -> list[int]:
     """Numbers of the shards that are not there yet, whole and made under the same contract."""
-    folder, fingerprint = prepared.job.cache / "rollouts", prepared.manifest.fingerprint()
-    return [i for i in range(prepared.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
+    folder, fingerprint = plan.job.cache / "rollouts", plan.manifest.fingerprint()
+    return [i for i in range(plan.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
 
 
-def sample(prepared: Prepared, load: LoadEngine) -> Cache:
+def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
-    job, manifest = prepared.job, prepared.manifest
+    job, manifest = plan.job, plan.manifest
     create_cache(job.cache, manifest)
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
-    missing = missing_shards(prepared)
+    missing = missing_shards(plan)
     if missing:
         progress = Progress(
             job.stage,
@@ -132,7 +132,7 @@ def sample(prepared: Prepared, load: LoadEngine) -> Cache:
         engine = load(job.engine, job.model)
         try:
             for index in missing:
-                rollouts = _sample_shard(prepared, engine, index)
+                rollouts = _sample_shard(plan, engine, index)
                 marker = write_shard(
                     folder, index, rollouts_to_table(rollouts), kind="rollouts", fingerprint=fingerprint
                 )
@@ -144,29 +144,29 @@ def sample(prepared: Prepared, load: LoadEngine) -> Cache:
     return cache
 
 
-def _sample_shard(prepared: Prepared, engine: Engine, index: int) -> list[Rollout]:
-    job, width = prepared.job, prepared.prompts_per_shard
-    chosen = range(index * width, min((index + 1) * width, len(prepared.prompts)))
+def _sample_shard(plan: SamplingPlan, engine: Engine, index: int) -> list[Rollout]:
+    job, width = plan.job, plan.prompts_per_shard
+    chosen = range(index * width, min((index + 1) * width, len(plan.prompts)))
     rows = [(i, sample_index) for i in chosen for sample_index in range(job.sampling.n)]
     samples = engine.generate(
-        [prepared.prompt_ids[i] for i, _ in rows],
+        [plan.prompt_ids[i] for i, _ in rows],
         job.sampling,
-        [f"{prepared.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
-        prepared.stops,
+        [f"{plan.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
+        plan.stops,
     )
-    return [_rollout(prepared, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
+    return [_rollout(plan, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
 
 
-def _rollout(prepared: Prepared, row: int, sample_index: int, drawn: Sample) -> Rollout:
-    prompt, prompt_ids = prepared.prompts[row], prepared.prompt_ids[row]
+def _rollout(plan: SamplingPlan, row: int, sample_index: int, drawn: Sample) -> Rollout:
+    prompt, prompt_ids = plan.prompts[row], plan.prompt_ids[row]
     length = len(drawn.response_ids)
-    text = response_text(drawn.response_ids, prepared.tokenizer)
-    keep = prepared.job.keep_text
+    text = response_text(drawn.response_ids, plan.tokenizer)
+    keep = plan.job.keep_text
     return Rollout(
-        rollout_id=rollout_id(prompt_ids, drawn.response_ids, prepared.sampler.identity, sample_index),
+        rollout_id=rollout_id(prompt_ids, drawn.response_ids, plan.sampler.identity, sample_index),
         prompt_id=prompt.prompt_id,
         sample_index=sample_index,
-        origin=prepared.job.origin,
+        origin=plan.job.origin,
         domain=prompt.domain,
         prompt_ids=prompt_ids,
         response_ids=drawn.response_ids,
@@ -177,8 +177,8 @@ def _rollout(prepared: Prepared, row: int, sample_index: int, drawn: Sample) -> 
         finish_reason=drawn.finish_reason,
         truncated=drawn.finish_reason == "length",
         answer=prompt.answer,
-        reward=judge(prompt, text),
-        prompt_text=prompt_text(prompt_ids, prepared.tokenizer) if keep else None,
+        reward=reward_of(prompt, text),
+        prompt_text=prompt_text(prompt_ids, plan.tokenizer) if keep else None,
         response_text=text if keep else None,
     )
 

@@ -1,8 +1,6 @@
 """A shard exists whole or not at all, and its bytes depend on its rows only."""
 
-import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,20 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import pytest
 from cache_cases import make_rollout
 
 from lightopd.cache.shards import (
     marker_path,
-    output_error,
     shard_path,
     valid_shard,
     why_invalid,
-    write_atomically,
     write_shard,
 )
 from lightopd.cache.tables import rollouts_to_table
-from lightopd.errors import OutputError
 
 FINGERPRINT = "f" * 64
 
@@ -137,54 +131,6 @@ def test_after_kill_nine_every_marker_belongs_to_a_whole_shard(tmp_path):
     assert all(valid_shard(tmp_path, index, FINGERPRINT) for index in range(len(markers)))
     parquet = len(list(tmp_path.glob("part-*.parquet")))
     assert parquet - len(markers) in (0, 1)
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path):
-    os.mkfifo(tmp_path / ".report.json.tmp")
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            write_atomically(tmp_path / "report.json", b"{}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_output_error_and_leaves_nothing_behind(tmp_path):
-    (tmp_path / ".report.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(
-        OutputError, match=r"report.json \(5000 bytes\): No space left.*free space.*bytes are free"
-    ):
-        write_atomically(tmp_path / "report.json", b"x" * 5000)
-    assert list(tmp_path.iterdir()) == []
-    assert Path("/dev/full").exists()
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
-def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(number, tmp_path):
-    error = output_error(OSError(number, os.strerror(number)), tmp_path / "a" / "x.json", 7)
-    assert os.strerror(number) in str(error)
-    assert "make the folder writable" in str(error)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_without_write_permission_is_an_output_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="make the folder writable"):
-        write(tmp_path)
-
-
-def test_a_file_where_a_folder_is_needed_is_an_output_error(tmp_path):
-    (tmp_path / "rollouts").write_text("")
-    with pytest.raises(OutputError, match="a file lies where a folder is needed"):
-        write(tmp_path / "rollouts")
 
 
 def test_the_marker_is_plain_json(tmp_path):

@@ -19,6 +19,7 @@ from tiny_models import save_model
 from lightopd.cli.main import app
 from lightopd.errors import OutputError
 from lightopd.pipelines.shared.run_folder import writing
+from lightopd.stopping import Terminated, sigterm_raises
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
@@ -181,11 +182,11 @@ def test_a_folder_that_cannot_be_made_is_named(lightopd, world, tmp_path):
     arguments = ["--cache", world.cache, "--student", world.sft / "student", "--out", tmp_path / "file" / "x"]
     code, _, err = lightopd("train", *arguments)
     assert code == 7
-    assert f"{tmp_path / 'file' / 'x'}: cannot write here (Not a directory)" in err
+    assert f"cannot write {tmp_path / 'file' / 'x'}: Not a directory; a file lies where" in err
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "Permission denied")]
+    ("number", "message"), [(errno.ENOSPC, "free space there"), (errno.EACCES, "Permission denied")]
 )
 def test_a_failed_write_inside_a_stage_is_one_line(tmp_path, number, message):
     with pytest.raises(OutputError, match=message), writing(tmp_path / "out"):
@@ -209,29 +210,41 @@ def test_two_processes_cannot_write_one_folder(lightopd, world, tmp_path):
     assert "another lightopd process" in err
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(world, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_resume(world, tmp_path, sent, code):
     command = [Path(sys.executable).with_name("lightopd"), "rollout", "--student", world.sft / "student"]
-    command += [
-        "--prompts",
-        world.root / "prompts.jsonl",
-        "--cache",
-        tmp_path / "cache",
-        "--set",
-        "shard_rollouts=1",
-    ]
-    command += ["--set", "sampling.n=40", "--set", "sampling.max_tokens=40"]
+    command += ["--prompts", world.root / "prompts.jsonl", "--cache", tmp_path / "cache", "--n", 40]
+    command += ["--set", "shard_rollouts=1", "--set", "sampling.max_tokens=40"]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline_s = time.monotonic() + 60
     while not list((tmp_path / "cache").glob("rollouts/part-*.json")) and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "run the same command again to go on" in err
+    assert process.returncode == code
+    assert "run the same command again to resume" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_sigterm_is_taken_once_and_never_in_a_forked_process():
+    with sigterm_raises() as is_terminated:
+        is_up, says_up = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(says_up, b"1")
+            time.sleep(20)
+            os._exit(0)
+        os.read(is_up, 1)  # a signal that comes before Python is set up after the fork is lost
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert is_terminated()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_version_is_printed(lightopd):

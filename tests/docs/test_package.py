@@ -22,6 +22,7 @@ ROOMS = [
     "errors",
     "files",
     "ranks",
+    "stopping",
     "config",
     "lineage",
     "models",

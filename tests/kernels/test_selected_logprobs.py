@@ -1,6 +1,6 @@
 """The kernel against a dense float64 reference: values, gradients, edges, and the memory it may use."""
 
-# N = positions, D = hidden size, V = vocabulary, M = ids asked per position, S = tail sets, K = own top-k
+# N = positions, D = hidden size, V = vocabulary, M = ids requested per position, S = tail sets, K = own top-k
 
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightopd.kernels.selected_logprobs import Selected, selected_logprobs
-from lightopd.kernels.vocabulary_walk import Inputs, LogitGradient, Walk, collect_statistics, propagate
+from lightopd.kernels.selected_logprobs import TokenLogprobs, selected_logprobs
+from lightopd.kernels.vocabulary_walk import Inputs, LogitGradient, Walk, propagate, vocabulary_sums
 
 
 class Case(NamedTuple):
@@ -44,17 +44,17 @@ def make_case(
     **options: Any,
 ) -> Case:
     """Ids repeat often (at most eight distinct ones a row) and about one in eight is padding."""
-    num_positions, num_hidden, num_vocab, num_asked, num_sets = shape
+    num_positions, num_hidden, num_vocab, num_requested, num_sets = shape
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     start_N1 = torch.randint(0, num_vocab, (num_positions, 1), generator=generator)
-    ids_NM = torch.randint(0, 8, (num_positions, num_asked), generator=generator) + start_N1
+    ids_NM = torch.randint(0, 8, (num_positions, num_requested), generator=generator) + start_N1
     ids_NM = ids_NM.remainder(num_vocab)
-    ids_NM[torch.rand(num_positions, num_asked, generator=generator) < 0.125] = -1
-    member_NSM = torch.rand(num_positions, num_sets, num_asked, generator=generator) < 0.5
+    ids_NM[torch.rand(num_positions, num_requested, generator=generator) < 0.125] = -1
+    member_NSM = torch.rand(num_positions, num_sets, num_requested, generator=generator) < 0.5
     bias_V = normal(num_vocab) if with_bias else None
     return Case(
         normal(num_positions, num_hidden) / 2,
@@ -77,7 +77,7 @@ def dense_logprobs(case: Case) -> tuple[Tensor, Tensor]:
     return logits_NV.log_softmax(-1), logits_NV
 
 
-def dense_selected(case: Case) -> Selected:
+def dense_selected(case: Case) -> TokenLogprobs:
     logprobs_NV, logits_NV = dense_logprobs(case)
     is_padding_NM = case.ids_NM < 0
     logprobs_NM = logprobs_NV.gather(1, case.ids_NM.clamp(min=0)).masked_fill(is_padding_NM, 0.0)
@@ -87,10 +87,10 @@ def dense_selected(case: Case) -> Selected:
             in_set_NSV[n, s, case.ids_NM[n, m]] = True
     tail_NS = logprobs_NV[:, None].expand(in_set_NSV.shape).masked_fill(in_set_NSV, -torch.inf).logsumexp(-1)
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return Selected(logprobs_NM, tail_NS, logits_NV.logsumexp(-1), entropy_N, None, None)
+    return TokenLogprobs(logprobs_NM, tail_NS, logits_NV.logsumexp(-1), entropy_N, None, None)
 
 
-def kernel_selected(case: Case, **sizes: int) -> Selected:
+def kernel_selected(case: Case, **sizes: int) -> TokenLogprobs:
     hidden_ND, head_VD, ids_NM, *options = case
     names = ("member_NSM", "bias_V", "softcap", "temperature")
     return selected_logprobs(hidden_ND, head_VD, ids_NM, **dict(zip(names, options, strict=True)), **sizes)
@@ -315,7 +315,7 @@ def test_own_top_k_is_the_top_k_of_the_full_distribution(own_top_k, tile_vocab):
     torch.testing.assert_close(selected.topk_logprobs_NK.double(), wanted.values, rtol=1e-6, atol=1e-6)
 
 
-def test_statistics_are_detached_and_own_top_k_only_on_request():
+def test_sums_are_detached_and_own_top_k_only_on_request():
     case = make_case(seed=13)
     case.hidden_ND.requires_grad_()
     selected = kernel_selected(case, own_top_k=2)
@@ -357,9 +357,9 @@ def test_cuda_bfloat16_products_come_out_in_float32():
     )
     ids_NU = torch.zeros(6, 3, device="meta", dtype=torch.int64)
     walk = Walk(None, 1.0, 4, 16, dtype=torch.float32, operand_dtype=torch.bfloat16)
-    statistics = collect_statistics(inputs, ids_NU, walk, own_top_k=2)
-    assert {statistics.max_N.dtype, statistics.asked_NU.dtype} == {torch.float32}
-    gradient = LogitGradient(statistics.max_N, statistics.sum_N, statistics.asked_NU)
+    sums = vocabulary_sums(inputs, ids_NU, walk, own_top_k=2)
+    assert {sums.max_N.dtype, sums.requested_NU.dtype} == {torch.float32}
+    gradient = LogitGradient(sums.max_N, sums.sum_N, sums.requested_NU)
     gradients = propagate(inputs, ids_NU, walk, gradient, (True, True, True))
     assert [grad.dtype for grad in gradients] == [torch.bfloat16] * 3
     assert [grad.shape for grad in gradients] == [tensor.shape for tensor in inputs]

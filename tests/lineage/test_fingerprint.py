@@ -356,7 +356,7 @@ def test_a_broken_or_newer_lineage_file_is_named(tmp_path, content, message):
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
     fingerprint = fingerprint_model(ModelConfig(path=str(make_model(tmp_path / "student"))))
     with pytest.raises(OutputError, match="cannot write"):
-        write_student_lineage(tmp_path / "no-such-folder", lineage_of(fingerprint))
+        write_student_lineage(tmp_path / "student" / "config.json", lineage_of(fingerprint))
 
 
 def test_a_declared_folder_is_fingerprinted_and_a_declared_name_is_kept(tmp_path):

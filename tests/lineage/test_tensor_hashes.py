@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recording_disk import RecordingDisk
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightopd.errors import InputError
@@ -99,7 +100,7 @@ def test_a_cache_folder_that_cannot_be_made_is_no_reason_to_stop(tmp_path, caplo
     settle(folder)
     (tmp_path / "xdg").write_text("a file where the folder should be")
     assert identity(folder)
-    assert "cannot be written" in caplog.text
+    assert "hashed again next time" in caplog.text
 
 
 @pytest.mark.parametrize("cut", ["header", "last byte", "length"])
@@ -133,3 +134,10 @@ def test_a_missing_shard_is_named(tmp_path):
     gone.unlink()
     with pytest.raises(InputError, match=f"{gone.name} is missing"):
         identity(folder)
+
+
+def test_remembered_hashes_survive_a_crash(tmp_path, monkeypatch):
+    settle(make_model(tmp_path / "model"))
+    disk = RecordingDisk().install(monkeypatch)
+    assert identity(tmp_path / "model")
+    disk.check_survives(tmp_path / "xdg" / "lightopd" / "fingerprints.json")

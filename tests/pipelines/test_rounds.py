@@ -94,6 +94,12 @@ def test_each_round_takes_the_next_prompts(finished):
     assert prompts_of(out / "round-001" / "cache") == {"p4", "p5", "p6", "p7"}
 
 
+def test_each_round_draws_with_a_seed_of_its_own(finished):
+    out, _ = finished
+    caches = [open_cache(out / name / "cache") for name in ("round-000", "round-001")]
+    assert [cache.manifest.sampling.seed for cache in caches] == [0, 1]
+
+
 def test_prompts_past_the_last_one_go_on_at_the_first(world):
     config = FilePrompts(path=world.root / "prompts.jsonl", skip=22, limit=4)
     assert [prompt.prompt_id for prompt in load_prompts(config)] == ["p10", "p11", "p0", "p1"]

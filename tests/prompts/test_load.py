@@ -9,7 +9,7 @@ import pytest
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.prompts.load import load_prompts
-from lightopd.rewards.judge import judge
+from lightopd.rewards.reward import reward_of
 from lightopd.schemas.configs import FilePrompts, ReasoningGymPrompts, RunningTotalsPrompts
 
 
@@ -186,8 +186,8 @@ def test_running_totals_come_with_their_verifier():
     config = RunningTotalsPrompts(kind="running_totals", count=5, seed=3, limit=2)
     first, second = load_prompts(config)
     assert first.prompt_id != second.prompt_id
-    assert judge(first, f"1,2,{first.answer}") == 1.0
-    assert judge(first, "1,2,0") == 0.0
+    assert reward_of(first, f"1,2,{first.answer}") == 1.0
+    assert reward_of(first, "1,2,0") == 0.0
 
 
 def test_more_running_totals_than_there_can_be_is_a_config_error():
@@ -213,9 +213,9 @@ def test_a_generated_task_is_scored_by_its_own_verifier_also_after_pickling():
     pytest.importorskip("reasoning_gym")
     for prompt in pickle.loads(pickle.dumps(load_prompts(gym(count=5, seed=1, options={"max_digits": 2})))):
         assert prompt.answer is not None
-        assert judge(prompt, f" {prompt.answer}\n") == 1.0
-        assert judge(prompt, f"I think <answer>{prompt.answer}</answer>.") == 1.0
-        assert judge(prompt, "no") == 0.0
+        assert reward_of(prompt, f" {prompt.answer}\n") == 1.0
+        assert reward_of(prompt, f"I think <answer>{prompt.answer}</answer>.") == 1.0
+        assert reward_of(prompt, "no") == 0.0
 
 
 def test_tasks_that_repeat_a_question_have_ids_of_their_own():

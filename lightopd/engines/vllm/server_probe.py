@@ -12,7 +12,7 @@ from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
 from lightopd.engines.vllm.server_rows import response_rows
 from lightopd.errors import EngineError, InputError
 from lightopd.lineage.fingerprint import fingerprint_model
-from lightopd.models.limits import model_limits
+from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.prompts.tokens import load_tokenizer
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, ServerEngine
@@ -39,10 +39,8 @@ class Served:
 
     name: str
     """Name to ask for."""
-    vocabulary_size: int
-    context_length: int
-    """One less than the server's own limit: scoring asks for one token beyond the sequence."""
-    record: EngineRecord
+    limits: ModelLimits
+    """The context is one less than the server's own: scoring asks for one token beyond the sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> S
     for url in pool.urls:
         await _check_tokenizer(pool, url, card.name, tokenizer)
         await _check_raw(pool, url, card.name, min(limits.vocabulary_size, len(tokenizer)))
-    return Served(card.name, limits.vocabulary_size, card.max_model_len - 1, card.record)
+    return Served(card.name, ModelLimits(limits.vocabulary_size, card.max_model_len - 1))
 
 
 async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+MetricSums = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, weight), detached; add both over micro-batches and devices, then divide."""
+
 
 @dataclass(frozen=True, slots=True)
 class SignalTokens:

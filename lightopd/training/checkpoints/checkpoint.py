@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder with the optimiser's state and the run's identity beside the weights.
 
 `checkpoints/step-000050/` is complete or not there: it is written under a dot name, flushed and renamed.
-It can be loaded as a model like any other; a run that goes on from it is the same run, bit by bit.
+It can be loaded as a model like any other; a run that resumes from it is the same run, bit by bit.
 """
 
 import json
@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lightopd.cache.shards import output_error, write_atomically
-from lightopd.errors import OutputError, TrainingError
-from lightopd.files import flush
+from lightopd.errors import TrainingError
+from lightopd.files import json_bytes, output_error, put_folder, write_atomically
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import STUDENT_LINEAGE
@@ -102,12 +101,8 @@ def save_checkpoint(
         if average:
             save_file(_on_host(gathered.average if gathered else average), part / AVERAGE_FILE)
         complete_checkpoint(part, final, state)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise output_error(error, final, size_bytes(model)) from error
-    except SafetensorError as error:
-        raise OutputError(
-            f"cannot write checkpoint {final} ({error}); earlier checkpoints are kept: free space, run again"
-        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return final
@@ -123,14 +118,12 @@ def complete_checkpoint(part: Path, final: Path, state: TrainerState) -> None:
     """Write the state beside what lies in `part`, flush everything, and give the folder its name.
 
     Raises:
-        OSError: no space or no permission; `final` is untouched, or gone where it was written before.
+        OSError: no space or no permission.
     """
-    _write_state(part, state)
-    for file in part.rglob("*"):
-        flush(file)
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    flush(final.parent)
+    sizes = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
+    whole = state.model_copy(update={"sizes_bytes": sizes})
+    write_atomically(part / STATE_FILE, json_bytes(whole.model_dump(mode="json")))
+    put_folder(part, final)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
@@ -189,7 +182,7 @@ def exported_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
 
 
 def known_best(folder: Path, state: TrainerState) -> Best | None:
-    """The best so far, to go on from; none, with a warning, where its checkpoint is gone or not whole."""
+    """The best so far, to resume with; none, with a warning, where its checkpoint is gone or not whole."""
     if state.best is None or _whole_state(checkpoint_path(folder, state.best.step)) is not None:
         return state.best
     log.warning(
@@ -211,7 +204,7 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> 
     """Delete all but the newest `keep` checkpoints and the best, and what a killed run left half written."""
     best = None if best_step is None else checkpoint_path(folder, best_step)
     old = [path for path in _checkpoints(folder)[:-keep] if path != best]
-    for path in [*folder.glob(".step-*.tmp"), *old]:
+    for path in [*folder.glob(".step-*"), *old]:
         shutil.rmtree(path)
 
 
@@ -234,7 +227,7 @@ def load_anchor(path: Path) -> dict[str, Tensor] | None:
 
 
 def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
-    """Refuse to go on from a checkpoint of another run.
+    """Refuse to resume from a checkpoint of another run.
 
     Raises:
         TrainingError: names every setting that differs, with both values.
@@ -265,21 +258,14 @@ def export_student(
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.
     """
-    part, old = (student.with_name(f".{student.name}.{suffix}") for suffix in ("tmp", "old"))
+    part = student.with_name(f".{student.name}.tmp")
     try:
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         ignored = shutil.ignore_patterns(*NOT_EXPORTED)
         shutil.copytree(checkpoint, part, ignore=ignored, copy_function=_copy)
         if write_weights is not None:
             write_weights(part)
-        for file in part.rglob("*"):
-            flush(file)
-        if student.exists():
-            student.rename(old)
-        part.rename(student)
-        flush(student.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_folder(part, student)
     except OSError as error:
         raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
     finally:
@@ -316,13 +302,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _write_state(part: Path, state: TrainerState) -> None:
-    sizes = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
-    whole = state.model_copy(update={"sizes_bytes": sizes})
-    text = json.dumps(whole.model_dump(mode="json"), indent=2, sort_keys=True)
-    (part / STATE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _whole_state(path: Path) -> TrainerState | None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from lightopd.cache.shards import output_error
+from lightopd.files import output_error
 from lightopd.models.load import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
@@ -21,8 +21,8 @@ def export(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, fol
     """Write the student of a checkpoint to `folder`, replacing what is there, whole or not at all.
 
     Averaged weights, where the checkpoint has them, go before its own. An adapter stays an adapter unless
-    `finetune.adapter.merge` asks for one plain model. Weights that several processes stored in shares are put
-    together with one decoder layer in memory at a time.
+    `finetune.adapter.merge` makes one plain model of it. Weights that several processes stored in shares are
+    put together with one decoder layer in memory at a time.
 
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightopd.cache.shards import output_error
 from lightopd.errors import OutputError
+from lightopd.files import output_error
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
@@ -30,7 +30,7 @@ from lightopd.training.weight_files.tensor_shards import MODEL, OPTIMIZER, write
 T = TypeVar("T")
 
 
-def save_together(
+def save_sharded(
     folder: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,

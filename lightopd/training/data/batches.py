@@ -24,7 +24,7 @@ from lightopd.errors import LightopdError
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.plan import CacheIndex, TrainingPlan, make_plan
-from lightopd.training.data.rows import Layout, lay_out
+from lightopd.training.data.row_layout import RowLayout, lay_out
 from lightopd.training.data.shard_store import ShardStore
 
 PADDING_TOKEN = 0
@@ -39,7 +39,7 @@ class SignalRows:
     logprobs_N: NDArray[np.float32]
     tail_logprobs_N: NDArray[np.float32] | None
     counts_N: NDArray[np.int64] | None
-    """Support entries at each position; None, like the other three, where no support was asked for."""
+    """Support entries at each position; None, like the other three, where no support is read."""
     topk_ids_C: NDArray[np.int32] | None
     topk_logprobs_C: NDArray[np.float32] | None
 
@@ -89,7 +89,7 @@ class Microbatch:
     """Prompt and response tokens, padding left out."""
 
 
-def gather(
+def collect_rows(
     store: ShardStore,
     index: CacheIndex,
     entries: NDArray[np.int64],
@@ -231,7 +231,7 @@ class StepDataset(Dataset[list[Rows] | LightopdError]):
         totals = self.plan.totals(step)
         try:
             return [
-                gather(self.store, self.plan.index, entries, totals, self.plan.row_tokens)
+                collect_rows(self.store, self.plan.index, entries, totals, self.plan.row_tokens)
                 for entries in self.plan.micro_batches(step)
             ]
         except LightopdError as error:
@@ -340,7 +340,7 @@ def _padded(flat_C: Tensor, counts_N: Tensor, width: int, padding: float) -> Ten
     return flat_C.new_full(is_entry_NK.shape, padding).masked_scatter_(is_entry_NK, flat_C)
 
 
-def _position_ids(starts_R: Tensor, lengths_R: Tensor, layout: Layout) -> Tensor:
+def _position_ids(starts_R: Tensor, lengths_R: Tensor, layout: RowLayout) -> Tensor:
     """Places within rollouts, from 0: int64 [B, T]; what a row has left over counts as one more rollout."""
     flat_BT = torch.arange(layout.num_padded, device=starts_R.device)
     first_BT = torch.zeros_like(flat_BT)

@@ -54,7 +54,7 @@ def output_of(student: PreTrainedModel, **inputs: Any) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that the ranks share in parts; every rank must ask for it."""
+    """The tensor that the ranks share in parts; every rank must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -85,7 +85,7 @@ def count_broken(student: nn.Module) -> Tensor:
     return torch.stack([~share.isfinite().all() for share in shares]).sum()
 
 
-def gather(
+def gather_trained(
     student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
 ) -> Gathered | None:
     """Collect what is trained of a sharded student; None when it is not sharded.

@@ -20,7 +20,7 @@ def refusals_told(finetune: FinetuneConfig) -> Iterator[None]:
     """Turn Lightning's refusal of devices, nodes or strategy into the user's words.
 
     Raises:
-        ConfigError: no such strategy, fewer devices than asked for, or a launcher that disagrees.
+        ConfigError: no such strategy, fewer devices than requested, or a launcher that disagrees.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def environments() -> list[SLURMEnvironment]:
     """What the trainer is told of the machines; Lightning finds out the rest by itself."""
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
-    # Its way to requeue a job keeps a checkpoint of its own; here the same command goes on from the run's.
+    # Its way to requeue a job keeps a checkpoint of its own; here the same command resumes from the run's.
     return [SLURMEnvironment(auto_requeue=False)]
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightopd.errors import OutputError
+from lightopd.files import output_error, write_atomically
+from lightopd.objectives.base.batch import MetricSums
 from lightopd.training.measures.metrics_rows import read_metrics as read_metrics
 from lightopd.training.measures.metrics_rows import whole_lines
-from lightopd.training.student.drift import Sums
 
 Reduce = Callable[[Tensor], Tensor]
 
 
-def global_sums(sums: Sequence[Sums], reduce: Reduce) -> dict[str, tuple[float, float]]:
+def global_sums(sums: Sequence[MetricSums], reduce: Reduce) -> dict[str, tuple[float, float]]:
     """(sum, weight) of every metric over all micro-batches of all ranks, added up in float64.
 
     Args:
@@ -32,14 +32,14 @@ def global_sums(sums: Sequence[Sums], reduce: Reduce) -> dict[str, tuple[float, 
     return {name: (total, weight) for name, (total, weight) in zip(names, flat, strict=True)}
 
 
-def _total(sums: Sequence[Sums], name: str, side: int) -> Tensor:
+def _total(sums: Sequence[MetricSums], name: str, side: int) -> Tensor:
     return torch.stack([one[name][side].detach().double() for one in sums if name in one]).sum()
 
 
 def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """Add one row, in one write; the first row also writes the header.
 
-    A run may go on with a measurement more or less than it began with: what was not measured is NaN.
+    A run may be resumed with a measurement more or less than it began with: what was not measured is NaN.
 
     Raises:
         OutputError: the file cannot be written.
@@ -52,7 +52,7 @@ def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{header}{row}\n")
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free space and run again") from error
+        raise output_error(error, path) from error
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -61,7 +61,7 @@ def keep_metrics(path: Path, step: int) -> None:
         return
     header, *rows = whole_lines(path) or [""]
     kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
-    _rewrite(path, [header, *kept] if kept else [])
+    write_atomically(path, "".join([header, *kept] if kept else []).encode())
 
 
 def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
@@ -72,11 +72,5 @@ def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
     if new:
         header, *rows = (line.rstrip("\n") for line in whole_lines(path))
         lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
-        _rewrite(path, [f"{line}\n" for line in lines])
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return columns + new
-
-
-def _rewrite(path: Path, lines: Sequence[str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)

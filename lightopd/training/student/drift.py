@@ -11,14 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightopd.objectives.base.batch import MetricSums
 from lightopd.schemas.finetune import StalenessLimits
 
-Sums = dict[str, tuple[Tensor, Tensor]]
 
-DRIFT_METRICS = ("w_mean", "w_std", "ess", "chi2", "log_ratio_lost")
-
-
-def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> Sums:
+def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> MetricSums:
     """Sums and weights from which `drift_metrics` is made, float64, over the trained tokens.
 
     Args:

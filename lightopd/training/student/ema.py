@@ -24,7 +24,7 @@ class WeightAverage:
     Args:
         student: its parameters are averaged; where they are sharded, before its next forward pass.
         decay: d, in (0, 1).
-        checkpoint: folder of a checkpoint to go on from; one without an average, or None, begins a new one.
+        checkpoint: folder of a checkpoint to resume from; one without an average, or None, begins a new one.
     """
 
     def __init__(self, student: nn.Module, decay: float, checkpoint: Path | None = None) -> None:

@@ -6,7 +6,6 @@ the checkpoint has them, go before its own.
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lightopd.files import flush
+from lightopd.files import json_bytes, write_atomically
 from lightopd.models.load import outline
-from lightopd.training.weight_files.tensor_files import Layout, TensorWriter
+from lightopd.training.weight_files.tensor_files import TensorLayout, TensorWriter
 from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, StoredSet, has_set
 
 LAYER = re.compile(r".*?\.\d+\.")
@@ -44,7 +43,7 @@ def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> N
     model = outline(checkpoint, trust_remote_code=trust_remote_code)
     weights = _Weights(checkpoint, model)
     layouts = {
-        name: Layout(tensor.dtype, tuple(tensor.shape))
+        name: TensorLayout(tensor.dtype, tuple(tensor.shape))
         for layer in weights.layers()
         for name, tensor in weights.converted(layer, StoredSet.outline)
     }
@@ -93,7 +92,7 @@ class _Weights:
         return saved.items()
 
 
-def _divided(layouts: dict[str, Layout]) -> dict[str, list[str]]:
+def _divided(layouts: dict[str, TensorLayout]) -> dict[str, list[str]]:
     """Which tensors go into which file."""
     empty = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in layouts.items()}
     divided = split_torch_state_dict_into_shards(
@@ -103,13 +102,11 @@ def _divided(layouts: dict[str, Layout]) -> dict[str, list[str]]:
 
 
 def _write_index(
-    folder: Path, files: dict[str, list[str]], layouts: dict[str, Layout], num_parameters: int
+    folder: Path, files: dict[str, list[str]], layouts: dict[str, TensorLayout], num_parameters: int
 ) -> None:
     total = sum(layout.size_bytes for layout in layouts.values())
     index = {
         "metadata": {"total_parameters": num_parameters, "total_size": total},
         "weight_map": {name: file for file, names in files.items() for name in names},
     }
-    path = folder / SAFE_WEIGHTS_INDEX_NAME
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    flush(path)
+    write_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json_bytes(index))

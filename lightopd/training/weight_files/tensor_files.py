@@ -28,7 +28,7 @@ DTYPES = {
 """How the format calls a tensor's numbers."""
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """Numbers and shape of a tensor that is to be written."""
 
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class TensorWriter:
         OSError: no space or no permission, here or while tensors are written.
     """
 
-    def __init__(self, path: Path, layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, layouts: Mapping[str, TensorLayout], metadata: Mapping[str, str]) -> None:
         self.path = path
         self._offsets: dict[str, tuple[int, int]] = {}
         last = 0

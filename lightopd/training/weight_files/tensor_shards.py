@@ -5,7 +5,7 @@
 Every file is plain safetensors and says at which row its part of a tensor begins, in the words of torch's
 `HuggingFaceStorageReader`, which reads such a folder too. Torch's own writer of them is not used: it makes a
 whole file in memory first. A set that one process wrote is one file, and is read here in the same way, so
-that a run on any number of devices goes on from either.
+that a run on any number of devices resumes from either.
 """
 
 # D = rows of a whole tensor (its first axis), N = those of one file
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lightopd.errors import InputError
 from lightopd.lineage.tensor_hashes import TensorHash
-from lightopd.training.weight_files.tensor_files import Layout, TensorWriter, bytes_of
+from lightopd.training.weight_files.tensor_files import TensorLayout, TensorWriter, bytes_of
 
 MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "average"
 """Sets of a checkpoint; weights have the names of the model's state, moments `key/parameter`."""
@@ -55,7 +55,7 @@ def write_share(folder: Path, tensors: Mapping[str, Tensor], rank: int, world_si
         name: {"saved_offsets": [first, *[0] * (rows.ndim - 1)][: rows.ndim]}
         for name, (first, rows) in own.items()
     }
-    layouts = {name: Layout(rows.dtype, tuple(rows.shape)) for name, (_, rows) in own.items()}
+    layouts = {name: TensorLayout(rows.dtype, tuple(rows.shape)) for name, (_, rows) in own.items()}
     path = folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     with TensorWriter(path, layouts, {"format": "pt", INFO: json.dumps(offsets, sort_keys=True)}) as file:
         for name, (_, rows) in own.items():

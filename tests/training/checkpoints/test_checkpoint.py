@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recording_disk import RecordingDisk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +71,16 @@ def trained(student_folder):
 def save(folder, trained, student_folder, step):
     state = TrainerState(step=step, recipe={"seed": 0})
     return save_checkpoint(folder, *trained, ModelConfig(path=str(student_folder)), state)
+
+
+def test_every_file_of_a_checkpoint_and_of_the_exported_student_survives_a_crash(
+    trained, student_folder, tmp_path, monkeypatch
+):
+    disk = RecordingDisk().install(monkeypatch)
+    path = save(tmp_path / "checkpoints", trained, student_folder, 1)
+    export_student(path, tmp_path / "student")
+    disk.check_survives(path)
+    disk.check_survives(tmp_path / "student")
 
 
 def test_the_optimiser_comes_back_as_it_was(trained, student_folder, tmp_path):

@@ -13,7 +13,7 @@ Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RowLayout:
     """Places of the rollouts in a micro-batch of [B, T] tokens."""
 
     starts_R: Integers
@@ -28,14 +28,14 @@ class Layout:
         return self.num_rows * self.width
 
 
-def lay_out(lengths_R: NDArray[np.integer], row_tokens: int | None = None) -> Layout:
+def lay_out(lengths_R: NDArray[np.integer], row_tokens: int | None = None) -> RowLayout:
     """Give every rollout a row of its own, or the first row of `row_tokens` that has room for it."""
     if row_tokens is None:
         width = int(lengths_R.max())
-        return Layout(np.arange(len(lengths_R)) * width, len(lengths_R), width)
+        return RowLayout(np.arange(len(lengths_R)) * width, len(lengths_R), width)
     rows = _Rows(row_tokens, len(lengths_R))
     starts = [rows.add(int(length)) for length in lengths_R]
-    return Layout(np.array(starts, dtype=np.int64), rows.num_used, row_tokens)
+    return RowLayout(np.array(starts, dtype=np.int64), rows.num_used, row_tokens)
 
 
 def fill(lengths_UG: NDArray[np.integer], budget: int, row_tokens: int | None) -> Iterator[Integers]:

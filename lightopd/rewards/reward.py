@@ -1,4 +1,4 @@
-"""Judge a response: which verifier a prompt names, and what it says."""
+"""The reward of a response: which verifier a prompt names, and what it says."""
 
 import difflib
 import importlib
@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from lightopd.errors import ConfigError, InputError, LightopdError
-from lightopd.rewards import answers, gym
+from lightopd.rewards import comparisons, gym
 from lightopd.schemas.records import Prompt
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
@@ -17,7 +17,7 @@ Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 REASONING_GYM = "reasoning_gym:"
 
 
-def judge(prompt: Prompt, response_text: str) -> float | None:
+def reward_of(prompt: Prompt, response_text: str) -> float | None:
     """Reward of a response in [0, 1]; None where the prompt names no verifier.
 
     Raises:
@@ -82,14 +82,14 @@ def _imported(name: str) -> Verifier:
 
 
 def _running_totals(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    from lightopd.rewards.running_totals import verify
+    from lightopd.rewards.running_totals import total_reward
 
-    return verify(response, answer)
+    return total_reward(response, answer)
 
 
 BUILT_IN: dict[str, Verifier] = {
-    "exact": answers.exact,
-    "last_number": answers.last_number,
-    "math_verify": answers.math_verify,
+    "exact": comparisons.exact,
+    "last_number": comparisons.last_number,
+    "math_verify": comparisons.math_verify,
     "running_totals": _running_totals,
 }
