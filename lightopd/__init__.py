@@ -1,7 +1,6 @@
 """Offline on-policy distillation from a token-exact, lineage-checked cache."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lightopd.inspection.opened import open_cache as open_cache
 
@@ -9,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open_cache"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`lightopd.open_cache` is imported when it is first asked for, so that `import lightopd` stays light."""
     if name == "open_cache":
         from lightopd.inspection.opened import open_cache

@@ -9,7 +9,7 @@ import torch
 
 from lightopd.cache.store import open_cache
 from lightopd.objectives.base.batch import BatchTotals
-from lightopd.training.data.batches import Microbatch, collate, count_totals, gather
+from lightopd.training.data.batches import Microbatch, collate, collect_rows, count_totals
 from lightopd.training.data.shard_store import index_cache, store_as_it_is
 
 HELD_BYTES = 2**30
@@ -28,5 +28,5 @@ def cache_batches(path: Path, rollouts: int, signals: Sequence[str] | None) -> I
     store = store_as_it_is(cache, names, index.bytes_S, HELD_BYTES)
     for start in range(0, len(index.shard_P), rollouts):
         entries = np.arange(start, min(start + rollouts, len(index.shard_P)))
-        rows = gather(store, index, entries, BatchTotals(0, 0))
+        rows = collect_rows(store, index, entries, BatchTotals(0, 0))
         yield collate(replace(rows, totals=BatchTotals(*count_totals([rows]))), torch.device("cpu"))

@@ -47,7 +47,7 @@ class TokenTexts:
 
     def piece(self, token_id: int) -> bytes:
         """The bytes that a token stands for."""
-        text = self._tokenizer.id_to_token(token_id) if self._tokenizer else None
+        text: str | None = self._tokenizer.id_to_token(token_id) if self._tokenizer else None
         if text is None:
             return f"#{token_id}".encode()
         if found := _BYTE_TOKEN.match(text):
