@@ -25,7 +25,7 @@ from lightopd.errors import LightopdError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump
-from lightopd.objectives.loss import collect_statistics, compute_loss
+from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 STALE = "step %d: the cache is stale: %s; roll out again from the current student"
 NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
-"""Sums that are logged under another name, or not as means."""
+"""MetricSums that are logged under another name, or not as means."""
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 """How torch's CPU allocator says it, in a plain RuntimeError."""
 
@@ -167,10 +167,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         rate = learning_rate(self.finetune.optimizer, self.step, self.finetune.steps)
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
-        statistics, load = self._look_ahead(shown)
+        step_sums, load = self._look_ahead(shown)
         last = len(shown) - 1
         sums = [
-            self._backward(rows, statistics, load, is_last=index == last) for index, rows in enumerate(shown)
+            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(shown)
         ]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)
@@ -205,9 +205,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return [replace(rows, totals=totals) for rows in shown]
 
     def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[MetricSums, StepLoad | None]:
-        """Sums over the whole step that the loss needs beforehand, from a pass without gradient."""
+        """MetricSums over the whole step that the loss needs beforehand, from a pass without gradient."""
         has_routers = self.finetune.router_loss is not None
-        if not self.needed.statistics and not has_routers:
+        if not self.needed.step_sums and not has_routers:
             return {}, None
         sums, counts = [], []
         with torch.no_grad(), uncompiled(self.student):
@@ -215,18 +215,18 @@ class StudentModule(LightningModule):  # type: ignore[misc]
                 with self._memory_named(rows):
                     batch = collate(rows, self.device)
                     routers: Routers = ()
-                    if self.needed.statistics:
+                    if self.needed.step_sums:
                         student, routers = self._student_tokens(batch)
-                        sums.append(collect_statistics(self.objective, batch.rollouts, student))
+                        sums.append(collect_step_sums(self.objective, batch.rollouts, student))
                     if has_routers:
                         routers = routers or routers_of(self.student, batch)
                         counts.append(count_load(routers, batch.is_token_BT, experts_per_token(self.student)))
         found = global_sums(sums, self._reduce) if sums else {}
-        statistics = {
+        step_sums = {
             name: (torch.tensor(total, device=self.device), torch.tensor(weight, device=self.device))
             for name, (total, weight) in found.items()
         }
-        return statistics, step_load(counts, self._reduce) if has_routers else None
+        return step_sums, step_load(counts, self._reduce) if has_routers else None
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
         """What the student says, and its routers' logits where the loss reads them."""
@@ -235,13 +235,13 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return student_tokens(self.student, batch, self.needed.supports), ()
 
     def _backward(
-        self, rows: Rows, statistics: MetricSums, load: StepLoad | None, *, is_last: bool
+        self, rows: Rows, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
     ) -> MetricSums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
             batch = collate(rows, self.device)
             student, routers = self._student_tokens(batch)
-            loss = compute_loss(self.objective, batch.rollouts, student, statistics, self.state)
+            loss = compute_loss(self.objective, batch.rollouts, student, step_sums, self.state)
             value, routed = loss.value, {}
             if load is not None:
                 assert self.finetune.router_loss is not None
