@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightopd.errors import ConfigError
 from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
-from lightopd.objectives.loss import Loss, collect_statistics, compute_loss
+from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
@@ -47,8 +47,8 @@ def loss_from_logits(
         raise ConfigError(f"the objective reads signal {lacking[0]!r}; the batch holds: {there}")
     student = student_tokens(batch, logits_NV, wanted.supports)
     with torch.no_grad():
-        statistics = collect_statistics(config, batch, student) if wanted.statistics else None
-    return compute_loss(config, batch, student, statistics)
+        step_sums = collect_step_sums(config, batch, student) if wanted.step_sums else None
+    return compute_loss(config, batch, student, step_sums)
 
 
 def student_tokens(
