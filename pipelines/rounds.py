@@ -37,7 +37,7 @@ from lightopd.schemas.configs import (
 )
 from lightopd.schemas.rounds import RoundsConfig
 from lightopd.schemas.run import RunConfig
-from lightopd.training.checkpoints.checkpoint import export_student
+from lightopd.training.checkpoints.export import export_student
 from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 
 log = logging.getLogger(__name__)
