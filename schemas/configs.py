@@ -72,7 +72,7 @@ class PromptRendering(StrictModel):
     limit: int | None = Field(None, ge=1)
     """Use only so many prompts."""
     skip: int = Field(0, ge=0)
-    """Leave out the first so many prompts; past the end it goes on at the first, as rounds do."""
+    """Leave out the first so many prompts; past the end it continues at the first, as rounds do."""
 
     @field_validator("template_options")
     @classmethod
@@ -283,7 +283,7 @@ class PrecomputeConfig(StageConfig):
             return self
         if self.engine.kind != "hf":
             raise ValueError(
-                f"support: {self.support} asks for log-probabilities of given ids, which engine "
+                f"support: {self.support} needs log-probabilities of given ids, which engine "
                 f"{self.engine.kind} cannot give (vLLM returns the most likely ones only); use engine hf"
             )
         if self.min_probability or self.support_signal == self.signal:
@@ -303,7 +303,7 @@ class AccuracyConfig(StrictModel):
     """The student answers prompts while it is trained: `avg_at_k` in `metrics.csv`."""
 
     prompts: PromptsConfig
-    """Held-out prompts with answers; those without one are not asked."""
+    """Held-out prompts with answers; those without one are left out."""
     every: int = Field(50, ge=1)
     """Steps between measurements; the last step always makes one."""
     sampling: SamplingConfig = SamplingConfig()
@@ -328,7 +328,7 @@ class TrainConfig(StageConfig, FinetuneConfig):
     staleness: StalenessLimits = StalenessLimits()
     """Limits past which the run says that the cache is stale."""
     continue_from: Path | None = None
-    """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
+    """`out` of the run that made this student; its optimiser state is taken over. None: a new one."""
     accuracy: AccuracyConfig | None = None
     """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
 

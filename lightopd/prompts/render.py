@@ -6,8 +6,9 @@ from typing import Any
 
 from lightopd.errors import InputError
 from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.prompts.load import load_prompts
-from lightopd.prompts.tokens import load_tokenizer, render_prompt, stop_ids
+from lightopd.prompts.tokens import render_prompt, stop_ids
 from lightopd.schemas.configs import ModelConfig, PromptsConfig
 from lightopd.schemas.records import Ids, Prompt
 

@@ -14,7 +14,7 @@ from typing import Any
 from lightopd.cache.index import named_query, query
 from lightopd.config import load_run
 from lightopd.pipelines import DEMO, RECIPES
-from lightopd.pipelines import run as chain
+from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.reports import Report
 
 QUERIES = ("worst_tokens", "gap_by_position", "lengths")
@@ -29,7 +29,7 @@ def run(
     told: Callable[[Report], None],
     shown: Callable[[str, list[dict[str, Any]]], None],
 ) -> str:
-    """Run the demo's chain; its last line, JSON with accuracy before, after, of the teacher, and seconds.
+    """Run the demo's pipeline; its last line, JSON with accuracy before, after, of the teacher, and seconds.
 
     Args:
         out: folder of the run.
@@ -54,7 +54,7 @@ def run(
     def before_training() -> None:
         shutil.rmtree(teacher)
 
-    report = chain.run(config, told=after_each, before_training=before_training)
+    report = pipeline.run(config, told=after_each, before_training=before_training)
     return json.dumps(
         {
             "accuracy_before": report.figures["eval_before_avg_at_k"],
