@@ -26,7 +26,7 @@ import importlib.machinery, pathlib, runpy, sys
 sys.meta_path.insert(0, importlib.machinery.PathFinder)  # before what finds an installed lightopd
 sys.path[:0] = [str(pathlib.Path.cwd()), str(pathlib.Path.cwd() / "tests/support/objectives")]
 """
-TESTED = ("tests/objectives", "tests/support/objectives")
+TESTED = ("tests/objectives", "tests/support/objectives", "tests/docs")
 GENERATE = "runpy.run_path('docs/generate.py', run_name='__main__')"
 TESTS = """
 import pytest
