@@ -26,6 +26,7 @@ import importlib.machinery, pathlib, runpy, sys
 sys.meta_path.insert(0, importlib.machinery.PathFinder)  # before what finds an installed lightopd
 sys.path[:0] = [str(pathlib.Path.cwd()), str(pathlib.Path.cwd() / "tests/support/objectives")]
 """
+FOLDERS = ("schemas", "lightopd", "pipelines", "cli")
 TESTED = ("tests/objectives", "tests/support/objectives", "tests/docs")
 GENERATE = "runpy.run_path('docs/generate.py', run_name='__main__')"
 TESTS = """
@@ -39,14 +40,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "absolute_gap", *fil
 def tree(tmp_path: Path) -> Path:
     """The source as a repository has it, importable as `lightopd` from its root."""
     ignored = shutil.ignore_patterns("__pycache__", "models")
-    for folder in (
-        "schemas",
-        "lightopd",
-        "pipelines",
-        "docs",
-        "tests/objectives",
-        "tests/support/objectives",
-    ):
+    for folder in (*FOLDERS, "docs", *TESTED):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for folder in ("schemas", "pipelines"):
         (tmp_path / "lightopd" / folder).symlink_to(tmp_path / folder)
