@@ -10,9 +10,9 @@ from lightopd import __version__
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
 from lightopd.engines.kinds import load_engine
-from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.models.limits import model_limits
+from lightopd.pipelines.shared.preflight import check_ids, check_one_width, check_reads
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
@@ -25,9 +25,8 @@ from lightopd.pipelines.shared.sampling import (
     sampling_figures,
 )
 from lightopd.pipelines.shared.sequences import read_sequences
-from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
+from lightopd.schemas.configs import EvalConfig, HfEngine
 from lightopd.schemas.manifest import SftLineage
 from lightopd.training.measures.evaluation import accuracy, divergence
 
@@ -40,6 +39,7 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
     """
     started_s = time.monotonic()
     plan = plan_sampling(_job(config))
+    _refuse_teacher(config, plan)
     if dry_run:
         count = len(plan.prompts) * config.sampling.n
         return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
@@ -56,6 +56,16 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         report = Report("eval", str(config.out), figures, seconds=seconds, made_from=made_from)
         save_report(report, config.out)
     return report
+
+
+def _refuse_teacher(config: EvalConfig, plan: SamplingPlan) -> None:
+    """KL compares the probabilities of ids: they must mean the same tokens, and the teacher must read all."""
+    if config.teacher is None:
+        return
+    check_ids(config.teacher, plan.manifest.tokenizer, (), "eval")
+    check_one_width(config.model, config.teacher)
+    longest = max(len(ids) for ids in plan.prompt_ids)
+    check_reads(config.teacher, longest, config.sampling.max_tokens, model_limits(config.model))
 
 
 def _made_from(config: EvalConfig, plan: SamplingPlan) -> str:
@@ -94,18 +104,7 @@ def _accuracy_figures(answers: Cache) -> dict[str, Any]:
 def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
     if config.teacher is None:
         return {}
-    if not isinstance(config.engine, HfEngine):
-        raise ConfigError("KL to a teacher needs both models in this process: set engine.kind to hf")
-    _one_vocabulary(config.teacher, answers)
+    assert isinstance(config.engine, HfEngine), "the config refuses other engines beside a teacher"
     sequences = [s for shard in answers.shards for s in read_sequences(answers, shard)[1]]
     measured = divergence(config.model, config.teacher, sequences, config.engine)
     return {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}
-
-
-def _one_vocabulary(teacher: ModelConfig, answers: Cache) -> None:
-    """KL compares the probabilities of ids, so the ids must mean the same tokens; templates do not matter."""
-    _, found = identified_tokenizer(teacher)
-    cached = answers.manifest.tokenizer
-    if cached is not None:
-        aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
-        check_tokenizer(cached, aligned, (), "eval")

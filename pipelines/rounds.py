@@ -1,4 +1,4 @@
-"""Rounds: the trained student samples again, the teacher scores again, and training goes on.
+"""Rounds: the trained student samples again, the teacher scores again, and training resumes.
 
     OUT/round-000/{cache,train,eval}   OUT/round-001/...   OUT/student
 
@@ -36,7 +36,7 @@ from lightopd.schemas.configs import (
 )
 from lightopd.schemas.rounds import RoundsConfig
 from lightopd.schemas.run import RunConfig
-from lightopd.training.checkpoints.checkpoint import export_student
+from lightopd.training.checkpoints.export import export_student
 from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 
 log = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ def _count(report: Report, name: str) -> int:
 
 
 def _drop_checkpoints(config: RunConfig, index: int) -> None:
-    """The next round is finished: nothing goes on from the checkpoints of this one; its student stays."""
+    """The next round is finished: nothing resumes from the checkpoints of this one; its student stays."""
     if index >= 0:
         shutil.rmtree(_folder(config, index) / "train" / "checkpoints", ignore_errors=True)
 

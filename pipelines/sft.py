@@ -4,7 +4,7 @@
 
 Both halves can run alone (`part: answers`, `part: finetune`). Answers are kept like rollouts, ids and all,
 in `RUN/answers`. The student in `RUN/student` takes over the teacher's tokenizer, chat template and end
-tokens, and its folder records which teacher wrote its data: the proof that `precompute` asks for later.
+tokens, and its folder records which teacher wrote its data: the proof that `precompute` needs later.
 """
 
 import json
@@ -16,6 +16,8 @@ from lightopd.engines.kinds import load_engine
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.models.tokenizer import load_tokenizer
+from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.rendering import taught_rendering
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
@@ -27,7 +29,7 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
-from lightopd.prompts.tokens import identified_tokenizer, load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
@@ -44,6 +46,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     """
     started_s = time.monotonic()
     overrides = _one_vocabulary(config)
+    if config.part != "answers":
+        check_training(config.finetune, MLE_OBJECTIVE, asks_student=False)
     teacher = fingerprint_model(config.teacher)
     job = SamplingJob(
         stage="sft",

@@ -16,6 +16,7 @@ from lightopd.lineage.checks import check_student, check_teacher, check_tokenize
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
+from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.suggest import suggestion
@@ -23,7 +24,6 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
-from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.student.adapters import trained_student
@@ -51,7 +51,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         out=str(config.out),
     )
     if dry_run:
-        check_strategy(config, config.objective, asks_student=accuracy is not None)
+        check_training(config, config.objective, asks_student=accuracy is not None)
         return _plan(config, cache, suggested, accuracy)
     if suggested and is_main():
         log.warning("%s", suggested)

@@ -75,7 +75,7 @@ class PromptRendering(StrictModel):
     limit: int | None = Field(None, ge=1)
     """Use only so many prompts."""
     skip: int = Field(0, ge=0)
-    """Leave out the first so many prompts; past the end it goes on at the first, as rounds do."""
+    """Leave out the first so many prompts; past the end it continues at the first, as rounds do."""
 
     @field_validator("template_options")
     @classmethod
@@ -304,7 +304,7 @@ class PrecomputeConfig(StageConfig):
             return self
         if self.engine.kind != "hf":
             raise ValueError(
-                f"support: {self.support} asks for log-probabilities of given ids, which engine "
+                f"support: {self.support} needs log-probabilities of given ids, which engine "
                 f"{self.engine.kind} cannot give (vLLM returns the most likely ones only); use engine hf"
             )
         if self.min_probability or self.support_signal == self.signal:
@@ -324,7 +324,7 @@ class AccuracyConfig(StrictModel):
     """The student answers prompts while it is trained: `avg_at_k` in `metrics.csv`."""
 
     prompts: PromptsConfig
-    """Held-out prompts with answers; those without one are not asked."""
+    """Held-out prompts with answers; those without one are left out."""
     every: int = Field(50, ge=1)
     """Steps between measurements; the last step always makes one."""
     sampling: SamplingConfig = SamplingConfig()
@@ -349,7 +349,7 @@ class TrainConfig(StageConfig, FinetuneConfig):
     staleness: StalenessLimits = StalenessLimits()
     """Limits past which the run says that the cache is stale."""
     continue_from: Path | None = None
-    """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
+    """`out` of the run that made this student; its optimiser state is taken over. None: a new one."""
     accuracy: AccuracyConfig | None = None
     """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
 
@@ -357,6 +357,20 @@ class TrainConfig(StageConfig, FinetuneConfig):
     def _best_accuracy_is_measured(self) -> "TrainConfig":
         if self.best and self.best.metric == "avg_at_k" and self.accuracy is None:
             raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _a_jump_has_matrices_and_a_score(self) -> "TrainConfig":
+        if self.objective.jump is not None and self.adapter is not None:
+            raise ValueError(
+                "objective.jump moves along the update of whole matrices, and adapter trains factors of one; "
+                "leave out adapter, or objective.jump"
+            )
+        if self.objective.jump is not None and not self.held_out:
+            raise ValueError(
+                "objective.jump needs a score on held-out rollouts, and held_out is 0; set held_out to 50 or "
+                "more"
+            )
         return self
 
 
@@ -379,3 +393,12 @@ class EvalConfig(StrictModel):
     """Answers in one shard."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+    @model_validator(mode="after")
+    def _kl_has_both_models_here(self) -> "EvalConfig":
+        if self.teacher is not None and self.engine.kind != "hf":
+            raise ValueError(
+                f"KL to a teacher needs both models in this process, and engine.kind is {self.engine.kind}; "
+                "set it to hf, or leave out teacher (in a run file: eval_divergence)"
+            )
+        return self

@@ -145,7 +145,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRollout:
-    """A rollout with the signals that were asked for."""
+    """A rollout with the signals that were requested."""
 
     rollout: Rollout
     signals: dict[str, Scores]

@@ -34,7 +34,7 @@ def compute_loss(
     config: ObjectiveConfig,
     batch: RolloutBatch,
     student: StudentTokens,
-    statistics: MetricSums | None = None,
+    step_sums: MetricSums | None = None,
     state: ObjectiveState | None = None,
 ) -> Loss:
     """The objective's value on a micro-batch.
@@ -43,10 +43,10 @@ def compute_loss(
         config: the objective.
         batch: cached side; `prepared_R` holds the columns of `prepare` where `needs(config).prepared`.
         student: live side, on the sampled tokens and on the supports that `needs(config)` names.
-        statistics: sums of `collect_statistics` over the optimiser step, where `needs(config).statistics`.
+        step_sums: sums of `collect_step_sums` over the optimiser step, where `needs(config).step_sums`.
         state: state of the objective, where `needs(config).state`.
     """
-    parts = [_term_loss(term, batch, student, statistics or {}) for term in config.terms]
+    parts = [_term_loss(term, batch, student, step_sums or {}) for term in config.terms]
     value = student.logprobs_N.new_zeros(())
     metrics: MetricSums = {}
     share = (batch.lengths_R > 0).sum().float() / max(batch.totals.num_rollouts, 1)
@@ -59,10 +59,10 @@ def compute_loss(
     return Loss(value, metrics)
 
 
-def collect_statistics(config: ObjectiveConfig, batch: RolloutBatch, student: StudentTokens) -> MetricSums:
+def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: StudentTokens) -> MetricSums:
     """What parts must know of the whole optimiser step, as (sum, weight) of this micro-batch.
 
-    Where `needs(config).statistics`: call it without gradient on every micro-batch of the step, add both
+    Where `needs(config).step_sums`: call it without gradient on every micro-batch of the step, add both
     numbers over micro-batches and devices, and hand the sums to `compute_loss`. Else it is empty.
     """
     found: MetricSums = {}
@@ -70,8 +70,8 @@ def collect_statistics(config: ObjectiveConfig, batch: RolloutBatch, student: St
         scene = _look(term, batch, student)
         for weight in term.rollout_weights:
             part = PARTS[type(weight)]
-            if part.statistics is not None:
-                found[f"{term.name}/{weight.kind}"] = part.statistics(weight, scene)
+            if part.step_sums is not None:
+                found[f"{term.name}/{weight.kind}"] = part.step_sums(weight, scene)
     return found
 
 
@@ -86,10 +86,10 @@ def _term_loss(
     term: TermConfig,
     batch: RolloutBatch,
     student: StudentTokens,
-    statistics: MetricSums,
+    step_sums: MetricSums,
 ) -> Loss:
     scene = _look(term, batch, student)
-    rollout_weight_R = _rollout_weights(scene, statistics)
+    rollout_weight_R = _rollout_weights(scene, step_sums)
     loss_mask_N = batch.loss_mask_N & (rollout_weight_R != 0)[batch.row_N]
     metrics: MetricSums = {}
     if scene.teacher is not None:
@@ -151,14 +151,14 @@ def _reduce(term: TermConfig, batch: RolloutBatch, loss_N: Tensor, weight_N: Ten
     return loss_R / max(batch.totals.num_rollouts, 1)
 
 
-def _rollout_weights(scene: Scene, statistics: MetricSums) -> Tensor:
+def _rollout_weights(scene: Scene, step_sums: MetricSums) -> Tensor:
     """Product of prepared and live weights, [R], detached."""
     term, batch = scene.term, scene.batch
     prepared_R = batch.prepared_R.get(f"{term.name}/weight")
     weight_R = scene.student.logprobs_N.new_ones(len(batch.lengths_R)) if prepared_R is None else prepared_R
     for config in term.rollout_weights:
-        if PARTS[type(config)].statistics is not None:
-            total, count = statistics[f"{term.name}/{config.kind}"]
+        if PARTS[type(config)].step_sums is not None:
+            total, count = step_sums[f"{term.name}/{config.kind}"]
             weight_R = weight_R * _apply(config, scene, total / count)
     return weight_R.to(scene.student.logprobs_N.dtype)
 

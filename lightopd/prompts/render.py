@@ -8,9 +8,9 @@ from typing import Any
 
 from lightopd.errors import InputError
 from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.prompts.load import recognise_prompts
 from lightopd.prompts.tokens import (
-    load_tokenizer,
     render_prompt,
     stop_ids,
     template_clock,

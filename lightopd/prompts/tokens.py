@@ -10,33 +10,12 @@ from jinja2 import TemplateError, UndefinedError
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.fingerprint import fingerprint_tokenizer, model_folder, read_json
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.schemas.configs import ModelConfig, PromptRendering
 from lightopd.schemas.manifest import TokenizerFingerprint
 from lightopd.schemas.records import Ids, Prompt
 
 DATED = "the chat template writes the date, so a prompt has other tokens on another day"
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The transformers tokenizer of a model folder.
-
-    Raises:
-        InputError: no such folder, or no tokenizer in it that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = model_folder(model).path
-    if not any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        raise InputError(f"{folder} has no tokenizer.json; copy the tokenizer's files beside the weights")
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=model.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
 def identified_tokenizer(model: ModelConfig) -> tuple[Any, TokenizerFingerprint]:

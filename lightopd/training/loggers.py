@@ -21,13 +21,7 @@ def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue
     Raises:
         ConfigError: a logger's package is not installed.
     """
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-    for name in names:
-        if not any(importlib.util.find_spec(package) for package in packages[name]):
-            raise ConfigError(
-                f"logger {name} needs the package {packages[name][0]}, which is not installed; "
-                f"pip install {packages[name][0]}, or take {name} out of loggers"
-            )
+    check_loggers(names)
     loggers: list[Logger] = []
     if "tensorboard" in names:  # purged: what an earlier process wrote, as `LogSteps` says all of it again
         loggers.append(TensorBoardLogger(out, name="tensorboard", version="", purge_step=1))
@@ -35,6 +29,21 @@ def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue
         identity = canonical_hash([str(out.resolve()), dict(recipe)])[:16]
         loggers.append(StepwiseWandb(name=out.name, save_dir=out, version=identity, resume="allow"))
     return loggers
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger whose package is not installed.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in packages[name]):
+            raise ConfigError(
+                f"logger {name} needs the package {packages[name][0]}, which is not installed; "
+                f"pip install {packages[name][0]}, or take {name} out of loggers"
+            )
 
 
 class StepwiseWandb(WandbLogger):  # type: ignore[misc]

@@ -16,20 +16,19 @@ import numpy as np
 from lightopd import __version__
 from lightopd.cache.index import build_index, query
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, create_cache, open_cache
+from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
-from lightopd.pipelines.shared.progress import Progress
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
-from lightopd.schemas.manifest import CacheManifest, ModelFingerprint, Override, SftLineage
+from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest, ModelFingerprint, Override, SftLineage
 from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
     engine, precision = describe_engine(job.engine, job.model)
     per_shard = max(1, job.shard_rollouts // job.sampling.n)
     manifest = CacheManifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=schema_version_at(job.cache / CACHE_MANIFEST),
         lightopd_version=__version__,
         origin=job.origin,
         sampler=sampler,
@@ -129,7 +128,7 @@ def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
     missing = missing_shards(plan)
     if missing:
-        progress = Progress(
+        progress = StageProgress(
             job.stage,
             job.cache / "journal.jsonl",
             "shards",

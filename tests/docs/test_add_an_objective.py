@@ -16,6 +16,11 @@ from lightopd.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "add_an_objective.md").read_text(encoding="utf-8")
 
+PATHS_FIRST = """
+import importlib.machinery, sys
+sys.meta_path.insert(0, importlib.machinery.PathFinder)  # before what finds an installed lightopd
+"""
+
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(name, content) of the guide's fenced blocks in a language."""
@@ -38,7 +43,12 @@ def run(tree: Path, code: str) -> str:
     search = os.pathsep.join(map(str, [tree.parent / "packages", ROOT / "tests" / "support" / "objectives"]))
     environment = {**os.environ, "PYTHONPATH": search}
     found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tree, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PATHS_FIRST + code],
+        env=environment,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stderr
     return found.stdout

@@ -72,7 +72,6 @@ def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatc
         loss_mask_N=torch.ones(V, dtype=torch.bool),
         turns_N=torch.zeros(V, dtype=torch.int64),
         ref_logprobs_N=at.rollout_V,
-        ref_entropies_N=None,
         signals=signals,
         lengths_R=torch.ones(V, dtype=torch.int64),
         rewards_R=torch.zeros(V),

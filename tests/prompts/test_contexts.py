@@ -15,12 +15,13 @@ from lightopd.cache.store import open_cache, signal_folder
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines import RECIPES, precompute, rollout, train
 from lightopd.pipelines.caches.rescore import rescore
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.load import load_prompts
-from lightopd.prompts.tokens import load_tokenizer, render_prompt
+from lightopd.prompts.tokens import render_prompt
 from lightopd.schemas.configs import ContextConfig, ModelConfig, PromptRendering
 
 

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightopd.errors import CacheError
-from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
     CacheView,
     Floats,
@@ -16,7 +15,6 @@ from lightopd.objectives.base.rollout_table import (
     sums,
     teacher_logprobs,
 )
-from lightopd.objectives.base.teacher import needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation
 
@@ -82,9 +80,3 @@ def check_guard(config: ConstantExtrapolation, term: TermConfig, table: RolloutT
     if share > guard.max_share and guard.action == "refuse":
         raise CacheError(f"{line}, more than {guard.max_share:.2%}; lower the factor, or set action: warn")
     return [line]
-
-
-def needs_extrapolation(config: object, term: TermConfig) -> Needs:
-    """The reference; a pass over the cache for the guard."""
-    has_guard = isinstance(config, ConstantExtrapolation) and config.guard is not None
-    return needs_teacher(config, term) | Needs(prepared=has_guard)

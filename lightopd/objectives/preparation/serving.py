@@ -36,7 +36,6 @@ class CacheFacts:
 
 COLUMN_SOURCES = {
     "ref_logprobs": ("logprobs", "log-probabilities of the student at rollout", "`lightopd rollout`"),
-    "ref_entropies": ("entropies", "entropies of the student at rollout", "`lightopd rollout --engine hf`"),
     "reward": ("reward", "rewards", "prompts with an `answer`, then `lightopd rollout`"),
     "domain": ("domain", "domain tags", "prompts with a `domain`, then `lightopd rollout`"),
     "turns": ("turns", "rollouts of several assistant turns", "an import of multi-turn rollouts"),
@@ -53,7 +52,7 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     signals = {name: signal.manifest.top_k for name, signal in cache.signals.items()}
     there = {name for name in wanted.columns if name in COLUMN_SOURCES and _has(cache, name)}
     if cache.manifest.origin == "mixed":
-        there -= {"ref_logprobs", "ref_entropies"}  # the teacher's rows have none
+        there -= {"ref_logprobs"}  # the teacher's rows have none
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     return CacheFacts(str(cache.path), signals, frozenset(there))

@@ -63,7 +63,6 @@ class Rows:
     turns_N: NDArray[np.int32]
     logprobs_N: NDArray[np.float32] | None
     """Student at rollout."""
-    entropies_N: NDArray[np.float32] | None
     signals: dict[str, SignalRows]
     prepared: dict[str, NDArray[np.float32]]
     """What the objective made of the whole cache, [R] each."""
@@ -128,7 +127,6 @@ def collect_rows(
         loss_mask_N=_join(spans, "loss_mask_N"),
         turns_N=_join(spans, "turns_N"),
         logprobs_N=_join(spans, "logprobs_N") if is_own else None,
-        entropies_N=_join(spans, "entropies_N") if is_own else None,
         signals={name: _gather_signal(name, spans) for name in store.signals},
         prepared={name: values[entries] for name, values in index.columns.items()},
         totals=totals,
@@ -148,7 +146,6 @@ def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
         turns_N=rows.turns_N[is_visible_N],
         signals={name: _show_signal(signal, is_visible_N) for name, signal in rows.signals.items()},
         logprobs_N=None if rows.logprobs_N is None else rows.logprobs_N[is_visible_N],
-        entropies_N=None if rows.entropies_N is None else rows.entropies_N[is_visible_N],
     )
 
 
@@ -200,7 +197,6 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             loss_mask_N=loss_mask_N,
             turns_N=_long(rows.turns_N, device),
             ref_logprobs_N=_maybe(rows.logprobs_N, device),
-            ref_entropies_N=_maybe(rows.entropies_N, device),
             signals={name: _signal_tokens(signal, device) for name, signal in rows.signals.items()},
             lengths_R=torch.zeros_like(responses_R).index_add_(0, row_N, loss_mask_N.long()),
             rewards_R=torch.from_numpy(rows.rewards_R).to(device),

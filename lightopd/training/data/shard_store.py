@@ -19,7 +19,7 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, rollouts_folder, signal_folder
 from lightopd.errors import CacheError
 from lightopd.objectives.preparation.cache_tables import group_number
-from lightopd.objectives.preparation.prepare import Prepared
+from lightopd.objectives.preparation.prepare import PreparedRollouts
 from lightopd.schemas.manifest import ShardMarker
 from lightopd.training.data.plan import CacheIndex
 
@@ -42,7 +42,7 @@ def index_cache(
     cache: Cache,
     signals: Sequence[str],
     topk: Sequence[str],
-    prepared: Prepared | None = None,
+    prepared: PreparedRollouts | None = None,
     parts: Sequence[IndexPart] | None = None,
 ) -> CacheIndex:
     """Find out where every trainable rollout lies and how long it is.
@@ -196,6 +196,14 @@ class ShardStore:
             self.bytes_S,
             self.limit_bytes,
         )
+
+
+def store_as_it_is(
+    cache: Cache, signals: tuple[str, ...], bytes_S: NDArray[np.int64], limit_bytes: int
+) -> ShardStore:
+    """A store of the files as they lie there now, for looking; their SHA-256 is not compared."""
+    stamps = {path: _stamp(path) for shard in cache.shards for path in _files(cache, shard, signals)}
+    return ShardStore(cache, signals, signals, stamps, bytes_S, limit_bytes)
 
 
 def _read_unchanged(

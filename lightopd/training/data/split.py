@@ -11,7 +11,7 @@ from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.cache_tables import cache_views
-from lightopd.objectives.preparation.prepare import prepare
+from lightopd.objectives.preparation.prepare import prepare_rollouts
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.data.plan import CacheIndex
 from lightopd.training.data.shard_store import FirstReading, index_cache
@@ -50,7 +50,7 @@ def select_rollouts(
         CacheError: a value is not finite, or the cache cannot serve a part; see `objectives.prepare`.
         ConfigError: no rollout would be left to train on.
     """
-    prepared = prepare(objective, cache_views(cache, needed, reading))
+    prepared = prepare_rollouts(objective, cache_views(cache, needed, reading))
     parts = None if reading is None else reading.parts
     index = index_cache(cache, needed.signals, needed.topk, prepared, parts)
     notes = list(prepared.notes)

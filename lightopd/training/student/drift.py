@@ -16,7 +16,7 @@ from lightopd.schemas.finetune import StalenessLimits
 
 
 def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> MetricSums:
-    """Sums and weights from which `drift_metrics` is made, float64, over the trained tokens.
+    """MetricSums and weights from which `drift_metrics` is made, float64, over the trained tokens.
 
     Args:
         logprobs_N: float32, nats, of the sampled tokens under the student now.

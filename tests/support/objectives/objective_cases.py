@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
 from lightopd.objectives.base.rollout_table import CacheView
-from lightopd.objectives.loss import Loss, collect_statistics, compute_loss
-from lightopd.objectives.preparation.prepare import Prepared, prepare
+from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
+from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.pipelines.methods import read_method
@@ -146,7 +146,7 @@ def _step(
 ) -> list[Loss]:
     wanted = needs(config)
     rows = list(order or range(world.size))
-    prepared = prepare(config, [view_of(world, rows)])
+    prepared = prepare_rollouts(config, [view_of(world, rows)])
     kept = [row for row, is_kept in zip(rows, prepared.keep_R, strict=True) if is_kept]
     shown = shown_world(config, world, state)
     groups = [[row for row in split if row in kept] for split in (splits or [kept])]
@@ -154,7 +154,7 @@ def _step(
     students = [make_student(shown, logits_NV, batch, wanted.supports, split) for batch, split in batches]
     with torch.no_grad():
         found = [
-            collect_statistics(config, batch, student)
+            collect_step_sums(config, batch, student)
             for (batch, _), student in zip(batches, students, strict=True)
         ]
     totals = {
@@ -204,7 +204,7 @@ def make_batch(
     rows: Sequence[int],
     step_rows: Sequence[int],
     top_k: int,
-    prepared: Prepared | None = None,
+    prepared: PreparedRollouts | None = None,
     cache_rows: Sequence[int] = (),
 ) -> tuple[RolloutBatch, list[int]]:
     """The micro-batch of `rows` in a step of `step_rows`."""
@@ -220,7 +220,6 @@ def make_batch(
         loss_mask_N=world.loss_mask_N[places_N],
         turns_N=world.turns_N[places_N],
         ref_logprobs_N=_sampled(world, "rollout_student", places_N),
-        ref_entropies_N=None,
         signals={name: _signal(world, name, places_N, top_k) for name in world.tables},
         lengths_R=torch.tensor([trained[row] for row in rows]),
         rewards_R=torch.tensor([world.rewards[row] for row in rows]),

@@ -60,7 +60,6 @@ def test_a_micro_batch_holds_the_records_row_by_row(make_cache, tmp_path):
         assert side.loss_mask_N[tokens].tolist() == record.loss_mask.tolist()
         assert side.turns_N[tokens].tolist() == record.turns.tolist()
         assert side.ref_logprobs_N[tokens].tolist() == record.logprobs.tolist()
-        assert side.ref_entropies_N[tokens].tolist() == record.entropies.tolist()
         assert side.lengths_R[row] == record.loss_mask.sum()
         assert side.is_truncated_R[row] == record.truncated
         assert side.domains[row] == record.domain

@@ -1,4 +1,5 @@
 -- Share of responses cut by the token limit, by domain and over all, with the mean reward of both kinds.
+-- example: lightopd sql CACHE truncated_share
 SELECT
     if(grouping(domain) = 1, 'all', coalesce(domain, 'none')) AS domain,
     count(*) AS rollouts,

@@ -1,4 +1,5 @@
 -- Mean of student minus signal log-probability (an estimate of the reverse KL) by place in the response, in doubling bins.
+-- example: lightopd sql CACHE gap_by_position
 SELECT
     signal,
     (2 ** bin - 1)::BIGINT AS first_pos,

@@ -1,4 +1,5 @@
 -- Response lengths in tokens by domain and finish reason.
+-- example: lightopd sql CACHE lengths
 SELECT
     coalesce(domain, 'none') AS domain,
     finish_reason,

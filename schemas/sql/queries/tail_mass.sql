@@ -1,4 +1,5 @@
 -- Probability that each signal leaves outside its stored top-k: large values call for a larger top_k.
+-- example: lightopd sql CACHE tail_mass
 SELECT
     signal,
     count(*) AS tokens,
