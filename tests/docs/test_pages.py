@@ -36,7 +36,7 @@ def test_the_picture_has_every_module_with_a_sentence():
     for folder in generator().FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "__init__.py" and path.parent != ROOT / "lightopd":
-                assert re.search(rf"^  {path.stem} +\w", picture, re.MULTILINE), path
+                assert re.search(rf"^  {path.stem} +\S", picture, re.MULTILINE), path
 
 
 def test_the_readmes_table_of_methods_is_what_the_recipes_say():
