@@ -38,6 +38,7 @@ from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.rendering import shown_time
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import LoadEngine
@@ -125,7 +126,9 @@ def _contexts(
     if config.context is None:
         return PLAIN, None
     own, longest = read_prompts(cache)
-    contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
+    contexts = render_contexts(
+        config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
+    )
     check_lengths(contexts, longest, limits.context_length, config.teacher.path)
     return describe_context(config.context, contexts), contexts
 

@@ -245,7 +245,7 @@ def test_the_table_of_methods_has_a_row_for_each():
     methods = list_methods(METHODS)
     lines = methods_table(methods).splitlines()
     assert len(lines) == len(methods) + 2
-    assert "| [vopd](docs/methods/vopd.md) | arXiv 2605.07865 |" in methods_table(methods)
+    assert "| [vopd](vopd.md) | arXiv 2605.07865 |" in methods_table(methods)
 
 
 def test_a_recipe_without_its_heading_is_refused(tmp_path):
