@@ -27,11 +27,11 @@ import torch
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import open_cache, rollouts_folder, signal_names
 from lightopd.config import build, merged
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, sft, train
 from lightopd.pipelines.caches.join import join
 from lightopd.pipelines.methods import find_method, list_methods
-from lightopd.prompts.tokens import load_tokenizer
 from lightopd.schemas.configs import (
     EvalConfig,
     ModelConfig,

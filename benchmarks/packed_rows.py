@@ -40,7 +40,7 @@ def lengths_of(mix: str, count: int) -> list[int]:
 def padding(mix: str, layout: str, rollouts: int, budget: int) -> float:
     """Share of the positions of a step that no token fills."""
     from lightopd.training.data.plan import pack
-    from lightopd.training.data.rows import lay_out
+    from lightopd.training.data.row_layout import lay_out
 
     lengths_B = np.array(lengths_of(mix, rollouts), dtype=np.int32)
     row_tokens = int(lengths_B.max()) if layout == "packed" else None

@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightopd.cache.shards import write_shard
 from lightopd.cache.tables import scores_to_table
 from lightopd.engines.vllm.concurrency import run_all
-from lightopd.engines.vllm.in_process import ENTRY_BYTES, IN_FLIGHT_BYTES, VllmInProcess, load_vllm_engine
-from lightopd.engines.vllm.settings import scoring_params
+from lightopd.engines.vllm.in_process import ENTRY_BYTES, VllmInProcess, load_vllm_engine
+from lightopd.engines.vllm.requests import IN_FLIGHT_BYTES
+from lightopd.engines.vllm.settings import scoring_params, vllm_version
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, VllmEngine
@@ -158,7 +159,7 @@ def main() -> None:
                 rates = measure(engine, Path(folder) / "shards", num_shards, shard_size)
             finally:
                 engine.close()
-            report(name, rates, engine.record.version)
+            report(name, rates, vllm_version())
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def run(
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """The whole chain from one YAML file; what is done and valid is skipped.
+    """The whole pipeline from one YAML file; what is done and valid is skipped.
 
     Example: lightopd run -c run.yaml
     """

@@ -149,7 +149,7 @@ def build_run(data: Mapping[str, Any]) -> RunConfig:
         ConfigError: as `build`; a problem in a section names the section.
     """
     run = build(RunConfig, data)
-    for _, stage, settings in run.chain():
+    for _, stage, settings in run.pipeline():
         try:
             build(STAGES[stage], settings)
         except ConfigError as error:
@@ -178,7 +178,7 @@ def load_stage(
 def load_run(
     files: Iterable[str], sets: Iterable[str], flags: Mapping[str, Any], shipped: Path | None = None
 ) -> RunConfig:
-    """Config of the whole chain, from files, `--set` and flags as in `load_stage`."""
+    """Config of the whole pipeline, from files, `--set` and flags as in `load_stage`."""
     data: dict[str, Any] = {}
     for name in files:
         data = merged(data, read_yaml(name, shipped))

@@ -47,6 +47,6 @@ class OutputError(LightopdError):
 
 
 class TrainingError(LightopdError):
-    """Training cannot go on: a non-finite loss, a checkpoint of another run, a batch that does not fit."""
+    """Training cannot continue: a non-finite loss, a checkpoint of another run, a batch that does not fit."""
 
     exit_code = 8

@@ -18,8 +18,8 @@ class Terminated(KeyboardInterrupt):
 def sigterm_raises() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM raises `Terminated` in the main thread; further ones do not disturb the cleaning up.
 
-    Processes that are forked meanwhile, such as a loader's workers, die of SIGTERM as before. Outside the main
-    thread, where Python takes no handlers, nothing is changed.
+    Processes that are forked meanwhile, such as a loader's workers, die of SIGTERM as before. Outside the
+    main thread, where Python takes no handlers, nothing is changed.
 
     Yields:
         Whether SIGTERM has arrived: a library between may turn the exception into a plain KeyboardInterrupt.

@@ -10,24 +10,23 @@ from lightopd import __version__
 from lightopd.cache.index import query
 from lightopd.cache.store import Cache
 from lightopd.engines.kinds import load_engine
-from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.models.limits import model_limits
+from lightopd.pipelines.shared.preflight import check_ids, check_one_width, check_reads
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
+    SamplingPlan,
     missing_shards,
-    prepare,
+    plan_sampling,
     sample,
     sampling_figures,
 )
 from lightopd.pipelines.shared.sequences import read_sequences
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.configs import EvalConfig, HfEngine, ModelConfig
+from lightopd.schemas.configs import EvalConfig, HfEngine
 from lightopd.schemas.manifest import SftLineage
 from lightopd.training.measures.evaluation import accuracy, divergence
 
@@ -39,16 +38,17 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         InputError, EngineError, OutputError: see their messages.
     """
     started_s = time.monotonic()
-    prepared = prepare(_job(config))
+    plan = plan_sampling(_job(config))
+    _refuse_teacher(config, plan)
     if dry_run:
-        count = len(prepared.prompts) * config.sampling.n
+        count = len(plan.prompts) * config.sampling.n
         return Report("eval", str(config.out), {"answers": count}, notes=("dry run: nothing was written",))
     with writing(config.out):
-        made_from = _made_from(config, prepared)
+        made_from = _made_from(config, plan)
         finished = finished_report("eval", config.out, made_from)
-        if finished is not None and not missing_shards(prepared):
+        if finished is not None and not missing_shards(plan):
             return finished
-        answers = sample(prepared, load)
+        answers = sample(plan, load)
         save_config(config, "eval", config.out)
         figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
         figures |= sampling_figures(answers, started_s)
@@ -58,11 +58,21 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
     return report
 
 
-def _made_from(config: EvalConfig, prepared: Prepared) -> str:
+def _refuse_teacher(config: EvalConfig, plan: SamplingPlan) -> None:
+    """KL compares the probabilities of ids: they must mean the same tokens, and the teacher must read all."""
+    if config.teacher is None:
+        return
+    check_ids(config.teacher, plan.manifest.tokenizer, (), "eval")
+    check_one_width(config.model, config.teacher)
+    longest = max(len(ids) for ids in plan.prompt_ids)
+    check_reads(config.teacher, longest, config.sampling.max_tokens, model_limits(config.model))
+
+
+def _made_from(config: EvalConfig, plan: SamplingPlan) -> str:
     """Hash of everything the figures follow from: the answers' contract, the code's version, the teacher."""
     teacher = None if config.teacher is None else fingerprint_model(config.teacher).identity
     how = None if config.teacher is None else [config.teacher.dtype, config.engine.model_dump(mode="json")]
-    return canonical_hash([__version__, prepared.manifest.fingerprint(), teacher, how])
+    return canonical_hash([__version__, plan.manifest.fingerprint(), teacher, how])
 
 
 def _job(config: EvalConfig) -> SamplingJob:
@@ -94,19 +104,7 @@ def _accuracy_figures(answers: Cache) -> dict[str, Any]:
 def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
     if config.teacher is None:
         return {}
-    if not isinstance(config.engine, HfEngine):
-        raise ConfigError("KL to a teacher needs both models in this process: set engine.kind to hf")
-    _one_vocabulary(config.teacher, answers)
+    assert isinstance(config.engine, HfEngine), "the config refuses other engines beside a teacher"
     sequences = [s for shard in answers.shards for s in read_sequences(answers, shard)[1]]
     measured = divergence(config.model, config.teacher, sequences, config.engine)
     return {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}
-
-
-def _one_vocabulary(teacher: ModelConfig, answers: Cache) -> None:
-    """KL compares the probabilities of ids, so the ids must mean the same tokens; templates do not matter."""
-    tokenizer = load_tokenizer(teacher)
-    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, teacher))
-    cached = answers.manifest.tokenizer
-    if cached is not None:
-        aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
-        check_tokenizer(cached, aligned, (), "eval")

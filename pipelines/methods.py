@@ -11,9 +11,8 @@ from typing import Any
 from lightopd.config import build, read_yaml
 from lightopd.errors import ConfigError
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.parts.registry import PARTS
 from lightopd.objectives.preparation.serving import CacheFacts, missing, warnings_of
-from lightopd.objectives.requirements import needs, parts_of
+from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 
@@ -79,22 +78,8 @@ def needs_lines(wanted: Needs) -> list[str]:
     lines += [f"column {name}" for name in wanted.columns]
     lines += ["several rollouts of each prompt"] * wanted.groups
     lines += ["a pass over the cache before the first step"] * wanted.prepared
-    lines += ["a second forward pass at each step"] * wanted.statistics
+    lines += ["a second forward pass at each step"] * wanted.step_sums
     return lines or ["nothing beyond the rollouts"]
-
-
-def reads_lines(objective: ObjectiveConfig) -> list[str]:
-    """Which student each part reads, one line for each of the two: now, and at rollout."""
-    parts = [part for term in objective.terms for part in parts_of(term)] + list(objective.select)
-    lines = []
-    for student, words in (("now", "the student now"), ("rollout", "the student at rollout")):
-        kinds = dict.fromkeys(part.kind for part in parts if _reads(part) == student)
-        lines += [f"{words}: {', '.join(kinds)}"] if kinds else []
-    return lines
-
-
-def _reads(part: Any) -> str:
-    return str(getattr(part, "student", PARTS[type(part)].student))
 
 
 def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str]]:
@@ -103,7 +88,7 @@ def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str
 
 
 def methods_table(methods: tuple[Method, ...]) -> str:
-    """The methods as a Markdown table, for the README."""
+    """The methods as a Markdown table, for a page beside theirs."""
     rows = ["| method | paper | what it does | needs |", "|---|---|---|---|"]
     for method in methods:
         signals = ", ".join(
@@ -111,5 +96,7 @@ def methods_table(methods: tuple[Method, ...]) -> str:
         )
         columns = ", ".join(method.needs.columns)
         wanted = "; ".join(part for part in (signals, columns) if part) or "rollouts only"
-        rows.append(f"| [{method.name}]({method.page}) | {method.paper} | {method.sentence} | {wanted} |")
+        rows.append(
+            f"| [{method.name}]({Path(method.page).name}) | {method.paper} | {method.sentence} | {wanted} |"
+        )
     return "\n".join(rows) + "\n"

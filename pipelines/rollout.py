@@ -7,21 +7,23 @@ entropy of every token under the raw distribution, and a reward where the prompt
 """
 
 import time
+from dataclasses import replace
 
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import declared_teacher, fingerprint_model, read_student_lineage
+from lightopd.pipelines.shared.rendering import check_rendering
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
-    prepare,
+    SamplingPlan,
+    plan_sampling,
     sample,
     sampling_figures,
 )
 from lightopd.schemas.configs import RolloutConfig
-from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage
+from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
 
 
 def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
@@ -31,26 +33,28 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
         InputError, LineageError, OutputError, EngineError: see their messages; finished shards stay.
     """
     started_s = time.monotonic()
-    prepared = _prepared(config)
+    plan = sampling_plan(config)
     if dry_run:
-        return _plan(config, prepared)
+        return _planned(config, plan)
     with writing(config.cache):
-        cache = sample(prepared, load)
+        cache = sample(plan, load)
         save_config(config, "rollout", config.cache)
         report = Report(
             stage="rollout",
             out=str(config.cache),
             figures=sampling_figures(cache, started_s),
-            notes=_notes(prepared.manifest.sft, prepared.manifest.overrides),
+            notes=(*plan.notes, *_notes(plan.manifest.sft, plan.manifest.overrides)),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)
     return report
 
 
-def _prepared(config: RolloutConfig) -> Prepared:
+def sampling_plan(config: RolloutConfig) -> SamplingPlan:
+    """What would be sampled, under which contract; nothing is written or loaded on a device."""
     student = fingerprint_model(config.student)
-    sft, overrides = _sft_lineage(config, student)
+    lineage = read_student_lineage(config.student, student)
+    sft, overrides = _sft_lineage(config, lineage)
     job = SamplingJob(
         stage="rollout",
         cache=config.cache,
@@ -64,12 +68,17 @@ def _prepared(config: RolloutConfig) -> Prepared:
         keep_text=config.keep_text,
         overrides=overrides,
     )
-    return prepare(job, student)
+    plan = plan_sampling(job, student)
+    taught = lineage.rendering if lineage else None
+    allowed = check_rendering(taught, plan.manifest.rendering, config.allow, "rollout")
+    manifest = plan.manifest.model_copy(update={"overrides": overrides + allowed})
+    return replace(plan, manifest=manifest)
 
 
-def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftLineage, tuple[Override, ...]]:
+def _sft_lineage(
+    config: RolloutConfig, lineage: StudentLineage | None
+) -> tuple[SftLineage, tuple[Override, ...]]:
     """What the student's folder says of its fine-tuning, or what the user declares."""
-    lineage = read_student_lineage(config.student, student)
     if lineage is not None and lineage.sft.proof != "unknown":
         return lineage.sft, lineage.overrides
     overrides = lineage.overrides if lineage else ()
@@ -78,19 +87,23 @@ def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftL
     return declared_teacher(config.sft_teacher), overrides
 
 
-def _plan(config: RolloutConfig, prepared: Prepared) -> Report:
-    rollouts = len(prepared.prompts) * config.sampling.n
+def _planned(config: RolloutConfig, plan: SamplingPlan) -> Report:
+    rollouts = len(plan.prompts) * config.sampling.n
     return Report(
         stage="rollout",
         out=str(config.cache),
         figures={
-            "prompts": len(prepared.prompts),
+            "prompts": len(plan.prompts),
             "rollouts": rollouts,
-            "shards": prepared.manifest.num_shards,
-            "prompt_tokens": sum(len(ids) for ids in prepared.prompt_ids),
+            "shards": plan.manifest.num_shards,
+            "prompt_tokens": sum(len(ids) for ids in plan.prompt_ids),
             "response_tokens_at_most": rollouts * config.sampling.max_tokens,
         },
-        notes=("dry run: nothing was written", *_notes(prepared.manifest.sft, prepared.manifest.overrides)),
+        notes=(
+            "dry run: nothing was written",
+            *plan.notes,
+            *_notes(plan.manifest.sft, plan.manifest.overrides),
+        ),
     )
 
 

@@ -1,8 +1,8 @@
-"""The whole chain from one run file: sft, rollout, precompute, train, and evaluations around it.
+"""The whole pipeline from one run file: sft, rollout, precompute, train, and evaluations around it.
 
     lightopd run -c run.yaml
 
-What is finished and made under the same settings is not made again; a stage that was stopped goes on. With a
+What is finished and made under the same settings is not made again; a stage that was stopped resumes. With a
 `rounds` section rollout, precompute and train are repeated.
 """
 
@@ -38,7 +38,7 @@ def run(
     told: Callable[[Report], None] = lambda _: None,
     before_training: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Run every stage of the chain in order; `told` hears each stage's report.
+    """Run every stage of the pipeline in order; `told` hears each stage's report.
 
     With `dry_run` each stage says what it would do, as far as what it reads is there.
     """
@@ -48,7 +48,7 @@ def run(
     with writing(config.out):
         save_config(config, "run", config.out, only_first=True)
         reports = {}
-        for name, stage, settings in config.chain():
+        for name, stage, settings in config.pipeline():
             if config.rounds and stage in ("precompute", "train"):
                 continue  # rounds take them together with rollout
             if config.rounds and stage == "rollout":
@@ -67,7 +67,7 @@ def run(
 
 def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
     """Each step's dry run, where the step that it reads from is finished; else what it waits for."""
-    steps = {name: (stage, settings) for name, stage, settings in config.chain()}
+    steps = {name: (stage, settings) for name, stage, settings in config.pipeline()}
     ready = []
     for name, (stage, settings) in steps.items():
         if config.rounds and stage in ("precompute", "train"):

@@ -4,7 +4,7 @@
 
 Both halves can run alone (`part: answers`, `part: finetune`). Answers are kept like rollouts, ids and all,
 in `RUN/answers`. The student in `RUN/student` takes over the teacher's tokenizer, chat template and end
-tokens, and its folder records which teacher wrote its data: the proof that `precompute` asks for later.
+tokens, and its folder records which teacher wrote its data: the proof that `precompute` needs later.
 """
 
 import json
@@ -15,18 +15,21 @@ from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.engines.kinds import load_engine
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.models.tokenizer import load_tokenizer
+from lightopd.pipelines.shared.preflight import check_training
+from lightopd.pipelines.shared.rendering import taught_rendering
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.sampling import (
     LoadEngine,
-    Prepared,
     SamplingJob,
-    prepare,
+    SamplingPlan,
+    plan_sampling,
     sample,
     sampling_figures,
 )
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
@@ -43,6 +46,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     """
     started_s = time.monotonic()
     overrides = _one_vocabulary(config)
+    if config.part != "answers":
+        check_training(config.finetune, MLE_OBJECTIVE, asks_student=False)
     teacher = fingerprint_model(config.teacher)
     job = SamplingJob(
         stage="sft",
@@ -57,13 +62,13 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
         overrides=overrides,
     )
     if dry_run:
-        prepared = prepare(job, teacher)
-        count = len(prepared.prompts) * config.sampling.n
+        plan = plan_sampling(job, teacher)
+        count = len(plan.prompts) * config.sampling.n
         return Report(
             "sft", str(config.out), {"answers": count, "steps": config.finetune.steps}, notes=("dry run",)
         )
     with writing(config.out):
-        answers = _answers(config, prepare(job, teacher), load)
+        answers = _answers(config, plan_sampling(job, teacher), load)
         save_config(config, "sft", config.out)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
@@ -73,13 +78,13 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     return report
 
 
-def _answers(config: SftConfig, prepared: Prepared, load: LoadEngine) -> Cache:
+def _answers(config: SftConfig, plan: SamplingPlan, load: LoadEngine) -> Cache:
     """The teacher's answers: sampled, or those that are there when they were made under these settings."""
-    path = prepared.job.cache
+    path = plan.job.cache
     if config.part != "finetune" and is_main():
-        return sample(prepared, load)
+        return sample(plan, load)
     answers = open_cache(path)
-    create_cache(path, prepared.manifest)  # refuses answers of another teacher, prompts or settings
+    create_cache(path, plan.manifest)  # refuses answers of another teacher, prompts or settings
     return answers
 
 
@@ -97,9 +102,8 @@ def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
     """Token ids must agree; the student's template and end ids need not, since it learns the teacher's."""
-    teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
-    taught = fingerprint_tokenizer(teacher, stop_ids(teacher, config.teacher))
-    found = fingerprint_tokenizer(student, stop_ids(student, config.student))
+    teacher, taught = identified_tokenizer(config.teacher)
+    student, found = identified_tokenizer(config.student)
     learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
     return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
 
@@ -121,6 +125,7 @@ def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, fo
         base=base,
         sft=SftLineage(proof="recorded", teacher=answers.manifest.sampler, data=content_id(answers, ())),
         made_by="sft",
+        rendering=taught_rendering(answers.manifest.rendering),
         overrides=answers.manifest.overrides,
     )
     write_student_lineage(folder, lineage)

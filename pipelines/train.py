@@ -13,17 +13,17 @@ from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, open_cache, signal_names
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
+from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.suggest import suggestion
-from lightopd.prompts.tokens import load_tokenizer, stop_ids
+from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
-from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.student.adapters import trained_student
@@ -51,7 +51,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         out=str(config.out),
     )
     if dry_run:
-        check_strategy(config, config.objective, asks_student=accuracy is not None)
+        check_training(config, config.objective, asks_student=accuracy is not None)
         return _plan(config, cache, suggested, accuracy)
     if suggested and is_main():
         log.warning("%s", suggested)
@@ -87,8 +87,7 @@ def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tu
         signal = cache.signals[name].manifest
         if signal.role not in ("teacher", "self"):  # precompute held it to neither
             overrides += check_teacher(cache.manifest.sft, signal.model, config.allow, "train")
-    tokenizer = load_tokenizer(config.student)
-    found = fingerprint_tokenizer(tokenizer, stop_ids(tokenizer, config.student))
+    _, found = identified_tokenizer(config.student)
     return overrides + check_tokenizer(cache.manifest.tokenizer, found, config.allow, "train")
 
 
@@ -106,6 +105,7 @@ def _write_lineage(
         base=student,
         sft=cache.manifest.sft,
         made_by="train",
+        rendering={k: v for k, v in cache.manifest.rendering.items() if k != "row_options"} or None,
         cache=content_id(cache, used),
         overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
     )

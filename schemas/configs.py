@@ -45,8 +45,7 @@ class ModelConfig(StrictModel):
         return {"path": str(value)} if isinstance(value, str | Path) else value
 
 
-# Settings of apply_chat_template that decide what a rendered prompt is; they are not a user's to set.
-_RENDERING_SETTINGS = {
+RESERVED_TEMPLATE_OPTIONS = {
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -60,6 +59,10 @@ _RENDERING_SETTINGS = {
     "tokenizer_kwargs",
     "truncation",
 }
+"""Settings of apply_chat_template that decide what a rendered prompt is; they are not a user's to set."""
+
+ROW_FIELDS = ("prompt", "messages", "answer", "id", "domain", "tools", "chat_template_kwargs")
+"""What is read of a row of prompts."""
 
 
 class PromptRendering(StrictModel):
@@ -72,26 +75,44 @@ class PromptRendering(StrictModel):
     limit: int | None = Field(None, ge=1)
     """Use only so many prompts."""
     skip: int = Field(0, ge=0)
-    """Leave out the first so many prompts; past the end it goes on at the first, as rounds do."""
+    """Leave out the first so many prompts; past the end it continues at the first, as rounds do."""
 
     @field_validator("template_options")
     @classmethod
     def _options_are_the_templates_own(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        reserved = sorted(options.keys() & _RENDERING_SETTINGS)
+        reserved = sorted(options.keys() & RESERVED_TEMPLATE_OPTIONS)
         if reserved:
             raise ValueError(f"{', '.join(reserved)} cannot be set here; give variables of the template only")
         return options
 
 
 class FilePrompts(PromptRendering):
-    """Prompts from a JSONL or Parquet file."""
+    """Prompts from a file, a folder of Hugging Face `datasets`, or a dataset of the hub."""
 
     kind: Literal["file"] = "file"
-    """Prompts come from a file."""
+    """Prompts come from a file or a dataset."""
     path: Path
-    """JSONL or Parquet with `prompt` or `messages`, and optionally `answer`, `id`, `domain`."""
+    """JSON lines, JSON, CSV, Parquet, a `datasets` folder, a hub id; text, turns, ShareGPT or Alpaca."""
+    columns: dict[str, str] = {}
+    """Columns of other names, by what they hold: `{prompt: question}`; `a.b` reaches inside."""
+    split: str | None = None
+    """Split of a dataset; `train` where none is named. A file has none."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as `main` of openai/gsm8k."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
     verifier: str = "exact"
     """How a response is judged: `exact`, `last_number`, `math_verify`, or a function `pkg.mod:function`."""
+
+    @field_validator("columns")
+    @classmethod
+    def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(columns.keys() - set(ROW_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is nothing that is read of a row; known are {', '.join(ROW_FIELDS)}"
+            )
+        return columns
 
 
 class ReasoningGymPrompts(PromptRendering):
@@ -283,7 +304,7 @@ class PrecomputeConfig(StageConfig):
             return self
         if self.engine.kind != "hf":
             raise ValueError(
-                f"support: {self.support} asks for log-probabilities of given ids, which engine "
+                f"support: {self.support} needs log-probabilities of given ids, which engine "
                 f"{self.engine.kind} cannot give (vLLM returns the most likely ones only); use engine hf"
             )
         if self.min_probability or self.support_signal == self.signal:
@@ -303,7 +324,7 @@ class AccuracyConfig(StrictModel):
     """The student answers prompts while it is trained: `avg_at_k` in `metrics.csv`."""
 
     prompts: PromptsConfig
-    """Held-out prompts with answers; those without one are not asked."""
+    """Held-out prompts with answers; those without one are left out."""
     every: int = Field(50, ge=1)
     """Steps between measurements; the last step always makes one."""
     sampling: SamplingConfig = SamplingConfig()
@@ -328,7 +349,7 @@ class TrainConfig(StageConfig, FinetuneConfig):
     staleness: StalenessLimits = StalenessLimits()
     """Limits past which the run says that the cache is stale."""
     continue_from: Path | None = None
-    """`out` of the run that made this student; its optimiser state goes on, as in rounds. None: a new one."""
+    """`out` of the run that made this student; its optimiser state is taken over. None: a new one."""
     accuracy: AccuracyConfig | None = None
     """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
 
@@ -336,6 +357,20 @@ class TrainConfig(StageConfig, FinetuneConfig):
     def _best_accuracy_is_measured(self) -> "TrainConfig":
         if self.best and self.best.metric == "avg_at_k" and self.accuracy is None:
             raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _a_jump_has_matrices_and_a_score(self) -> "TrainConfig":
+        if self.objective.jump is not None and self.adapter is not None:
+            raise ValueError(
+                "objective.jump moves along the update of whole matrices, and adapter trains factors of one; "
+                "leave out adapter, or objective.jump"
+            )
+        if self.objective.jump is not None and not self.held_out:
+            raise ValueError(
+                "objective.jump needs a score on held-out rollouts, and held_out is 0; set held_out to 50 or "
+                "more"
+            )
         return self
 
 
@@ -358,3 +393,12 @@ class EvalConfig(StrictModel):
     """Answers in one shard."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+    @model_validator(mode="after")
+    def _kl_has_both_models_here(self) -> "EvalConfig":
+        if self.teacher is not None and self.engine.kind != "hf":
+            raise ValueError(
+                f"KL to a teacher needs both models in this process, and engine.kind is {self.engine.kind}; "
+                "set it to hf, or leave out teacher (in a run file: eval_divergence)"
+            )
+        return self

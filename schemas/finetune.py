@@ -27,7 +27,7 @@ class OptimizerConfig(StrictModel):
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; none switches clipping off."""
     steps_before: int = Field(0, ge=0)
-    """Steps done before this run, where it is one round of several; warm-up and schedule go on from there."""
+    """Steps done before this run, where it is one round of several; warm-up and schedule begin there."""
     steps_in_all: int | None = Field(None, ge=1)
     """Steps that the schedule covers, where this run is one round of several; none for those of the run."""
 

@@ -13,9 +13,9 @@ class RoundsConfig(StrictModel):
     steps: int = Field(ge=1)
     """Optimiser steps over all rounds; `train.steps` is the most of one round."""
     prompts_per_round: int | None = Field(None, ge=1)
-    """Prompts of a round, in their order, going on at the first past the last. None: all, every round."""
+    """Prompts of a round, in their order, and after the last the first. None: all, every round."""
     optimizer: Literal["carried", "fresh"] = "carried"
-    """Whether the optimiser's moments go on from round to round, or begin at zero in each."""
+    """Whether the optimiser's moments are carried from round to round, or begin at zero in each."""
     keep_teacher: bool = False
     """Keep the teacher loaded between rounds, as rounds of one step want, at the price of its memory."""
     eval_every: int = Field(1, ge=1)

@@ -1,4 +1,4 @@
-"""The chain of stages from one YAML file."""
+"""The pipeline of stages from one YAML file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +70,7 @@ class RunConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _carried_moments_are_of_what_goes_on(self) -> "RunConfig":
+    def _carried_moments_belong_to_what_stays(self) -> "RunConfig":
         adapter = self.train.get("adapter")
         merges = isinstance(adapter, Mapping) and adapter.get("merge")
         if merges and self.rounds and self.rounds.optimizer == "carried":
@@ -89,7 +89,7 @@ class RunConfig(StageConfig):
             )
         return self
 
-    def chain(self) -> list[tuple[str, str, dict[str, Any]]]:
+    def pipeline(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(name, stage, settings) of every step, in order; the settings build that stage's config.
 
         With rounds, `rollout`, `precompute` and `train` are those of round 0; each round evaluates itself.
@@ -109,7 +109,7 @@ class RunConfig(StageConfig):
         return {**self._shared(name), **section}
 
     def _accuracy(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Accuracy during training: asked as the evaluations around it, unless its section says otherwise."""
+        """Accuracy during training: as the evaluations around it, unless its section says otherwise."""
         evaluation = self.settings("eval_after")
         shared = {name: evaluation[name] for name in ("prompts", "sampling") if evaluation.get(name)}
         evaluated, sampling = shared.get("sampling"), own.get("sampling")

@@ -1,4 +1,4 @@
-"""Shared worlds: tiny models on disk, and a chain of stages run once over them."""
+"""Shared worlds: tiny models on disk, and a pipeline run once over them."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ def _shared_engines_end():
 
 @dataclass(frozen=True)
 class World:
-    """Folders of one small chain; read only, tests copy what they change."""
+    """Folders of one small pipeline; read only, tests copy what they change."""
 
     root: Path
 

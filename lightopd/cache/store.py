@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import json_bytes, write_atomically
-from lightopd.schemas.base import StrictModel, canonical_hash
+from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
@@ -66,6 +66,34 @@ class Cache:
     def num_tokens(self) -> int:
         """Response tokens over all shards that are there."""
         return sum(marker.tokens for marker in self.markers)
+
+    def manifest_of(self, signal: str | None) -> CacheManifest | SignalManifest:
+        """Manifest of a signal, or of the rollouts.
+
+        Raises:
+            CacheError: the cache was opened without such a signal.
+        """
+        if signal is None:
+            return self.manifest
+        if signal not in self.signals:
+            there = ", ".join(self.signals) or "none"
+            raise CacheError(f"{self.path} has no signal {signal!r} loaded (loaded: {there})")
+        return self.signals[signal].manifest
+
+    def file(self, shard: int, signal: str | None = None) -> Path:
+        """Parquet file of a shard, of the rollouts or of a signal."""
+        return shard_path(self.path / self.manifest_of(signal).kind, shard)
+
+    def marker(self, shard: int, signal: str | None = None) -> ShardMarker:
+        """Marker of a shard, of the rollouts or of a signal.
+
+        Raises:
+            CacheError: the shard is not there.
+        """
+        part = self if signal is None else self.signals[signal]
+        if shard not in part.shards:
+            raise CacheError(f"{self.file(shard, signal)} is missing; run the stage that makes it again")
+        return part.markers[part.shards.index(shard)]
 
     def missing(self, signal: str | None = None) -> tuple[int, ...]:
         """Numbers of the shards that are not there yet, of the rollouts or of a signal."""
@@ -180,7 +208,20 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         ) from None
 
 
-def differences(found: StrictModel, wanted: StrictModel) -> list[str]:
+def schema_version_at(path: Path) -> int:
+    """Schema version of the manifest at `path`, which a stage that resumes keeps; the newest where none is.
+
+    Raises:
+        CacheError: the manifest is broken.
+    """
+    if not path.exists():
+        return SCHEMA_VERSION
+    if path.name == SIGNAL_MANIFEST:
+        return read_manifest(path, SignalManifest).schema_version
+    return read_manifest(path, CacheManifest).schema_version
+
+
+def differences(found: Manifest, wanted: Manifest) -> list[str]:
     """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
     before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
     return [

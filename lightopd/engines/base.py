@@ -12,15 +12,10 @@ import numpy as np
 from lightopd.errors import InputError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Ids, Sample, Scores
 
 Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
-
-
-SUPPORTING = ("hf", "fake")
-"""Engine kinds that can score ids of the caller's choice."""
 
 
 class Engine(Protocol):
@@ -30,12 +25,6 @@ class Engine(Protocol):
     """Width of the output layer, the real softmax width; every id lies below it."""
     context_length: int
     """Most tokens in prompt and response together."""
-    record: EngineRecord
-    """What runs the model, for the lineage."""
-    precision: Precision
-    """How the weights are run."""
-    tail: Tail
-    """What `Scores.tail_logprobs` are."""
 
     def generate(
         self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
@@ -62,8 +51,8 @@ class Engine(Protocol):
 
         Args:
             sequences: prompt and response ids; an empty response has empty scores. Where a sequence has a
-                support, its ids are kept beside the `top_k` most likely ones (engines hf and fake only:
-                `SUPPORTING`).
+                support, its ids are kept beside the `top_k` most likely ones (engines of
+                kind hf only).
             top_k: most entries kept at a position, 0 to V.
             min_probability: entries less likely than this are left to the tail; none may remain.
 

@@ -1,14 +1,14 @@
 """What is done with one tile of logits, in one pass over it: the path of a GPU; results as `plain_tiles`."""
 
 # C = positions in one chunk, T = tokens in one tile
-# U = slots for the distinct ids asked at a position
+# U = slots for the distinct ids requested at a position
 
 from typing import Any
 
 from torch import Tensor
 
 from lightopd.kernels import triton_tiles
-from lightopd.kernels.tile_types import LogitGradient, Statistics, Walk
+from lightopd.kernels.tile_types import LogitGradient, VocabularySums, Walk
 
 BLOCK_TOKENS = 4096
 """Tokens that a program holds at a time: 16 numbers for each of its threads."""
@@ -18,7 +18,7 @@ INTERPRETED_ROWS = 64
 
 
 def absorb(
-    part: Statistics, products_CT: Tensor, bias_T: Tensor | None, ids_CU: Tensor, start: int, walk: Walk
+    part: VocabularySums, products_CT: Tensor, bias_T: Tensor | None, ids_CU: Tensor, start: int, walk: Walk
 ) -> None:
     """Add a tile that begins at token `start` to the running sums of its rows; the tile is spent afterwards.
 
@@ -37,7 +37,7 @@ def absorb(
         part.max_N,
         part.sum_N,
         part.moment_N,
-        part.asked_NU,
+        part.requested_NU,
         len(products_CT),
         start,
         products_CT.shape[1],
@@ -63,7 +63,7 @@ def turn_into_gradient(
         products_CT if bias_T is None else bias_T,
         part.max_N,
         part.scale_N,
-        part.asked_NU,
+        part.requested_NU,
         len(products_CT),
         start,
         width,
@@ -83,7 +83,7 @@ def _grid(products_CT: Tensor) -> tuple[int]:
 
 
 def _options(bias_T: Tensor | None, ids_CU: Tensor, products_CT: Tensor, walk: Walk) -> dict[str, Any]:
-    num_asked = ids_CU.shape[1]
+    num_requested = ids_CU.shape[1]
     return {
         "softcap": 1.0 if walk.softcap is None else walk.softcap,
         "temperature": walk.temperature,
@@ -92,7 +92,7 @@ def _options(bias_T: Tensor | None, ids_CU: Tensor, products_CT: Tensor, walk: W
         "HAS_TEMPERATURE": walk.temperature != 1.0,
         "ROWS": _rows(products_CT),
         "BLOCK_T": min(BLOCK_TOKENS, _power_of_two(products_CT.shape[1])),
-        "BLOCK_U": _power_of_two(num_asked) if num_asked else 0,
+        "BLOCK_U": _power_of_two(num_requested) if num_requested else 0,
         "num_warps": NUM_WARPS,
     }
 

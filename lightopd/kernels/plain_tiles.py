@@ -1,12 +1,12 @@
 """What is done with one tile of logits, by torch's operations: the path of a CPU, and the reference."""
 
 # C = positions in one chunk, T = tokens in one tile, K = own top-k
-# U = slots for the distinct ids asked at a position
+# U = slots for the distinct ids requested at a position
 
 import torch
 from torch import Tensor
 
-from lightopd.kernels.tile_types import SUNK, LogitGradient, Statistics, Walk
+from lightopd.kernels.tile_types import SUNK, LogitGradient, VocabularySums, Walk
 
 
 def finish_logits(logits_CT: Tensor, bias_T: Tensor | None, walk: Walk) -> None:
@@ -19,7 +19,7 @@ def finish_logits(logits_CT: Tensor, bias_T: Tensor | None, walk: Walk) -> None:
         logits_CT.div_(walk.temperature)
 
 
-def absorb(part: Statistics, logits_CT: Tensor, ids_CU: Tensor, start: int, exp_buffer: Tensor) -> None:
+def absorb(part: VocabularySums, logits_CT: Tensor, ids_CU: Tensor, start: int, exp_buffer: Tensor) -> None:
     """Add a tile that begins at token `start` to the running sums of its rows; the tile is spent afterwards.
 
     Args:
@@ -30,7 +30,7 @@ def absorb(part: Statistics, logits_CT: Tensor, ids_CU: Tensor, start: int, exp_
         exp_buffer: room for as many numbers as the tile has.
     """
     column_CU, is_inside_CU = _locate(ids_CU, start, logits_CT.shape[1])
-    torch.where(is_inside_CU, logits_CT.gather(1, column_CU), part.asked_NU, out=part.asked_NU)
+    torch.where(is_inside_CU, logits_CT.gather(1, column_CU), part.requested_NU, out=part.requested_NU)
     _sink(logits_CT, column_CU, is_inside_CU)
     max_C = torch.maximum(part.max_N, logits_CT.amax(1))
     logits_CT.sub_(max_C[:, None])
@@ -42,7 +42,7 @@ def absorb(part: Statistics, logits_CT: Tensor, ids_CU: Tensor, start: int, exp_
     part.max_N.copy_(max_C)
 
 
-def merge_top_k(part: Statistics, logits_CT: Tensor, start: int) -> None:
+def merge_top_k(part: VocabularySums, logits_CT: Tensor, start: int) -> None:
     """Keep the largest of a tile's finished logits and of those found before."""
     own_top_k = part.top_logits_NK.shape[1]
     logits_CK, column_CK = logits_CT.topk(min(own_top_k, logits_CT.shape[1]))
@@ -63,7 +63,7 @@ def turn_into_gradient(
         slope_CT = 1 - (logits_CT * (walk.temperature / walk.softcap)).square_()
     _sink(logits_CT, column_CU, is_inside_CU)
     logits_CT.sub_(part.max_N[:, None]).exp_().mul_(part.scale_N[:, None])
-    logits_CT.scatter_add_(1, column_CU, torch.where(is_inside_CU, part.asked_NU, 0.0))
+    logits_CT.scatter_add_(1, column_CU, torch.where(is_inside_CU, part.requested_NU, 0.0))
     if slope_CT is not None:
         logits_CT.mul_(slope_CT)
     if walk.temperature != 1.0:
@@ -78,5 +78,5 @@ def _locate(ids_CU: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _sink(logits_CT: Tensor, column_CU: Tensor, is_inside_CU: Tensor) -> None:
-    """Take asked tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
+    """Take requested tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
     logits_CT.scatter_add_(1, column_CU, is_inside_CU.to(logits_CT.dtype) * SUNK)

@@ -6,7 +6,7 @@ The backward pass recomputes the logits tile by tile, so memory beyond the gradi
 """
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
-# M = ids asked per position, S = tail sets, U = slots for the distinct ids among the M (so U = M)
+# M = ids requested per position, S = tail sets, U = slots for the distinct ids among the M (so U = M)
 
 import functools
 import importlib.util
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.tile_types import FLOOR, Inputs, LogitGradient, Statistics, Walk
-from lightopd.kernels.vocabulary_walk import collect_statistics, propagate
+from lightopd.kernels.tile_types import FLOOR, Inputs, LogitGradient, VocabularySums, Walk
+from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
 PADDING_ID = -1
 # Positions and vocabulary entries per tile. On CPU the two buffers of this size stay in the last-level cache
@@ -31,11 +31,11 @@ FEW_POSITIONS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class TokenLogprobs:
     """What `selected_logprobs` returns, in float32 (float64 for float64 inputs), in nats."""
 
     logprobs_NM: Tensor
-    """Log-probability of each id asked for; 0.0 where the id is padding. Differentiable."""
+    """Log-probability of each id requested; 0.0 where the id is padding. Differentiable."""
     tail_logprobs_NS: Tensor
     """Log of the mass outside each set. Differentiable; minus infinity and zero gradient if there is none."""
     logsumexp_N: Tensor
@@ -43,9 +43,9 @@ class Selected:
     entropy_N: Tensor
     """Entropy of the full distribution, 0 to log V. Detached."""
     topk_ids_NK: Tensor | None
-    """int64, the student's own most likely tokens, most likely first; None unless asked for."""
+    """int64, the student's own most likely tokens, most likely first; None unless requested."""
     topk_logprobs_NK: Tensor | None
-    """Their log-probabilities. Detached; None unless asked for."""
+    """Their log-probabilities. Detached; None unless requested."""
 
 
 def selected_logprobs(
@@ -61,7 +61,7 @@ def selected_logprobs(
     chunk_tokens: int | None = None,
     tile_vocab: int | None = None,
     fused: bool | None = None,
-) -> Selected:
+) -> TokenLogprobs:
     """Log-probabilities of chosen ids, and of the mass outside sets of them, without full logits.
 
     The logits are softcap * tanh((hidden @ head.T + bias) / softcap) / temperature. Products and sums run in
@@ -97,15 +97,15 @@ def selected_logprobs(
     _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = _plan(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
-    asked = _distinct(ids_NM, member_NSM)
-    outputs = _SelectedLogprobs.apply(*inputs, walk, asked, own_top_k)  # type: ignore[no-untyped-call]
+    requested = _distinct(ids_NM, member_NSM)
+    outputs = _SelectedLogprobs.apply(*inputs, walk, requested, own_top_k)  # type: ignore[no-untyped-call]
     logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK = cast(tuple[Tensor, ...], outputs)
     own = (top_ids_NK, top_NK) if own_top_k else (None, None)
-    return Selected(logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own)
+    return TokenLogprobs(logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own)
 
 
-class _Asked(NamedTuple):
-    """The distinct ids at each position, and how they answer for the ids asked."""
+class _Requested(NamedTuple):
+    """The distinct ids at each position, and how they answer for the ids requested."""
 
     ids_NU: Tensor
     is_member_NSU: Tensor
@@ -120,7 +120,7 @@ class _Shares(NamedTuple):
     """
 
     others_max_N: Tensor
-    asked_NU: Tensor
+    requested_NU: Tensor
     log_total_N: Tensor
     log_outside_NS: Tensor
 
@@ -135,39 +135,44 @@ class _SelectedLogprobs(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         walk: Walk,
-        asked: _Asked,
+        requested: _Requested,
         own_top_k: int,
     ) -> tuple[Tensor, ...]:
         inputs = Inputs(hidden_ND, weight_VD, bias_V)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            statistics = collect_statistics(inputs, asked.ids_NU, walk, own_top_k)
-        peak_N = torch.cat([statistics.max_N[:, None], statistics.asked_NU], dim=1).amax(1)
-        shares = _shares(statistics, peak_N, asked.is_member_NSU)
-        logprobs_NU = shares.asked_NU - shares.log_total_N[:, None]
-        logprobs_NM = logprobs_NU.gather(1, asked.slot_NM).masked_fill_(asked.is_padding_NM, 0.0)
+            sums = vocabulary_sums(inputs, requested.ids_NU, walk, own_top_k)
+        peak_N = torch.cat([sums.max_N[:, None], sums.requested_NU], dim=1).amax(1)
+        shares = _shares(sums, peak_N, requested.is_member_NSU)
+        logprobs_NU = shares.requested_NU - shares.log_total_N[:, None]
+        logprobs_NM = logprobs_NU.gather(1, requested.slot_NM).masked_fill_(requested.is_padding_NM, 0.0)
         tail_NS = shares.log_outside_NS - shares.log_total_N[:, None]
         logsumexp_N = peak_N + shares.log_total_N
-        entropy_N = _entropy(statistics, shares)
-        top_NK = statistics.top_logits_NK - peak_N[:, None] - shares.log_total_N[:, None]
+        entropy_N = _entropy(sums, shares)
+        top_NK = sums.top_logits_NK - peak_N[:, None] - shares.log_total_N[:, None]
         ctx.walk = walk
-        ctx.save_for_backward(*inputs, *asked, statistics.max_N, *shares)
-        ctx.mark_non_differentiable(logsumexp_N, entropy_N, statistics.top_ids_NK, top_NK)
-        return logprobs_NM, tail_NS, logsumexp_N, entropy_N, statistics.top_ids_NK, top_NK
+        ctx.save_for_backward(*inputs, *requested, sums.max_N, *shares)
+        ctx.mark_non_differentiable(logsumexp_N, entropy_N, sums.top_ids_NK, top_NK)
+        return logprobs_NM, tail_NS, logsumexp_N, entropy_N, sums.top_ids_NK, top_NK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, *_: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        inputs, asked, max_N, shares = Inputs(*saved[:3]), _Asked(*saved[3:7]), saved[7], _Shares(*saved[8:])
+        inputs, requested, max_N, shares = (
+            Inputs(*saved[:3]),
+            _Requested(*saved[3:7]),
+            saved[7],
+            _Shares(*saved[8:]),
+        )
         with torch.autocast(max_N.device.type, enabled=False):
-            gradient = _logit_gradient(grad_logprobs_NM, grad_tail_NS, asked, max_N, shares)
-            gradients = propagate(inputs, asked.ids_NU, ctx.walk, gradient, ctx.needs_input_grad[:3])
+            gradient = _logit_gradient(grad_logprobs_NM, grad_tail_NS, requested, max_N, shares)
+            gradients = propagate(inputs, requested.ids_NU, ctx.walk, gradient, ctx.needs_input_grad[:3])
         return (*gradients, None, None, None)
 
 
-def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Asked:
+def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Requested:
     """Give equal ids of a row one slot; the slot is in a set when any of its ids is."""
-    num_positions, num_asked = ids_NM.shape
+    num_positions, num_requested = ids_NM.shape
     is_padding_NM = ids_NM == PADDING_ID
     sorted_NM, order_NM = ids_NM.sort(dim=1)
     is_new_NM = torch.ones_like(is_padding_NM)
@@ -175,55 +180,57 @@ def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Asked:
     slot_NM = torch.empty_like(ids_NM).scatter_(1, order_NM, is_new_NM.cumsum(1) - 1)
     ids_NU = torch.full_like(ids_NM, PADDING_ID).scatter_(1, slot_NM, ids_NM)
     # Ids that are not members are sent to one more slot, which is then dropped.
-    target_NSM = torch.where(member_NSM, slot_NM[:, None], num_asked)
-    is_member = member_NSM.new_zeros((num_positions, member_NSM.shape[1], num_asked + 1))
-    return _Asked(ids_NU, is_member.scatter_(2, target_NSM, True)[:, :, :num_asked], slot_NM, is_padding_NM)
+    target_NSM = torch.where(member_NSM, slot_NM[:, None], num_requested)
+    is_member = member_NSM.new_zeros((num_positions, member_NSM.shape[1], num_requested + 1))
+    return _Requested(
+        ids_NU, is_member.scatter_(2, target_NSM, True)[:, :, :num_requested], slot_NM, is_padding_NM
+    )
 
 
-def _shares(statistics: Statistics, peak_N: Tensor, is_member_NSU: Tensor) -> _Shares:
-    others_max_N = statistics.max_N - peak_N
-    others_N = others_max_N + statistics.sum_N.log()
-    asked_NU = statistics.asked_NU - peak_N[:, None]
-    outside_NSU = asked_NU[:, None].masked_fill(is_member_NSU, -torch.inf)
+def _shares(sums: VocabularySums, peak_N: Tensor, is_member_NSU: Tensor) -> _Shares:
+    others_max_N = sums.max_N - peak_N
+    others_N = others_max_N + sums.sum_N.log()
+    requested_NU = sums.requested_NU - peak_N[:, None]
+    outside_NSU = requested_NU[:, None].masked_fill(is_member_NSU, -torch.inf)
     others_NS1 = others_N[:, None, None].expand(-1, is_member_NSU.shape[1], 1)
     return _Shares(
         others_max_N=others_max_N,
-        asked_NU=asked_NU,
-        log_total_N=torch.cat([others_N[:, None], asked_NU], dim=1).logsumexp(1),
+        requested_NU=requested_NU,
+        log_total_N=torch.cat([others_N[:, None], requested_NU], dim=1).logsumexp(1),
         log_outside_NS=torch.cat([others_NS1, outside_NSU], dim=2).logsumexp(2),
     )
 
 
-def _entropy(statistics: Statistics, shares: _Shares) -> Tensor:
-    """Minus the mean of log p: others from their running sums, asked tokens one by one."""
+def _entropy(sums: VocabularySums, shares: _Shares) -> Tensor:
+    """Minus the mean of log p: others from their running sums, requested tokens one by one."""
     top_logprob_N = shares.others_max_N - shares.log_total_N
-    others_N = top_logprob_N.exp() * (statistics.moment_N + top_logprob_N * statistics.sum_N)
-    logprobs_NU = shares.asked_NU - shares.log_total_N[:, None]
-    asked_N = (logprobs_NU.exp() * logprobs_NU.clamp(min=FLOOR)).sum(1)
-    return -(others_N + asked_N)
+    others_N = top_logprob_N.exp() * (sums.moment_N + top_logprob_N * sums.sum_N)
+    logprobs_NU = shares.requested_NU - shares.log_total_N[:, None]
+    requested_N = (logprobs_NU.exp() * logprobs_NU.clamp(min=FLOOR)).sum(1)
+    return -(others_N + requested_N)
 
 
 def _logit_gradient(
-    grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, asked: _Asked, max_N: Tensor, shares: _Shares
+    grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, requested: _Requested, max_N: Tensor, shares: _Shares
 ) -> LogitGradient:
     """Backward of the closed forms.
 
     With g and t the gradients by log-probabilities and tails, and G their sum: g_v - G p_v, plus
     t_s * p_v / tail_s for every set s that v is outside of.
     """
-    grad_NM = grad_logprobs_NM.masked_fill(asked.is_padding_NM, 0.0)
+    grad_NM = grad_logprobs_NM.masked_fill(requested.is_padding_NM, 0.0)
     has_tail_NS = shares.log_outside_NS > -torch.inf
     tail_NS = torch.where(has_tail_NS, grad_tail_NS, 0.0)
     outside_NS = torch.where(has_tail_NS, shares.log_outside_NS, 0.0)
     total_N = grad_NM.sum(1) + tail_NS.sum(1)
     scale_N = (tail_NS * (shares.others_max_N[:, None] - outside_NS).exp()).sum(1)
     scale_N -= total_N * (shares.others_max_N - shares.log_total_N).exp()
-    share_NSU = (shares.asked_NU[:, None] - outside_NS[:, :, None]).masked_fill(
-        asked.is_member_NSU, -torch.inf
+    share_NSU = (shares.requested_NU[:, None] - outside_NS[:, :, None]).masked_fill(
+        requested.is_member_NSU, -torch.inf
     )
-    asked_NU = (tail_NS[:, :, None] * share_NSU.exp()).sum(1)
-    asked_NU -= total_N[:, None] * (shares.asked_NU - shares.log_total_N[:, None]).exp()
-    return LogitGradient(max_N, scale_N, asked_NU.scatter_add_(1, asked.slot_NM, grad_NM))
+    requested_NU = (tail_NS[:, :, None] * share_NSU.exp()).sum(1)
+    requested_NU -= total_N[:, None] * (shares.requested_NU - shares.log_total_N[:, None]).exp()
+    return LogitGradient(max_N, scale_N, requested_NU.scatter_add_(1, requested.slot_NM, grad_NM))
 
 
 def _plan(
@@ -283,11 +290,11 @@ def _check_shapes(
             f"ids must be int64 [N, M] with N = {hidden_ND.shape[0]}, found "
             f"{ids_NM.dtype} {tuple(ids_NM.shape)}"
         )
-    num_positions, num_asked = ids_NM.shape
-    is_fitting = member_NSM.ndim == 3 and member_NSM.shape[::2] == (num_positions, num_asked)
+    num_positions, num_requested = ids_NM.shape
+    is_fitting = member_NSM.ndim == 3 and member_NSM.shape[::2] == (num_positions, num_requested)
     if not is_fitting or member_NSM.dtype != torch.bool:
         raise ValueError(
-            f"member must be bool [N, S, M] with N = {num_positions} and M = {num_asked}, found "
+            f"member must be bool [N, S, M] with N = {num_positions} and M = {num_requested}, found "
             f"{member_NSM.dtype} {tuple(member_NSM.shape)}"
         )
     if bias_V is not None and bias_V.shape != head_VD.shape[:1]:

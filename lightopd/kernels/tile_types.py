@@ -1,7 +1,7 @@
 """What the walk over the vocabulary is given, and what it keeps for every position."""
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
-# U = slots for the distinct ids asked at a position (as many slots as ids asked)
+# U = slots for the distinct ids requested at a position (as many slots as ids requested)
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 # Stand-ins for minus infinity that stay finite, so that 0 * value is 0 and not NaN. Inside a tile the logits
-# of asked tokens are sunk to SUNK; a running maximum starts at FLOOR, so exp(SUNK - maximum) is 0 even where
-# every token was asked for.
+# of requested tokens are sunk to SUNK; a running maximum starts at FLOOR, so exp(SUNK - maximum) is 0 even
+# where every token was requested.
 SUNK = -1e30
 FLOOR = -1e20
 
@@ -40,17 +40,17 @@ class Walk(NamedTuple):
     """Whether a tile is read once by a kernel of Triton's, or several times by torch's operations."""
 
 
-class Statistics(NamedTuple):
-    """Sums over the tokens that were not asked for, and the logits of those that were.
+class VocabularySums(NamedTuple):
+    """Sums over the tokens that were not requested, and the logits of those that were.
 
     sum_N adds up exp(z - max_N) and moment_N adds up exp(z - max_N) * (z - max_N). An empty sum leaves max_N
-    at FLOOR. asked_NU is minus infinity in slots without a token.
+    at FLOOR. requested_NU is minus infinity in slots without a token.
     """
 
     max_N: Tensor
     sum_N: Tensor
     moment_N: Tensor
-    asked_NU: Tensor
+    requested_NU: Tensor
     top_ids_NK: Tensor
     top_logits_NK: Tensor
 
@@ -58,12 +58,12 @@ class Statistics(NamedTuple):
 class LogitGradient(NamedTuple):
     """Gradient of the loss by every logit, in closed form.
 
-    It is scale_N * exp(z - max_N) for a token that was not asked for and asked_NU for one that was.
+    It is scale_N * exp(z - max_N) for a token that was not requested and requested_NU for one that was.
     """
 
     max_N: Tensor
     scale_N: Tensor
-    asked_NU: Tensor
+    requested_NU: Tensor
 
 
 class Gradients(NamedTuple):

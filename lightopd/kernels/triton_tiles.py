@@ -4,7 +4,7 @@ A tile is float32 and contiguous. Programs are compared with `plain_tiles` by Tr
 them on a CPU, and compiled for a GPU by a test that needs none.
 """
 
-# T = tokens in one tile, U = slots for the distinct ids asked at a position
+# T = tokens in one tile, U = slots for the distinct ids requested at a position
 
 import triton
 import triton.language as tl
@@ -51,11 +51,11 @@ def finish(
 
 
 @triton.jit
-def locate(ids, row, is_row, start, width, num_asked, BLOCK_U: tl.constexpr):
-    """Where each id that was asked for stands in the slots, its column, and whether that is in the tile."""
+def locate(ids, row, is_row, start, width, num_requested, BLOCK_U: tl.constexpr):
+    """Where each id that was requested stands in the slots, its column, and whether that is in the tile."""
     slot = tl.arange(0, BLOCK_U)[None, :]
-    place = row * num_asked + slot
-    found = tl.load(ids + place, mask=is_row & (slot < num_asked), other=-1)
+    place = row * num_requested + slot
+    found = tl.load(ids + place, mask=is_row & (slot < num_requested), other=-1)
     return place, found - start, (found >= start) & (found - start < width)
 
 
@@ -67,11 +67,11 @@ def absorb_rows(
     running_max,
     running_sum,
     running_moment,
-    asked,
+    requested,
     num_rows,
     start,
     width,
-    num_asked,
+    num_requested,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
@@ -81,12 +81,12 @@ def absorb_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """Running maximum, sum and moment of rows, without the tokens asked for, whose logits go to `asked`."""
+    """Running maximum, sum and moment of rows, without the requested tokens, whose logits are kept."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < num_rows
     base = logits + row * width
     if BLOCK_U > 0:
-        place, column, is_inside = locate(ids, row, is_row, start, width, num_asked, BLOCK_U)
+        place, column, is_inside = locate(ids, row, is_row, start, width, num_requested, BLOCK_U)
         own = tl.load(base + column, mask=is_inside, other=0.0)
         # Threads may hold copies of one slot: all have read before any of them sinks it.
         tl.debug_barrier()
@@ -94,7 +94,7 @@ def absorb_rows(
         own, _own_slope = finish(
             own, bias, column, is_inside, softcap, temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
         )
-        tl.store(asked + place, own, mask=is_inside)
+        tl.store(requested + place, own, mask=is_inside)
         tl.debug_barrier()
     peak = tl.load(running_max + row, mask=is_row, other=0.0)
     total = tl.load(running_sum + row, mask=is_row, other=0.0)
@@ -128,12 +128,12 @@ def gradient_rows(
     bias,
     row_max,
     row_scale,
-    asked,
+    requested,
     num_rows,
     start,
     width,
     gradient_stride,
-    num_asked,
+    num_requested,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
@@ -153,12 +153,12 @@ def gradient_rows(
     base = logits + row * width
     target = gradient + row * gradient_stride
     if BLOCK_U > 0:
-        place, column, is_inside = locate(ids, row, is_row, start, width, num_asked, BLOCK_U)
+        place, column, is_inside = locate(ids, row, is_row, start, width, num_requested, BLOCK_U)
         own = tl.load(base + column, mask=is_inside, other=0.0)
         own, own_slope = finish(
             own, bias, column, is_inside, softcap, temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
         )
-        own = tl.load(asked + place, mask=is_inside, other=0.0) * own_slope
+        own = tl.load(requested + place, mask=is_inside, other=0.0) * own_slope
     peak = tl.load(row_max + row, mask=is_row, other=0.0)
     factor = tl.load(row_scale + row, mask=is_row, other=0.0)
     for first in range(0, width, BLOCK_T):
@@ -173,6 +173,6 @@ def gradient_rows(
         value = factor * tl.exp(logit - peak) * slope
         tl.store(target + token, value.to(gradient.dtype.element_ty), mask=is_token)
     if BLOCK_U > 0:
-        # The loop gave tokens asked for the gradient of others, which may be infinite there.
+        # The loop gave tokens requested the gradient of others, which may be infinite there.
         tl.debug_barrier()
         tl.store(target + column, own.to(gradient.dtype.element_ty), mask=is_inside)

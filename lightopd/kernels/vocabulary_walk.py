@@ -1,16 +1,15 @@
 """Walks [N, V] logits in tiles of [C, T], forward and backward, and never holds more than a few tiles.
 
-The tokens asked for at a position are kept apart from all others, and running statistics cover the others
-only. The mass outside a set of asked tokens is then a sum of positive terms and never `1 - sum`, so a tail of
-1e-12 is as exact as one of 0.5. The vocabulary is the outer loop and the positions are the inner one: a tile
-of the head is read and converted once per pass, and its gradient is complete, in float32, before the next
-tile begins.
+The requested tokens of a position are kept apart from all others, and running sums cover the others only. The
+mass outside a set of requested tokens is then a sum of positive terms and never `1 - sum`, so a tail of 1e-12
+is as exact as one of 0.5. The vocabulary is the outer loop and the positions are the inner one: a tile of the
+head is read and converted once per pass, and its gradient is complete, in float32, before the next begins.
 
 What is done with one tile stands twice, in `plain_tiles` and, for a GPU, in `fused_tiles`.
 """
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
-# U = slots for the distinct ids asked at a position (as many slots as ids asked)
+# U = slots for the distinct ids requested at a position (as many slots as ids requested)
 # C = positions in one chunk, T = tokens in one tile
 
 from collections.abc import Iterator
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor
 
 from lightopd.kernels import plain_tiles
-from lightopd.kernels.tile_types import FLOOR, Gradients, Inputs, LogitGradient, Statistics, Walk
+from lightopd.kernels.tile_types import FLOOR, Gradients, Inputs, LogitGradient, VocabularySums, Walk
 
 ROUNDED_AT_ONCE = 1 << 21
 """Sums that are rounded together."""
 
 
-def collect_statistics(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> Statistics:
-    """First pass: sums over all logits, and the logits of the tokens asked for.
+def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
+    """First pass: sums over all logits, and the logits of the tokens requested.
 
     Args:
         inputs: any float dtypes.
@@ -35,11 +34,11 @@ def collect_statistics(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: in
         own_top_k: how many of the largest logits to keep at each position, 0 for none.
     """
     ids_NU = ids_NU.contiguous()
-    statistics = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k)
+    sums = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k)
     buffer = _tile_buffer(inputs, walk)
     exp_buffer = None if walk.is_fused else _tile_buffer(inputs, walk)
     chunks = [
-        (inputs.hidden_ND[rows], ids_NU[rows], Statistics(*(field[rows] for field in statistics)))
+        (inputs.hidden_ND[rows], ids_NU[rows], VocabularySums(*(field[rows] for field in sums)))
         for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
     ]
     with torch.cuda.device_of(inputs.hidden_ND):
@@ -48,7 +47,7 @@ def collect_statistics(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: in
             for hidden_CD, ids_CU, part in chunks:
                 products_CT = _products(hidden_CD, weight_TD, walk, buffer)
                 _absorb(part, products_CT, bias_T, ids_CU, tile.start, walk, exp_buffer)
-    return statistics
+    return sums
 
 
 def propagate(
@@ -88,7 +87,7 @@ def propagate(
 
 
 def _absorb(
-    part: Statistics,
+    part: VocabularySums,
     products_CT: Tensor,
     bias_T: Tensor | None,
     ids_CU: Tensor,
@@ -133,17 +132,17 @@ def _tile_buffer(inputs: Inputs, walk: Walk) -> Tensor:
     return inputs.hidden_ND.new_empty(num_rows * num_columns, dtype=walk.dtype)
 
 
-def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> Statistics:
+def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
     num_positions = hidden_ND.shape[0]
 
     def filled(value: float, *shape: int) -> Tensor:
         return hidden_ND.new_full((num_positions, *shape), value, dtype=walk.dtype)
 
-    return Statistics(
+    return VocabularySums(
         max_N=filled(FLOOR),
         sum_N=filled(0.0),
         moment_N=filled(0.0),
-        asked_NU=filled(-torch.inf, ids_NU.shape[1]),
+        requested_NU=filled(-torch.inf, ids_NU.shape[1]),
         top_ids_NK=ids_NU.new_full((num_positions, own_top_k), -1),
         top_logits_NK=filled(-torch.inf, own_top_k),
     )

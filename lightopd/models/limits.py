@@ -1,5 +1,6 @@
 """What can be said of a model before it is loaded: its sizes and its precision."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ from lightopd.lineage.fingerprint import model_folder, read_json
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import Precision
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)
+"""What families call the length of their context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +38,23 @@ def model_limits(model: ModelConfig) -> ModelLimits:
         InputError: no such model, or its config names neither.
     """
     config = _text_config(model)
-    context = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     vocabulary = config.get("vocab_size")
-    if not isinstance(vocabulary, int) or context is None:
-        raise InputError(f"{model.path}/config.json names no vocab_size or no context length; add them")
-    return ModelLimits(vocabulary, context)
+    if not isinstance(vocabulary, int):
+        raise InputError(f"{model.path}/config.json names no vocab_size; add it")
+    return ModelLimits(vocabulary, context_length_in(config, f"{model.path}/config.json"))
+
+
+def context_length_in(config: Mapping[str, Any], name: str) -> int:
+    """Most tokens in prompt and response together, out of a model's text config.
+
+    Raises:
+        InputError: it does not say; `name` says whose config it is.
+    """
+    for key in CONTEXT_KEYS:
+        length = config.get(key)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise InputError(f"{name} names no context length; add max_position_embeddings")
 
 
 def precision_of(model: ModelConfig) -> Precision:

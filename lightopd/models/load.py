@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.fingerprint import model_folder
 from lightopd.models.head import Head
+from lightopd.models.limits import context_length_in
 from lightopd.schemas.configs import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -82,21 +83,7 @@ def context_length_of(model: PreTrainedModel) -> int:
         InputError: the config does not say.
     """
     config = model.config.get_text_config(decoder=True)
-    for name in (
-        "max_position_embeddings",
-        "n_positions",
-        "n_ctx",
-        "max_sequence_length",
-        "max_seq_len",
-        "seq_length",
-    ):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise InputError(
-        f"the config of {type(model).__name__} does not say how long its context is; "
-        f"add max_position_embeddings to its config.json"
-    )
+    return context_length_in(config.to_dict(), f"the config of {type(model).__name__}")
 
 
 def outline(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -4,13 +4,12 @@ R = rollouts, N = their response tokens laid end to end; nats. `Loss.value` is t
 over all micro-batches and devices of an optimiser step it is the step's loss, so the split does not matter.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
 from lightopd.objectives.base.part import Scene
 from lightopd.objectives.base.segments import rollout_sums, token_mean
 from lightopd.objectives.base.teacher import build_teacher, teacher_names
@@ -20,9 +19,6 @@ from lightopd.objectives.state import ObjectiveState, term_factor
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import LogRatioTarget
 
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, weight), detached; add both over micro-batches and devices, then divide."""
-
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -30,7 +26,7 @@ class Loss:
 
     value: Tensor
     """Scalar, with gradient."""
-    metrics: Metrics
+    metrics: MetricSums
     """`loss` is the step's loss; others are means over trained tokens or rollouts, nats where not a share."""
 
 
@@ -38,7 +34,7 @@ def compute_loss(
     config: ObjectiveConfig,
     batch: RolloutBatch,
     student: StudentTokens,
-    statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    step_sums: MetricSums | None = None,
     state: ObjectiveState | None = None,
 ) -> Loss:
     """The objective's value on a micro-batch.
@@ -47,12 +43,12 @@ def compute_loss(
         config: the objective.
         batch: cached side; `prepared_R` holds the columns of `prepare` where `needs(config).prepared`.
         student: live side, on the sampled tokens and on the supports that `needs(config)` names.
-        statistics: sums of `collect_statistics` over the optimiser step, where `needs(config).statistics`.
+        step_sums: sums of `collect_step_sums` over the optimiser step, where `needs(config).step_sums`.
         state: state of the objective, where `needs(config).state`.
     """
-    parts = [_term_loss(term, batch, student, statistics or {}) for term in config.terms]
+    parts = [_term_loss(term, batch, student, step_sums or {}) for term in config.terms]
     value = student.logprobs_N.new_zeros(())
-    metrics: Metrics = {}
+    metrics: MetricSums = {}
     share = (batch.lengths_R > 0).sum().float() / max(batch.totals.num_rollouts, 1)
     for term, part in zip(config.terms, parts, strict=True):
         value = value + term.weight * term_factor(config, state, term.name) * part.value
@@ -63,21 +59,19 @@ def compute_loss(
     return Loss(value, metrics)
 
 
-def collect_statistics(
-    config: ObjectiveConfig, batch: RolloutBatch, student: StudentTokens
-) -> dict[str, tuple[Tensor, Tensor]]:
+def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: StudentTokens) -> MetricSums:
     """What parts must know of the whole optimiser step, as (sum, weight) of this micro-batch.
 
-    Where `needs(config).statistics`: call it without gradient on every micro-batch of the step, add both
+    Where `needs(config).step_sums`: call it without gradient on every micro-batch of the step, add both
     numbers over micro-batches and devices, and hand the sums to `compute_loss`. Else it is empty.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: MetricSums = {}
     for term in config.terms:
         scene = _look(term, batch, student)
         for weight in term.rollout_weights:
             part = PARTS[type(weight)]
-            if part.statistics is not None:
-                found[f"{term.name}/{weight.kind}"] = part.statistics(weight, scene)
+            if part.step_sums is not None:
+                found[f"{term.name}/{weight.kind}"] = part.step_sums(weight, scene)
     return found
 
 
@@ -92,12 +86,12 @@ def _term_loss(
     term: TermConfig,
     batch: RolloutBatch,
     student: StudentTokens,
-    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    step_sums: MetricSums,
 ) -> Loss:
     scene = _look(term, batch, student)
-    rollout_weight_R = _rollout_weights(scene, statistics)
+    rollout_weight_R = _rollout_weights(scene, step_sums)
     loss_mask_N = batch.loss_mask_N & (rollout_weight_R != 0)[batch.row_N]
-    metrics: Metrics = {}
+    metrics: MetricSums = {}
     if scene.teacher is not None:
         gap_N = scene.teacher.logprobs_N - student.logprobs_N.detach()
         metrics["log_ratio"] = token_mean(gap_N, loss_mask_N)
@@ -109,7 +103,7 @@ def _term_loss(
     return Loss((loss_R * rollout_weight_R).sum(), metrics)
 
 
-def _token_losses(scene: Scene, metrics: Metrics, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
+def _token_losses(scene: Scene, metrics: MetricSums, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and weight of each token, [N] each; the weights carry no gradient."""
     term, student = scene.term, scene.student
     advantage_N = None
@@ -126,7 +120,7 @@ def _token_losses(scene: Scene, metrics: Metrics, loss_mask_N: Tensor) -> tuple[
     return loss_N, weight_N
 
 
-def _advantage(scene: Scene, metrics: Metrics, loss_mask_N: Tensor) -> Tensor:
+def _advantage(scene: Scene, metrics: MetricSums, loss_mask_N: Tensor) -> Tensor:
     """Target, then baseline, then scales and shifts, then clip; [N], detached."""
     term = scene.term
     advantage_N = _apply(term.target, scene).to(scene.student.logprobs_N.dtype).detach()
@@ -157,14 +151,14 @@ def _reduce(term: TermConfig, batch: RolloutBatch, loss_N: Tensor, weight_N: Ten
     return loss_R / max(batch.totals.num_rollouts, 1)
 
 
-def _rollout_weights(scene: Scene, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+def _rollout_weights(scene: Scene, step_sums: MetricSums) -> Tensor:
     """Product of prepared and live weights, [R], detached."""
     term, batch = scene.term, scene.batch
     prepared_R = batch.prepared_R.get(f"{term.name}/weight")
     weight_R = scene.student.logprobs_N.new_ones(len(batch.lengths_R)) if prepared_R is None else prepared_R
     for config in term.rollout_weights:
-        if PARTS[type(config)].statistics is not None:
-            total, count = statistics[f"{term.name}/{config.kind}"]
+        if PARTS[type(config)].step_sums is not None:
+            total, count = step_sums[f"{term.name}/{config.kind}"]
             weight_R = weight_R * _apply(config, scene, total / count)
     return weight_R.to(scene.student.logprobs_N.dtype)
 

@@ -12,7 +12,7 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 def needs(config: ObjectiveConfig) -> Needs:
     """Everything the objective needs from the cache and from the trainer."""
     of_terms = [term_needs(term) for term in config.terms]
-    of_selections = [PARTS[type(part)].needs(part, None) for part in config.select]
+    of_selections = [_part_needs(part, None) for part in config.select]
     turns = config.curriculum is not None and config.curriculum.kind == "turns"
     of_objective = Needs(
         prepared=bool(config.select),
@@ -29,7 +29,12 @@ def term_needs(term: TermConfig) -> Needs:
         columns=("reward",) if rewards else (),
         prepared=term.rows != "all" or term.average_over == "rows",
     )
-    return reduce(or_, [PARTS[type(part)].needs(part, term) for part in parts_of(term)], of_rows)
+    return reduce(or_, [_part_needs(part, term) for part in parts_of(term)], of_rows)
+
+
+def _part_needs(config: object, term: TermConfig | None) -> Needs:
+    found = (each if isinstance(each, Needs) else each(config, term) for each in PARTS[type(config)].needs)
+    return reduce(or_, found, Needs())
 
 
 def parts_of(term: TermConfig) -> tuple[Any, ...]:

@@ -89,7 +89,7 @@ def corrupted_response(prompt: str, rng: random.Random) -> tuple[str, int]:
     return ",".join([*before, written, *after]), sum(len(total) + 1 for total in before) + at
 
 
-def verify(response: str, answer: str) -> float:
+def total_reward(response: str, answer: str) -> float:
     """1.0 if the response is three totals and the last is exactly the answer, else 0.0.
 
     Earlier totals may be wrong. The comparison is of text, so a leading zero counts as wrong, and

@@ -2,7 +2,7 @@
 
     out/metrics.csv   out/checkpoints/step-NNNNNN/   out/student/
 
-Called again with the same settings it goes on from the newest whole checkpoint, or finds everything done.
+Called again with the same settings it resumes from the newest whole checkpoint, or finds everything done.
 """
 
 import logging
@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from lightopd.cache.store import Cache
-from lightopd.errors import CacheError, ConfigError, TrainingError
+from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
@@ -35,7 +35,6 @@ from lightopd.training.checkpoints.checkpoint import (
     best_checkpoint,
     check_same_run,
     known_best,
-    load_anchor,
     newest_checkpoint,
     note_exported,
 )
@@ -44,9 +43,10 @@ from lightopd.training.checkpoints.run_identity import recipe_of
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
-from lightopd.training.data.split import Selected, select_rollouts
+from lightopd.training.data.split import SelectedRollouts, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
 from lightopd.training.measures.best import is_over
@@ -59,7 +59,7 @@ from lightopd.training.student.forward import prepare_student
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
 from lightopd.training.trainer import quiet_libraries, run_trainer
-from lightopd.training.warm_start import carried_start, carried_state
+from lightopd.training.warm_start import optimizer_state_hash, start_after
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class _Run:
     finetune: FinetuneConfig
     objective: ObjectiveConfig
     limits: StalenessLimits | None
-    asked: Needs
+    needed: Needs
     recipe: dict[str, JsonValue]
     accuracy: AccuracyMeter | None
 
@@ -122,14 +122,14 @@ def fit(
     affair.
 
     Args:
-        cache: complete, with the signals that the objective asks for.
+        cache: complete, with the signals that the objective reads.
         student: where the run begins; a checkpoint in `out` goes before it.
         out: folder of the run.
         finetune: steps, batch, optimiser, devices.
         objective: the loss.
         staleness: limits of the drift from the student at rollout; None for answers of a teacher.
-        continue_from: `out` of a finished run that made this student; its optimiser state goes on here.
-        accuracy: asks the student during training and decides nothing; None for no questions.
+        continue_from: `out` of a finished run that made this student; its optimiser state is resumed here.
+        accuracy: puts prompts to the student during training and decides nothing; None for none.
 
     Raises:
         ConfigError: a logger's package is missing, the batch cannot be dealt to the devices, or the
@@ -153,20 +153,20 @@ def _fit(
     continue_from: Path | None,
     accuracy: AccuracyMeter | None,
 ) -> FitResult:
-    asked = needs(objective)
+    needed = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
-    _check_jump(objective, finetune)
-    check_strategy(finetune, objective, asks_student=accuracy is not None)
+    check_jump(objective, finetune)
+    check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
-    _check_origin(cache, asked)
-    recipe = recipe_of(cache, student, finetune, objective, asked)
+    _check_origin(cache, needed)
+    recipe = recipe_of(cache, student, finetune, objective, needed)
     if continue_from is not None:
-        recipe["continue_from"] = carried_state(continue_from, student)
-    run = _Run(cache, student, out, finetune, objective, staleness, asked, recipe, accuracy)
+        recipe["continue_from"] = optimizer_state_hash(continue_from, student)
+    run = _Run(cache, student, out, finetune, objective, staleness, needed, recipe, accuracy)
     found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
-    start = _start(*found, finetune) if found else carried_start(continue_from)
+    start = _start(*found, finetune) if found else start_after(continue_from)
     if start.step > finetune.steps:
         raise TrainingError(
             f"{out} has a checkpoint of step {start.step}, and steps is {finetune.steps}; set steps to "
@@ -187,7 +187,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
     best = known_best(checkpoint.parent, state) if finetune.best else None
-    return Start(state.step, checkpoint, objective, load_anchor(checkpoint), best)
+    return Start(state.step, checkpoint, objective, best)
 
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     module = StudentModule(
         _load_student(run, start.checkpoint if start.step else None, selected),
         run.objective,
-        run.asked,
+        run.needed,
         run.finetune,
         limits=run.limits,
         held_out=held_out,
@@ -237,10 +237,10 @@ def _say(warnings_found: Sequence[str], notes: Sequence[str]) -> None:
             log.info("%s", line)
 
 
-def _hold_out(run: _Run, selected: Selected, store: ShardStore) -> HeldOut | None:
+def _hold_out(run: _Run, selected: SelectedRollouts, store: ShardStore) -> HeldOut | None:
     if selected.held_out is None:
         return None
-    objective = held_out_objective(run.objective, run.asked)
+    objective = held_out_objective(run.objective, run.needed)
     width = row_tokens(selected.held_out, run.finetune)
     return HeldOut(selected.held_out, store, objective, run.finetune.micro_batch_tokens, width)
 
@@ -256,11 +256,11 @@ def _make_room(out: Path, done: int) -> None:
         raise output_error(error, out / "metrics.csv") from error
 
 
-def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
-    signals, topk = run.asked.signals, run.asked.topk
+def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
+    signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     reading = FirstReading(run.cache, signals, topk, limit)
-    selected = select_rollouts(run.cache, run.objective, run.asked, run.finetune.held_out, reading)
+    selected = select_rollouts(run.cache, run.objective, run.needed, run.finetune.held_out, reading)
     index = selected.trained
     for some in (index, selected.held_out) if selected.held_out else (index,):
         check_lengths(some, run.finetune.micro_batch_tokens)
@@ -270,7 +270,7 @@ def _open_data(run: _Run) -> tuple[Selected, ShardStore]:
     return selected, reading.store(index)
 
 
-def _load_student(run: _Run, checkpoint: Path | None, selected: Selected) -> PreTrainedModel:
+def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
@@ -308,21 +308,8 @@ def _callbacks(run: _Run) -> list[Callback]:
     ]
 
 
-def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
-    if objective.jump is not None and finetune.adapter is not None:
-        raise ConfigError(
-            "the objective jumps along the update of whole matrices, and adapter trains factors of one; "
-            "leave out adapter, or objective.jump"
-        )
-    if objective.jump is not None and not finetune.held_out:
-        raise ConfigError(
-            "the objective jumps while a score on held-out rollouts improves, and held_out is 0; "
-            "set held_out to 50 or more"
-        )
-
-
-def _check_origin(cache: Cache, asked: Needs) -> None:
-    if "ref_logprobs" in asked.columns and cache.manifest.origin != "student":
+def _check_origin(cache: Cache, needed: Needs) -> None:
+    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
         raise CacheError(
             f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
             f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"

@@ -16,18 +16,12 @@ from lightopd.training.module import StudentModule
 
 
 def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue]) -> list[Logger]:
-    """The loggers asked for; a resumed run goes on in the same records.
+    """The loggers of the settings; a resumed run writes into the same records.
 
     Raises:
         ConfigError: a logger's package is not installed.
     """
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
-    for name in names:
-        if not any(importlib.util.find_spec(package) for package in packages[name]):
-            raise ConfigError(
-                f"logger {name} needs the package {packages[name][0]}, which is not installed; "
-                f"pip install {packages[name][0]}, or take {name} out of loggers"
-            )
+    check_loggers(names)
     loggers: list[Logger] = []
     if "tensorboard" in names:  # purged: what an earlier process wrote, as `LogSteps` says all of it again
         loggers.append(TensorBoardLogger(out, name="tensorboard", version="", purge_step=1))
@@ -37,17 +31,32 @@ def make_loggers(names: Sequence[str], out: Path, recipe: Mapping[str, JsonValue
     return loggers
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger whose package is not installed.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in packages[name]):
+            raise ConfigError(
+                f"logger {name} needs the package {packages[name][0]}, which is not installed; "
+                f"pip install {packages[name][0]}, or take {name} out of loggers"
+            )
+
+
 class StepwiseWandb(WandbLogger):  # type: ignore[misc]
     """A wandb logger whose steps are those of the run, so that none is there twice."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log a step, unless the record that a run goes on in has it: wandb takes steps in order only."""
+        """Log a step, unless the record of a resumed run has it: wandb takes steps in order only."""
         run = self.experiment
         if step is None or step >= run.starting_step:
             run.log({**metrics, "trainer/global_step": step}, step=step)
 
     def finish(self, exit_code: int) -> None:
-        """Close the run, where one was begun: to ask for it would begin it."""
+        """Close the run, where one was begun: reading it would begin it."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=exit_code)
 
@@ -72,7 +81,7 @@ class LogSteps(Callback):  # type: ignore[misc]
             _log(trainer, module.metrics)
 
     def on_fit_end(self, trainer: Trainer, module: StudentModule) -> None:
-        """Close wandb's run, which the next run of this process would go on in."""
+        """Close wandb's run, which the next run of this process would write into."""
         _finish(trainer, exit_code=0)
 
     def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:

@@ -22,10 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
-from lightopd.objectives.base.batch import BatchTotals, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump
-from lightopd.objectives.loss import collect_statistics, compute_loss
+from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -33,6 +32,7 @@ from lightopd.training.checkpoints.checkpoint import load_optimizer
 from lightopd.training.data.batches import Microbatch, Rows, collate, count_totals, index_in_response, show
 from lightopd.training.distributed.fsdp import count_broken, shard_student
 from lightopd.training.distributed.strategies import FSDP
+from lightopd.training.jumps import WeightJumps
 from lightopd.training.measures.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.measures.best import Best
 from lightopd.training.measures.held_out import HeldOut, held_out_loss
@@ -40,7 +40,7 @@ from lightopd.training.measures.metrics_file import global_sums
 from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from lightopd.training.student.compile import is_of_compiler, uncompiled
-from lightopd.training.student.drift import Sums, drift_metrics, exceeded_limits
+from lightopd.training.student.drift import drift_metrics, exceeded_limits
 from lightopd.training.student.ema import WeightAverage
 from lightopd.training.student.forward import routed_tokens, routers_of, student_sums, student_tokens
 from lightopd.training.student.router_loss import (
@@ -51,6 +51,7 @@ from lightopd.training.student.router_loss import (
     experts_per_token,
     step_load,
 )
+from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,10 @@ NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 """How torch's CPU allocator says it, in a plain RuntimeError."""
 
-Statistics = Mapping[str, tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run stands before its first step, or goes on."""
+    """Where a run begins or resumes."""
 
     step: int = 0
     """Optimiser steps already done."""
@@ -73,8 +72,6 @@ class Start:
     """Folder whose optimiser state is loaded before the first step."""
     state: ObjectiveState = field(default_factory=ObjectiveState)
     """Of the objective."""
-    anchor: dict[str, Tensor] | None = None
-    """Weights that jumps start from; None for those of the student now."""
     best: Best | None = None
     """The best measurement so far."""
 
@@ -85,19 +82,19 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in float32 and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        asked: what it needs.
+        needed: what it needs.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
-        accuracy: asks the student prompts when it is due; None for never.
-        start: where the run goes on.
+        accuracy: puts prompts to the student when it is due; None for never.
+        start: where the run begins or resumes.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
         objective: ObjectiveConfig,
-        asked: Needs,
+        needed: Needs,
         finetune: FinetuneConfig,
         *,
         limits: StalenessLimits | None = None,
@@ -109,17 +106,17 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.asked = asked
+        self.needed = needed
         self.finetune = finetune
         self.limits = limits
         self.held_out = held_out
         self.accuracy = accuracy
         self.step = start.step
         self.state = start.state
-        self.anchor = start.anchor
         self.checkpoint = start.checkpoint
         self.best = start.best
         self.average: WeightAverage | None = None
+        self.jumps: WeightJumps | None = None
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self._held_out_rows: list[Rows] = []
@@ -147,8 +144,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             self._held_out_rows = self.held_out.rows(*place)
             if isinstance(self.student, FSDPModule):
                 self._idle_rows = self.held_out.idle_rows(*place)
-        if self.objective.jump is not None and self.anchor is None:
-            self.anchor = self._anchor()
+        if self.objective.jump is not None:
+            self.jumps = WeightJumps(self.objective.jump, self.student, self.checkpoint)
         self._step_began_s = time.monotonic()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -169,10 +166,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         rate = learning_rate(self.finetune.optimizer, self.step, self.finetune.steps)
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
-        statistics, load = self._look_ahead(shown)
+        step_sums, load = self._look_ahead(shown)
         last = len(shown) - 1
         sums = [
-            self._backward(rows, statistics, load, is_last=index == last) for index, rows in enumerate(shown)
+            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(shown)
         ]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)
@@ -185,7 +182,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.step += 1
         means = {name: _mean(name, *pair) for name, pair in totals.items()}
         self.state = advance(self.objective, self.state, means)
-        jumped = self._jump()
+        jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
         drift = self._drift(means)
@@ -206,10 +203,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         totals = BatchTotals(*(int(count) for count in self._reduce(counts)))
         return [replace(rows, totals=totals) for rows in shown]
 
-    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[Statistics, StepLoad | None]:
-        """Sums over the whole step that the loss needs beforehand, from a pass without gradient."""
+    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[MetricSums, StepLoad | None]:
+        """MetricSums over the whole step that the loss needs beforehand, from a pass without gradient."""
         has_routers = self.finetune.router_loss is not None
-        if not self.asked.statistics and not has_routers:
+        if not self.needed.step_sums and not has_routers:
             return {}, None
         sums, counts = [], []
         with torch.no_grad(), uncompiled(self.student):
@@ -217,31 +214,33 @@ class StudentModule(LightningModule):  # type: ignore[misc]
                 with self._memory_named(rows):
                     batch = collate(rows, self.device)
                     routers: Routers = ()
-                    if self.asked.statistics:
+                    if self.needed.step_sums:
                         student, routers = self._student_tokens(batch)
-                        sums.append(collect_statistics(self.objective, batch.rollouts, student))
+                        sums.append(collect_step_sums(self.objective, batch.rollouts, student))
                     if has_routers:
                         routers = routers or routers_of(self.student, batch)
                         counts.append(count_load(routers, batch.is_token_BT, experts_per_token(self.student)))
         found = global_sums(sums, self._reduce) if sums else {}
-        statistics = {
+        step_sums = {
             name: (torch.tensor(total, device=self.device), torch.tensor(weight, device=self.device))
             for name, (total, weight) in found.items()
         }
-        return statistics, step_load(counts, self._reduce) if has_routers else None
+        return step_sums, step_load(counts, self._reduce) if has_routers else None
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
-        """What the student says, and its routers' logits where the loss asks for them."""
+        """What the student says, and its routers' logits where the loss reads them."""
         if self.finetune.router_loss is not None:
-            return routed_tokens(self.student, batch, self.asked.supports)
-        return student_tokens(self.student, batch, self.asked.supports), ()
+            return routed_tokens(self.student, batch, self.needed.supports)
+        return student_tokens(self.student, batch, self.needed.supports), ()
 
-    def _backward(self, rows: Rows, statistics: Statistics, load: StepLoad | None, *, is_last: bool) -> Sums:
+    def _backward(
+        self, rows: Rows, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
+    ) -> MetricSums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
             batch = collate(rows, self.device)
             student, routers = self._student_tokens(batch)
-            loss = compute_loss(self.objective, batch.rollouts, student, statistics, self.state)
+            loss = compute_loss(self.objective, batch.rollouts, student, step_sums, self.state)
             value, routed = loss.value, {}
             if load is not None:
                 assert self.finetune.router_loss is not None
@@ -261,26 +260,13 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "tokens": (one * batch.num_tokens, one),
         }
 
-    def _jump(self) -> dict[str, float]:
-        """Jump along the update at the steps where the objective does, and say how far."""
-        if self.objective.jump is None:
-            return {}
-        if not is_jump_step(self.objective.jump, self.step):
-            return {"jump": 0}
-        assert self.anchor is not None
-        parameters = dict(self.student.named_parameters())
-        found = jump(self.objective.jump, parameters, self.anchor, lambda: -self._held_out_loss())
-        self.anchor = self._anchor()
-        return {"jump": found.accepted}
-
-    def _anchor(self) -> dict[str, Tensor]:
-        # On the host: it is read once in many steps, and is as large as most of the model.
-        return {
-            name: tensor.cpu() for name, tensor in anchor_of(dict(self.student.named_parameters())).items()
-        }
+    def kept_beside(self) -> dict[str, dict[str, Tensor]]:
+        """Sets of tensors that a checkpoint keeps beside weights and moments, by name."""
+        found = {AVERAGE: self.average.tensors} if self.average else {}
+        return found | ({JUMP_ANCHOR: self.jumps.anchor} if self.jumps else {})
 
     def _measure(self, *, is_last: bool) -> dict[str, float]:
-        """Held-out loss and avg@k when they are due, NaN between; nothing where neither is asked for."""
+        """Held-out loss and avg@k when they are due, NaN between; nothing where neither is requested."""
         is_due: dict[str, bool] = {}
         if self.held_out is not None:
             is_due["held_out"] = is_last or self.step % self.finetune.held_out_every == 0
@@ -339,7 +325,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         context: AbstractContextManager[Any] = block()
         return context
 
-    def _refuse_non_finite(self, loss: float, sums: Sequence[Sums], micro_batches: Sequence[Rows]) -> None:
+    def _refuse_non_finite(
+        self, loss: float, sums: Sequence[MetricSums], micro_batches: Sequence[Rows]
+    ) -> None:
         if loss - loss == 0:
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
@@ -347,7 +335,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad or micro_batches)))
 
     def refuse_broken_weights(self) -> None:
-        """Every rank must ask.
+        """Every rank must call.
 
         Raises:
             TrainingError: a trained weight is not finite.

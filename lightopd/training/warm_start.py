@@ -1,4 +1,4 @@
-"""A run that goes on with the optimiser of a finished run, as one round of several does.
+"""A run that starts with the optimiser of a finished run, as one round of several does.
 
 The weights are the student's own; what is carried is the optimiser's moments and the objective's state.
 """
@@ -12,18 +12,16 @@ from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.checkpoints.checkpoint import (
-    OPTIMIZER_FILE,
     TrainerState,
     exported_checkpoint,
-    load_anchor,
 )
 from lightopd.training.module import Start
 from lightopd.training.student.adapters import ADAPTER_CONFIG, trained_student
 from lightopd.training.weight_files.tensor_shards import AVERAGE, OPTIMIZER, StoredSet, has_set
 
 
-def carried_state(run: Path, student: ModelConfig) -> str:
-    """Hash of the optimiser state that a finished run left, for the recipe of the run that goes on with it.
+def optimizer_state_hash(run: Path, student: ModelConfig) -> str:
+    """Hash of the optimiser state that a finished run left, for the recipe of the run that starts with it.
 
     It is the same however many processes wrote the state.
 
@@ -55,16 +53,16 @@ def carried_state(run: Path, student: ModelConfig) -> str:
     if (checkpoint / OPTIMIZER).is_dir():
         tensors = StoredSet(checkpoint, OPTIMIZER).hashes()
     else:
-        tensors = hash_tensors([checkpoint / OPTIMIZER_FILE])
+        tensors = hash_tensors([checkpoint / f"{OPTIMIZER}.safetensors"])
     return canonical_hash([list(tensor) for tensor in tensors])
 
 
-def carried_start(run: Path | None) -> Start:
+def start_after(run: Path | None) -> Start:
     """Step 0 with the optimiser and objective state of a finished run; plain step 0 without one."""
     if run is None:
         return Start()
     checkpoint, state = _exported(run)
-    return Start(0, checkpoint, ObjectiveState(**state.objective), load_anchor(checkpoint))  # type: ignore[arg-type]
+    return Start(0, checkpoint, ObjectiveState(**state.objective))  # type: ignore[arg-type]
 
 
 def _exported(run: Path) -> tuple[Path, TrainerState]:

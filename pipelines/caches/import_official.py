@@ -7,8 +7,9 @@ from pydantic import JsonValue
 
 from lightopd.cache.convert import import_official as convert
 from lightopd.models.limits import model_limits
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.reports import Report
-from lightopd.prompts.tokens import load_tokenizer, render_prompt
+from lightopd.prompts.tokens import render_prompt
 from lightopd.schemas.configs import FilePrompts, ModelConfig
 from lightopd.schemas.records import Prompt
 

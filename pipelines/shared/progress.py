@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 10.0
 
 
-class Progress:
+class StageProgress:
     """Counts finished units and tells rate and time left; the journal is appended to `journal.jsonl`."""
 
     def __init__(self, stage: str, journal: Path, unit: str, total: int, done: int = 0) -> None:

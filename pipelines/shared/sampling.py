@@ -16,19 +16,19 @@ import numpy as np
 from lightopd import __version__
 from lightopd.cache.index import build_index, query
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, create_cache, open_cache
+from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
-from lightopd.pipelines.shared.progress import Progress
+from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
-from lightopd.rewards.judge import judge
+from lightopd.rewards.reward import reward_of
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
-from lightopd.schemas.manifest import CacheManifest, ModelFingerprint, Override, SftLineage
+from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest, ModelFingerprint, Override, SftLineage
 from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class SamplingJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class SamplingPlan:
     """A job with its prompts rendered and its manifest made; nothing is loaded on a device yet."""
 
     job: SamplingJob
@@ -64,6 +64,8 @@ class Prepared:
     stops: tuple[int, ...]
     sampler: ModelFingerprint
     manifest: CacheManifest
+    notes: tuple[str, ...] = ()
+    """What the prompts were recognised as, for the report."""
 
     @property
     def prompts_per_shard(self) -> int:
@@ -71,20 +73,20 @@ class Prepared:
         return max(1, self.job.shard_rollouts // self.job.sampling.n)
 
 
-def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepared:
+def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> SamplingPlan:
     """Load and render the prompts, fingerprint model and tokenizer, and write down the contract.
 
     Raises:
         InputError: unusable prompts, or a prompt that leaves no room for a response.
     """
-    rendered = render_prompts(job.prompts, job.model)
+    rendered = render_prompts(job.prompts, job.model, shown_time(job.cache))
     prompts, prompt_ids = rendered.prompts, rendered.prompt_ids
     pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
     engine, precision = describe_engine(job.engine, job.model)
     per_shard = max(1, job.shard_rollouts // job.sampling.n)
     manifest = CacheManifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=schema_version_at(job.cache / CACHE_MANIFEST),
         lightopd_version=__version__,
         origin=job.origin,
         sampler=sampler,
@@ -92,7 +94,8 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         sft=job.sft,
         tokenizer=fingerprint_tokenizer(rendered.tokenizer, rendered.stops),
         vocabulary_size=rendered.limits.vocabulary_size,
-        rendering={"render": job.prompts.render, "template_options": job.prompts.template_options},
+        rendering=rendering_of(job.prompts, prompts),
+        rendered_at=rendered.clock.isoformat() if rendered.clock else None,
         sampling=job.sampling,
         prompts=canonical_hash([_content(prompt, ids) for prompt, ids in pairs] + [[job.keep_text]]),
         num_prompts=len(prompts),
@@ -101,7 +104,9 @@ def prepare(job: SamplingJob, sampler: ModelFingerprint | None = None) -> Prepar
         engine=engine,
         overrides=job.overrides,
     )
-    return Prepared(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
+    return SamplingPlan(
+        job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest, rendered.notes
+    )
 
 
 def _content(prompt: Prompt, ids: Ids) -> list[Any]:
@@ -109,20 +114,21 @@ def _content(prompt: Prompt, ids: Ids) -> list[Any]:
     return [prompt.prompt_id, ids.tolist(), prompt.answer, prompt.domain, prompt.verifier]
 
 
-def missing_shards(prepared: Prepared) -> list[int]:
+def missing_shards(plan: SamplingPlan) -> list[int]:
     """Numbers of the shards that are not there yet, whole and made under the same contract."""
-    folder, fingerprint = prepared.job.cache / "rollouts", prepared.manifest.fingerprint()
-    return [i for i in range(prepared.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
+    folder, fingerprint = plan.job.cache / "rollouts", plan.manifest.fingerprint()
+    return [i for i in range(plan.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
 
 
-def sample(prepared: Prepared, load: LoadEngine) -> Cache:
+def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
-    job, manifest = prepared.job, prepared.manifest
+    job, manifest = plan.job, plan.manifest
+    refuse_another_day(job.cache, manifest, plan.tokenizer)
     create_cache(job.cache, manifest)
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
-    missing = missing_shards(prepared)
+    missing = missing_shards(plan)
     if missing:
-        progress = Progress(
+        progress = StageProgress(
             job.stage,
             job.cache / "journal.jsonl",
             "shards",
@@ -132,7 +138,7 @@ def sample(prepared: Prepared, load: LoadEngine) -> Cache:
         engine = load(job.engine, job.model)
         try:
             for index in missing:
-                rollouts = _sample_shard(prepared, engine, index)
+                rollouts = _sample_shard(plan, engine, index)
                 marker = write_shard(
                     folder, index, rollouts_to_table(rollouts), kind="rollouts", fingerprint=fingerprint
                 )
@@ -144,29 +150,29 @@ def sample(prepared: Prepared, load: LoadEngine) -> Cache:
     return cache
 
 
-def _sample_shard(prepared: Prepared, engine: Engine, index: int) -> list[Rollout]:
-    job, width = prepared.job, prepared.prompts_per_shard
-    chosen = range(index * width, min((index + 1) * width, len(prepared.prompts)))
+def _sample_shard(plan: SamplingPlan, engine: Engine, index: int) -> list[Rollout]:
+    job, width = plan.job, plan.prompts_per_shard
+    chosen = range(index * width, min((index + 1) * width, len(plan.prompts)))
     rows = [(i, sample_index) for i in chosen for sample_index in range(job.sampling.n)]
     samples = engine.generate(
-        [prepared.prompt_ids[i] for i, _ in rows],
+        [plan.prompt_ids[i] for i, _ in rows],
         job.sampling,
-        [f"{prepared.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
-        prepared.stops,
+        [f"{plan.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
+        plan.stops,
     )
-    return [_rollout(prepared, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
+    return [_rollout(plan, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
 
 
-def _rollout(prepared: Prepared, row: int, sample_index: int, drawn: Sample) -> Rollout:
-    prompt, prompt_ids = prepared.prompts[row], prepared.prompt_ids[row]
+def _rollout(plan: SamplingPlan, row: int, sample_index: int, drawn: Sample) -> Rollout:
+    prompt, prompt_ids = plan.prompts[row], plan.prompt_ids[row]
     length = len(drawn.response_ids)
-    text = response_text(drawn.response_ids, prepared.tokenizer)
-    keep = prepared.job.keep_text
+    text = response_text(drawn.response_ids, plan.tokenizer)
+    keep = plan.job.keep_text
     return Rollout(
-        rollout_id=rollout_id(prompt_ids, drawn.response_ids, prepared.sampler.identity, sample_index),
+        rollout_id=rollout_id(prompt_ids, drawn.response_ids, plan.sampler.identity, sample_index),
         prompt_id=prompt.prompt_id,
         sample_index=sample_index,
-        origin=prepared.job.origin,
+        origin=plan.job.origin,
         domain=prompt.domain,
         prompt_ids=prompt_ids,
         response_ids=drawn.response_ids,
@@ -177,8 +183,8 @@ def _rollout(prepared: Prepared, row: int, sample_index: int, drawn: Sample) -> 
         finish_reason=drawn.finish_reason,
         truncated=drawn.finish_reason == "length",
         answer=prompt.answer,
-        reward=judge(prompt, text),
-        prompt_text=prompt_text(prompt_ids, prepared.tokenizer) if keep else None,
+        reward=reward_of(prompt, text),
+        prompt_text=prompt_text(prompt_ids, plan.tokenizer) if keep else None,
         response_text=text if keep else None,
     )
 

@@ -19,7 +19,7 @@ from lightopd.schemas.objectives.targets import (
     LogRatioTarget,
     MleTarget,
     PreferenceTarget,
-    Signal,
+    SignalName,
     Target,
 )
 from lightopd.schemas.objectives.weights import (
@@ -64,7 +64,7 @@ class TermConfig(StrictModel):
     """Rollouts it sees: all, by outcome, or by who wrote them."""
     average_over: Literal["batch", "rows"] = "batch"
     """Mean over the whole batch, or over the rollouts that the term sees (by their share of the cache)."""
-    signal: Signal = "teacher"
+    signal: SignalName = "teacher"
     """Cached signal that teaches."""
     router: DomainRouter | None = None
     """Other signals for some domains."""

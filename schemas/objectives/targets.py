@@ -9,10 +9,10 @@ from pydantic import Field, JsonValue, model_validator
 
 from lightopd.schemas.base import StrictModel
 
-Signal = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+SignalName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 """Name of a cached signal, as given to `lightopd precompute --signal`."""
 
-Column = Literal["ref_logprobs", "ref_entropies", "reward", "domain", "turns", "teacher_reward"]
+Column = Literal["ref_logprobs", "reward", "domain", "turns", "teacher_reward"]
 """Columns of a cache that not every cache has."""
 
 
@@ -21,7 +21,7 @@ class DomainRouter(StrictModel):
 
     kind: Literal["by_domain"] = "by_domain"
     """Hard routing by the prompt's `domain`."""
-    signals: dict[str, Signal] = Field(min_length=1)
+    signals: dict[str, SignalName] = Field(min_length=1)
     """Domain tag to signal; any other rollout takes the term's own `signal`."""
 
 
@@ -43,7 +43,7 @@ class ConstantExtrapolation(StrictModel):
 
     kind: Literal["constant"] = "constant"
     """The same factor at every token."""
-    reference: Signal = "reference"
+    reference: SignalName = "reference"
     """Signal of B: the student's initial model, or the teacher before its reinforcement learning."""
     factor: float = Field(1.25, gt=0)
     """1 is the teacher itself, below 1 lies between B and T, above 1 goes past the teacher."""
@@ -56,7 +56,7 @@ class DistanceExtrapolation(StrictModel):
 
     kind: Literal["by_distance"]
     """The strength grows with the distance of the two models at the token."""
-    reference: Signal = "reference"
+    reference: SignalName = "reference"
     """Signal of B, the model to move away from."""
     scale: float = Field(15.0, ge=0)
     """beta2 of the paper: 15 on-policy, 10 off-policy."""
@@ -184,7 +184,7 @@ class PreferenceTarget(TargetConfig):
     gives: ClassVar[Literal["rollout_loss"]] = "rollout_loss"
     kind: Literal["preference"]
     """loss = -log sigmoid(beta * margin) over a pair of rollouts, one by the teacher, one by the student."""
-    reference: Signal = "reference"
+    reference: SignalName = "reference"
     """Signal of the frozen warm-up model, scored over both answers."""
     beta: float = Field(0.1, gt=0)
     """Strength of the preference; the paper's value is not known."""
@@ -199,9 +199,9 @@ class CustomTarget(TargetConfig):
     """`pkg.mod:function`."""
     options: dict[str, JsonValue] = {}
     """Handed to the function as they are."""
-    signals: tuple[Signal, ...] = ()
+    signals: tuple[SignalName, ...] = ()
     """Cached signals the function reads."""
-    supports: tuple[Signal, ...] = ()
+    supports: tuple[SignalName, ...] = ()
     """Signals on whose top-k the function needs the student."""
     columns: tuple[Column, ...] = ()
     """Columns of the cache the function reads."""

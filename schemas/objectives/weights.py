@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.objectives.targets import Signal
+from lightopd.schemas.objectives.targets import SignalName
 
 
 class RatioWeight(StrictModel):
@@ -62,7 +62,7 @@ class DriftFadeWeight(StrictModel):
     bad: Literal["overlap", "nucleus"] = "overlap"
     """A token is bad when the top-k of student at rollout and teacher share too little, or when the teacher's
     nucleus does not hold it."""
-    rollout_signal: Signal = "rollout_student"
+    rollout_signal: SignalName = "rollout_student"
     """Signal of the student at rollout, for `overlap`."""
     top_k: int = Field(16, ge=1)
     """Tokens compared for `overlap`."""
@@ -112,7 +112,7 @@ class ContrastWeight(StrictModel):
 
     kind: Literal["contrast"]
     """clip(1 + alpha * a, low, high), a = the rollout's gain from the evidence, standardised in its group."""
-    negative: Signal = "negative"
+    negative: SignalName = "negative"
     """Signal of the same teacher under wrong or missing evidence; the term's signal is the right one."""
     gamma: float = Field(1.0, ge=0)
     """Weight of tokens that the evidence made less likely."""
@@ -145,13 +145,6 @@ class PivotWeight(StrictModel):
     """Largest weight after division by the mean."""
 
 
-class OutcomeBalanceWeight(StrictModel):
-    """Gives correct and incorrect rollouts the same total weight; mean one over the cache."""
-
-    kind: Literal["balance_outcomes"]
-    """Weighs instead of dropping the excess."""
-
-
 class DifficultyWeight(StrictModel):
     """Weighs prompts of medium difficulty more; equal in expectation to sampling them more often."""
 
@@ -166,7 +159,7 @@ class DifficultyWeight(StrictModel):
 
 
 RolloutWeight = Annotated[
-    PerplexityWeight | ContrastWeight | PivotWeight | OutcomeBalanceWeight | DifficultyWeight,
+    PerplexityWeight | ContrastWeight | PivotWeight | DifficultyWeight,
     Field(discriminator="kind"),
 ]
 
@@ -176,7 +169,7 @@ class MarginSelection(StrictModel):
 
     kind: Literal["margin"]
     """By mean log T - log s at rollout."""
-    signal: Signal = "teacher"
+    signal: SignalName = "teacher"
     """Teacher of the margin."""
     delta: float = 0.4
     """Wanted gap in nats per token."""

@@ -299,7 +299,9 @@ def test_a_topk_above_the_vocabulary_is_refused(engine, sequences):
         engine.score(sequences, engine.vocabulary_size + 1)
 
 
-def test_the_record_names_the_engine(engine):
-    assert engine.record.kind in ("fake", "hf", "server", "vllm")
-    assert engine.record.version
-    assert engine.precision.dtype
+def test_an_engine_may_be_closed_twice(case, tmp_path):
+    if case.marks:
+        pytest.skip("the engine outlives its tests")
+    built = case.build(tmp_path)
+    built.close()
+    built.close()

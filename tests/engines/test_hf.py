@@ -113,6 +113,21 @@ def test_a_window_too_wide_to_show_in_a_trial_is_seen_all_the_same():
     assert not prompts_can_be_shared(loaded_model(model))
 
 
+@pytest.mark.parametrize("lost", ["position_ids", "attention_mask"])
+def test_prompts_are_not_shared_by_a_model_that_sharing_would_change(lost):
+    model = tiny_model("llama")
+    assert prompts_can_be_shared(loaded_model(model))
+
+    def forget(module, inputs, named):
+        return inputs, {**named, lost: None}
+
+    model.model.register_forward_pre_hook(forget, with_kwargs=True)
+    assert not prompts_can_be_shared(loaded_model(model))
+    shared, plain = hf_engine(model, batch_tokens=200), hf_engine(tiny_model("llama"), batch_tokens=200)
+    for one, two in zip(shared.score(groups_of_three(), 0), plain.score(groups_of_three(), 0), strict=True):
+        np.testing.assert_allclose(one.logprobs, two.logprobs, rtol=0, atol=1e-5)
+
+
 def test_a_group_with_short_prompts_runs_plain():
     model = tiny_model("llama")
     engine = hf_engine(model)
@@ -322,8 +337,9 @@ def test_a_loaded_engine_is_what_its_description_says(tmp_path, dtype):
     tiny_model("qwen3").to(getattr(torch, dtype)).save_pretrained(tmp_path)
     settings, model = HfEngine(device="cpu"), ModelConfig(path=str(tmp_path))
     engine = load_engine(settings, model)
-    assert (engine.record, engine.precision) == describe_engine(settings, model)
-    assert engine.precision.dtype == dtype == str(engine._loaded.model.dtype).removeprefix("torch.")
+    record, precision = describe_engine(settings, model)
+    assert (record.kind, record.settings["device"]) == ("hf", "cpu")
+    assert precision.dtype == dtype == str(engine._loaded.model.dtype).removeprefix("torch.")
     assert (engine.vocabulary_size, engine.context_length) == (VOCABULARY, CONTEXT)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightopd.kernels import plain_tiles
 from lightopd.kernels.selected_logprobs import CUDA_TILE, FEW_POSITIONS
 from lightopd.kernels.tile_types import Inputs, LogitGradient, Walk
-from lightopd.kernels.vocabulary_walk import collect_statistics, propagate
+from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
 pytest.importorskip("triton")
 from lightopd.kernels import fused_tiles, triton_tiles
@@ -88,15 +88,13 @@ def test_bfloat16_factors_give_values_to_2e_5_nats_and_gradients_to_half_precisi
     case = make_case(seed=3, shape=(20, 32, 90, 4, 1), dtype=torch.bfloat16)
     inputs, wanted = Inputs(case.hidden_ND, case.head_VD, None), reference(case)
     ids_NU = case.ids_NM[:, :1].contiguous()
-    statistics = collect_statistics(inputs, ids_NU, BFLOAT16, 0)
+    sums = vocabulary_sums(inputs, ids_NU, BFLOAT16, 0)
     dense_NV = case.hidden_ND.double() @ case.head_VD.double().T
-    everything_NV = torch.cat(
-        [statistics.max_N[:, None] + statistics.sum_N.log()[:, None], statistics.asked_NU], 1
-    )
+    everything_NV = torch.cat([sums.max_N[:, None] + sums.sum_N.log()[:, None], sums.requested_NU], 1)
     assert (everything_NV.logsumexp(1).double() - dense_NV.logsumexp(1)).abs().max() < 2e-5
     assert (wanted.logsumexp_N - dense_NV.logsumexp(1)).abs().max() < 1e-9
-    scale_N = -1 / statistics.sum_N
-    gradient = LogitGradient(statistics.max_N, scale_N, torch.zeros_like(statistics.asked_NU))
+    scale_N = -1 / sums.sum_N
+    gradient = LogitGradient(sums.max_N, scale_N, torch.zeros_like(sums.requested_NU))
     found = propagate(inputs, ids_NU, BFLOAT16, gradient, (True, True, False))
     others_NV = dense_NV.scatter(1, ids_NU.clamp(min=0), -torch.inf).where(ids_NU >= 0, dense_NV).softmax(1)
     for ours, exact in (
@@ -115,9 +113,9 @@ from triton.compiler import ASTSource
 from lightopd.kernels import triton_tiles
 
 floats, ids = "*fp32", "*i64"
-numbers = dict.fromkeys(("num_rows", "start", "width", "num_asked", "gradient_stride"), "i32")
+numbers = dict.fromkeys(("num_rows", "start", "width", "num_requested", "gradient_stride"), "i32")
 numbers |= dict(softcap="fp32", temperature="fp32", ids=ids)
-tensors = ("logits", "asked", "running_max", "running_sum", "running_moment", "row_max", "row_scale")
+tensors = ("logits", "requested", "running_max", "running_sum", "running_moment", "row_max", "row_scale")
 numbers |= dict.fromkeys(tensors, floats)
 for half, shaped, slots in itertools.product(("fp32", "bf16"), (False, True), (0, 1, 128)):
     fixed = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE"), shaped)
@@ -181,9 +179,9 @@ class LiveBytes(TorchDispatchMode):
     ("num_positions", "num_hidden", "allowed_mib"),
     [(8192, 1024, 331 * 1.1), (8192, 4096, 1326 * 1.1), (32768, 1024, 436 * 1.1)],
 )
-@pytest.mark.parametrize("num_asked", [1, 65])
+@pytest.mark.parametrize("num_requested", [1, 65])
 def test_memory_on_a_gpu_is_the_gradients_and_one_tile(
-    num_positions, num_hidden, allowed_mib, num_asked, monkeypatch
+    num_positions, num_hidden, allowed_mib, num_requested, monkeypatch
 ):
     # 1.1 times what Liger 0.8.5 took on an H100; of the head's own gradient alone 297 and 1187 MiB.
     for name in ("absorb_rows", "gradient_rows"):
@@ -195,11 +193,11 @@ def test_memory_on_a_gpu_is_the_gradients_and_one_tile(
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     inputs = Inputs(empty(num_positions, num_hidden), empty(num_vocab, num_hidden), None)
-    ids_NU = empty(num_positions, num_asked, dtype=torch.int64)
+    ids_NU = empty(num_positions, num_requested, dtype=torch.int64)
     with LiveBytes() as watched:
         given = sum(each.nbytes for each in (inputs.hidden_ND, inputs.weight_VD, ids_NU))
-        statistics = collect_statistics(inputs, ids_NU, walk, 0)
-        gradient = LogitGradient(statistics.max_N, statistics.sum_N, statistics.asked_NU)
+        sums = vocabulary_sums(inputs, ids_NU, walk, 0)
+        gradient = LogitGradient(sums.max_N, sums.sum_N, sums.requested_NU)
         propagate(inputs, ids_NU, walk, gradient, (True, True, False))
-    logits_asked = 4 * num_positions * num_asked
-    assert (watched.peak - given - logits_asked) / 2**20 <= allowed_mib
+    requested_bytes = 4 * num_positions * num_requested
+    assert (watched.peak - given - requested_bytes) / 2**20 <= allowed_mib

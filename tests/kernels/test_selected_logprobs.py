@@ -1,6 +1,6 @@
 """The kernel against a dense float64 reference: values, gradients, edges, and the memory it may use."""
 
-# N = positions, D = hidden size, V = vocabulary, M = ids asked per position, S = tail sets, K = own top-k
+# N = positions, D = hidden size, V = vocabulary, M = ids requested per position, S = tail sets, K = own top-k
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from lightopd.kernels.tile_types import Inputs, LogitGradient, Walk
-from lightopd.kernels.vocabulary_walk import collect_statistics, propagate
+from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -194,7 +194,7 @@ def test_own_top_k_is_the_top_k_of_the_full_distribution(own_top_k, tile_vocab):
     torch.testing.assert_close(selected.topk_logprobs_NK.double(), wanted.values, rtol=1e-6, atol=1e-6)
 
 
-def test_statistics_are_detached_and_own_top_k_only_on_request():
+def test_sums_are_detached_and_own_top_k_only_on_request():
     case = make_case(seed=13)
     case.hidden_ND.requires_grad_()
     selected = kernel_selected(case, own_top_k=2)
@@ -236,9 +236,9 @@ def test_cuda_bfloat16_products_come_out_in_float32():
     )
     ids_NU = torch.zeros(6, 3, device="meta", dtype=torch.int64)
     walk = Walk(None, 1.0, 4, 16, dtype=torch.float32, operand_dtype=torch.bfloat16)
-    statistics = collect_statistics(inputs, ids_NU, walk, own_top_k=2)
-    assert {statistics.max_N.dtype, statistics.asked_NU.dtype} == {torch.float32}
-    gradient = LogitGradient(statistics.max_N, statistics.sum_N, statistics.asked_NU)
+    sums = vocabulary_sums(inputs, ids_NU, walk, own_top_k=2)
+    assert {sums.max_N.dtype, sums.requested_NU.dtype} == {torch.float32}
+    gradient = LogitGradient(sums.max_N, sums.sum_N, sums.requested_NU)
     gradients = propagate(inputs, ids_NU, walk, gradient, (True, True, True))
     assert [grad.dtype for grad in gradients] == [torch.bfloat16] * 3
     assert [grad.shape for grad in gradients] == [tensor.shape for tensor in inputs]

@@ -7,7 +7,7 @@ from objective_references import DIVERGENCES, jsd, kl
 from torch import Tensor
 
 from lightopd.objectives.base.batch import SignalTokens, StudentTokens
-from lightopd.objectives.base.divergences import divergence
+from lightopd.objectives.base.divergences import token_divergence
 from lightopd.objectives.base.part import Outcomes
 from lightopd.objectives.loss import compute_loss
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -54,7 +54,7 @@ def on_support(teacher_NV: Tensor, student_NV: Tensor, k: int) -> Outcomes:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_support_with_tail_is_the_divergence_of_the_merged_outcomes(name, k):
     outcomes = on_support(*logits(0), k)
-    found_N = divergence(target(*KINDS[name]), outcomes)
+    found_N = token_divergence(target(*KINDS[name]), outcomes)
     for row in range(5):
         real_M = outcomes.is_real_NM[row]
         wanted = DIVERGENCES[name](outcomes.teacher_NM[row][real_M], outcomes.student_NM[row][real_M])
@@ -66,8 +66,8 @@ def test_a_support_with_tail_is_the_divergence_of_the_merged_outcomes(name, k):
 def test_merging_tokens_into_the_tail_never_raises_a_divergence(name, k):
     teacher_NV, student_NV = logits(1, tokens=40)
     config = target(*KINDS[name])
-    part_N = divergence(config, on_support(teacher_NV, student_NV, k))
-    full_N = divergence(config, on_support(teacher_NV, student_NV, 11))
+    part_N = token_divergence(config, on_support(teacher_NV, student_NV, k))
+    full_N = token_divergence(config, on_support(teacher_NV, student_NV, 11))
     assert (part_N >= 0).all()
     assert (part_N <= full_N + 1e-12).all()
 
@@ -77,7 +77,7 @@ def test_merging_tokens_into_the_tail_never_raises_a_divergence(name, k):
 def test_never_negative_in_float32_however_close_the_two_are(name, gap):
     teacher_NV, noise_NV = logits(2, tokens=500, vocabulary=30)
     outcomes = on_support(teacher_NV.float(), (teacher_NV + gap * noise_NV).float(), 6)
-    assert (divergence(target(*KINDS[name]), outcomes) >= 0).all()
+    assert (token_divergence(target(*KINDS[name]), outcomes) >= 0).all()
 
 
 @pytest.mark.parametrize("k", [1, 4, 11])
@@ -91,7 +91,7 @@ def test_never_negative_in_float32_however_close_the_two_are(name, gap):
 def test_value_and_gradient_vanish_where_the_two_agree(name, k, rule):
     teacher_NV = logits(3)[0]
     student_NV = teacher_NV.clone().requires_grad_()
-    value_N = divergence(target(*KINDS[name], support=rule), on_support(teacher_NV, student_NV, k))
+    value_N = token_divergence(target(*KINDS[name], support=rule), on_support(teacher_NV, student_NV, k))
     (gradient_NV,) = torch.autograd.grad(value_N.sum(), student_NV)
     assert value_N.abs().max() < 1e-12
     assert gradient_NV.abs().max() < 1e-12
@@ -108,29 +108,29 @@ def test_a_plain_truncated_divergence_would_not_rest_where_the_two_agree():
 
 def test_jsd_becomes_forward_and_reverse_kl_at_its_ends():
     outcomes = on_support(*logits(4), 11)
-    forward_N, reverse_N = (divergence(target(kind), outcomes) for kind in ("forward_kl", "reverse_kl"))
+    forward_N, reverse_N = (token_divergence(target(kind), outcomes) for kind in ("forward_kl", "reverse_kl"))
     for beta, wanted_N in ((0.0, forward_N), (1.0, reverse_N)):
-        torch.testing.assert_close(divergence(target("jsd", beta), outcomes), wanted_N)
+        torch.testing.assert_close(token_divergence(target("jsd", beta), outcomes), wanted_N)
     near = 1e-6
     torch.testing.assert_close(
-        divergence(target("jsd", near), outcomes) / near, forward_N, rtol=1e-3, atol=1e-4
+        token_divergence(target("jsd", near), outcomes) / near, forward_N, rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(
-        divergence(target("jsd", 1 - near), outcomes) / near, reverse_N, rtol=1e-3, atol=1e-4
+        token_divergence(target("jsd", 1 - near), outcomes) / near, reverse_N, rtol=1e-3, atol=1e-4
     )
 
 
 def test_alpha_becomes_forward_and_reverse_kl_at_its_ends():
     outcomes = on_support(*logits(5, spread=1.0), 11)
     for alpha, kind in ((1 - 1e-6, "forward_kl"), (1e-6, "reverse_kl")):
-        near_N = divergence(target("alpha", alpha), outcomes)
-        torch.testing.assert_close(near_N, divergence(target(kind), outcomes), rtol=1e-4, atol=1e-5)
+        near_N = token_divergence(target("alpha", alpha), outcomes)
+        torch.testing.assert_close(near_N, token_divergence(target(kind), outcomes), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_with_any_share_is_that_of_its_definition_and_bounded_by_the_shares_entropy(beta):
     teacher_NV, student_NV = (table.log_softmax(-1) for table in logits(6, tokens=30))
-    found_N = divergence(target("jsd", beta), on_support(teacher_NV, student_NV, 11))
+    found_N = token_divergence(target("jsd", beta), on_support(teacher_NV, student_NV, 11))
     wanted_N = torch.stack([jsd(t, s, beta) for t, s in zip(teacher_NV, student_NV, strict=True)])
     torch.testing.assert_close(found_N, wanted_N)
     shares = torch.tensor([beta, 1 - beta], dtype=torch.float64)
@@ -140,30 +140,34 @@ def test_jsd_with_any_share_is_that_of_its_definition_and_bounded_by_the_shares_
 def test_skew_zero_is_plain_kl():
     outcomes = on_support(*logits(7), 5)
     for kind in ("forward_kl", "reverse_kl"):
-        found_N = divergence(target(f"skew_{kind}", 0.0), outcomes)
-        torch.testing.assert_close(found_N, divergence(target(kind), outcomes))
+        found_N = token_divergence(target(f"skew_{kind}", 0.0), outcomes)
+        torch.testing.assert_close(found_N, token_divergence(target(kind), outcomes))
 
 
 def test_the_renormalised_rule_does_not_see_tokens_outside_the_support():
     teacher_NV, student_NV = logits(8)
-    before_N = divergence(target("forward_kl", support="renormalised"), on_support(teacher_NV, student_NV, 4))
+    before_N = token_divergence(
+        target("forward_kl", support="renormalised"), on_support(teacher_NV, student_NV, 4)
+    )
     outside = teacher_NV < teacher_NV.topk(4, dim=1).values[:, -1:]
     moved_NV = torch.where(outside, student_NV + 3, student_NV)
-    after_N = divergence(target("forward_kl", support="renormalised"), on_support(teacher_NV, moved_NV, 4))
+    after_N = token_divergence(
+        target("forward_kl", support="renormalised"), on_support(teacher_NV, moved_NV, 4)
+    )
     torch.testing.assert_close(before_N, after_N)
 
 
 def test_renormalised_kl_can_exceed_the_full_kl_and_the_tail_rule_cannot():
     teacher_NV, student_NV = logits(9, tokens=300)
-    full_N = divergence(target("forward_kl"), on_support(teacher_NV, student_NV, 11))
+    full_N = token_divergence(target("forward_kl"), on_support(teacher_NV, student_NV, 11))
     cut = on_support(teacher_NV, student_NV, 4)
-    assert (divergence(target("forward_kl", support="renormalised"), cut) > full_N + 1e-6).any()
-    assert (divergence(target("forward_kl"), cut) <= full_N + 1e-12).all()
+    assert (token_divergence(target("forward_kl", support="renormalised"), cut) > full_N + 1e-6).any()
+    assert (token_divergence(target("forward_kl"), cut) <= full_N + 1e-12).all()
 
 
 def test_tempering_cached_log_probabilities_is_tempering_logits():
     teacher_NV, student_NV = logits(10)
-    found_N = divergence(
+    found_N = token_divergence(
         target("forward_kl", support="renormalised", temperature=1.5), on_support(teacher_NV, student_NV, 11)
     )
     tempered = zip((teacher_NV / 1.5).log_softmax(-1), (student_NV / 1.5).log_softmax(-1), strict=True)
@@ -175,7 +179,7 @@ def test_an_element_clip_bounds_each_outcome_and_stops_its_gradient():
     student_NV.requires_grad_()
     outcomes = on_support(teacher_NV, student_NV, 11)
     terms_V = outcomes.teacher_NM.exp() * (outcomes.teacher_NM - outcomes.student_NM)
-    found = divergence(target("forward_kl", element_clip=0.05), outcomes)
+    found = token_divergence(target("forward_kl", element_clip=0.05), outcomes)
     assert found.item() == pytest.approx(terms_V.clamp(max=0.05).sum().item(), abs=1e-12)
     assert (terms_V > 0.05).any()
 
@@ -186,7 +190,7 @@ def test_a_teacher_tail_lost_to_rounding_leaves_value_and_gradient_finite():
     lost_NM[:, -1] = -87.0
     student_NM = outcomes.student_NM.clone().requires_grad_()
     for kind in ("forward_kl", "reverse_kl", "jsd"):
-        value = divergence(target(kind), Outcomes(lost_NM, student_NM, outcomes.is_real_NM)).sum()
+        value = token_divergence(target(kind), Outcomes(lost_NM, student_NM, outcomes.is_real_NM)).sum()
         assert torch.isfinite(value)
         assert torch.isfinite(torch.autograd.grad(value, student_NM)[0]).all()
 
@@ -195,7 +199,7 @@ def test_a_teacher_tail_lost_to_rounding_leaves_value_and_gradient_finite():
 def test_extreme_log_probabilities_leave_value_and_gradient_finite_in_float32(name):
     teacher_NM = torch.tensor([[-1e-7, -90.0, -300.0], [-300.0, -1e-7, -17.0]])
     student_NM = torch.tensor([[-200.0, -1e-7, -60.0], [-1e-7, -200.0, -400.0]], requires_grad=True)
-    value = divergence(target(*KINDS[name]), Outcomes(teacher_NM, student_NM, teacher_NM < 0)).sum()
+    value = token_divergence(target(*KINDS[name]), Outcomes(teacher_NM, student_NM, teacher_NM < 0)).sum()
     assert torch.isfinite(value)
     assert torch.isfinite(torch.autograd.grad(value, student_NM)[0]).all()
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from objective_cases import World, make_world, objective, recipe, view_of
+from objective_cases import World, make_columns, make_world, objective, recipe, signals_of, view_of
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
-from lightopd.objectives.base.rollout_table import CacheView
 from lightopd.objectives.parts.extrapolation_limit import critical_factor
 from lightopd.objectives.parts.selections import choose_by_lead, gaussian_weights
-from lightopd.objectives.preparation.prepare import Prepared, prepare
+from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import TeacherValidatedSelection
 
@@ -25,12 +25,12 @@ def cache(
     negative: list[float] | None = None,
     origins: list[str] | None = None,
     teacher_rewards: list[float] | None = None,
-) -> CacheView:
+) -> ShardColumns:
     """Rollouts of two tokens whose mean log T - log s at rollout is the score."""
     number = len(scores)
     teacher_N = np.repeat(np.array(scores, np.float32) - 10, 2) + np.tile([0.5, -0.5], number)
     other_N = teacher_N if negative is None else np.repeat(np.array(negative, np.float32) - 10, 2)
-    return CacheView(
+    return make_columns(
         rollout_ids=[f"r{place}" for place in range(number)],
         groups_R=np.array(groups),
         rewards_R=np.array(rewards, np.float32),
@@ -38,14 +38,14 @@ def cache(
         domains=[None] * number,
         offsets=np.arange(number + 1) * 2,
         loss_mask_N=np.ones(2 * number, bool),
-        ref_logprobs_N=np.full(2 * number, -10, np.float32),
-        logprobs_N={"teacher": teacher_N, "reference": other_N, "negative": other_N},
+        logprobs_N=np.full(2 * number, -10, np.float32),
+        signals={"teacher": teacher_N, "reference": other_N, "negative": other_N},
         teacher_rewards_R=None if teacher_rewards is None else np.array(teacher_rewards, np.float32),
     )
 
 
-def column(config: ObjectiveConfig, view: CacheView, name: str) -> list[float]:
-    return [float(value) for value in prepare(config, [view]).columns[name]]
+def column(config: ObjectiveConfig, view: ShardColumns, name: str) -> list[float]:
+    return [float(value) for value in prepare_rollouts(config, [view]).columns[name]]
 
 
 def test_group_rewards_are_standardised_by_the_unbiased_deviation():
@@ -111,12 +111,6 @@ def test_contrast_weights_follow_the_standardised_gain_and_are_clipped():
     assert found == pytest.approx([1.5, low, low, low], abs=1e-4)
 
 
-def test_balanced_outcomes_have_equal_total_weight_and_mean_one():
-    config = objective(target=PLAIN, rollout_weights=["balance_outcomes"])
-    found = column(config, cache([0] * 4, [1, 1, 1, 0], [1, 1, 2, 2]), "main/weight")
-    assert found == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
-
-
 def test_medium_prompts_weigh_more_at_mean_one():
     config = objective(target=PLAIN, rollout_weights=[{"kind": "difficulty", "factor": 3.0}])
     found = column(config, cache([0] * 4, [1, 0, 1, 1], [1, 1, 2, 2]), "main/weight")
@@ -129,8 +123,8 @@ def test_a_mean_over_rows_scales_by_the_share_of_the_cache():
     assert column(config, view, "main/weight") == [4, 0, 0, 0]
 
 
-def kept(config: ObjectiveConfig, view: CacheView) -> list[int]:
-    return np.flatnonzero(prepare(config, [view]).keep_R).tolist()
+def kept(config: ObjectiveConfig, view: ShardColumns) -> list[int]:
+    return np.flatnonzero(prepare_rollouts(config, [view]).keep_R).tolist()
 
 
 def test_the_greedy_mask_drops_what_opens_the_gap_most_until_it_is_there():
@@ -205,16 +199,14 @@ def test_the_order_by_lead_does_not_see_a_constant_and_gaussian_weights_sum_to_o
 
 def test_selections_follow_one_another_and_columns_cover_what_is_kept():
     view = cache([0] * 6, [1, 0, 1, 1, 1, 0], [1, 1, 2, 2, 3, 3])
-    config = objective(
-        target=PLAIN, select=["pass_rate", "balance_outcomes"], rollout_weights=["balance_outcomes"]
-    )
-    found = prepare(config, [view])
+    config = objective(target=PLAIN, select=["pass_rate", "balance_outcomes"], rollout_weights=["difficulty"])
+    found = prepare_rollouts(config, [view])
     assert found.keep_R.tolist() == [True, True, False, False, True, True]
     assert found.columns["main/weight"].tolist() == [1, 1, 0, 0, 1, 1]
     assert found.notes[0] == "selection pass_rate dropped 2 rollouts, 4 are left"
 
 
-def columns_of(prepared: Prepared, world: World, order: list[int]) -> dict[str, dict[str, float]]:
+def columns_of(prepared: PreparedRollouts, world: World, order: list[int]) -> dict[str, dict[str, float]]:
     names = [world.names[row] for row in order]
     keep = dict(zip(names, prepared.keep_R.tolist(), strict=True))
     return {"keep": keep} | {
@@ -227,9 +219,11 @@ def columns_of(prepared: Prepared, world: World, order: list[int]) -> dict[str, 
 )
 def test_neither_shards_nor_the_order_of_rollouts_change_a_column(name):
     world, order = make_world(3), [5, 0, 7, 2, 1, 6, 3, 4]
-    whole = columns_of(prepare(recipe(name), [view_of(world, list(range(8)))]), world, list(range(8)))
+    whole = columns_of(
+        prepare_rollouts(recipe(name), [view_of(world, list(range(8)))]), world, list(range(8))
+    )
     pieces = [view_of(world, order[:3]), view_of(world, order[3:4]), view_of(world, order[4:])]
-    cut = columns_of(prepare(recipe(name), pieces), world, order)
+    cut = columns_of(prepare_rollouts(recipe(name), pieces), world, order)
     assert whole.keys() == cut.keys()
     for key, column in whole.items():
         assert cut[key] == pytest.approx(column, abs=1e-6)
@@ -247,48 +241,50 @@ def guarded(factor: float, action: str = "refuse") -> ObjectiveConfig:
     return objective(target=PLAIN, extrapolate={"factor": factor, "guard": guard})
 
 
-def deterministic(base: float) -> CacheView:
+def deterministic(base: float) -> ShardColumns:
     """Every token has probability 0.9993 under the teacher and `base` under the reference."""
     view = cache([0.0, 0.0], [1, 1], [1, 1])
     table = {"teacher": np.full(4, np.log(0.9993)), "reference": np.full(4, np.log(base))}
-    return replace(view, logprobs_N={name: values.astype(np.float32) for name, values in table.items()})
+    return replace(
+        view, signals=signals_of({name: values.astype(np.float32) for name, values in table.items()})
+    )
 
 
 def test_the_guard_refuses_a_factor_above_the_limit_and_passes_one_below():
-    assert prepare(guarded(1.2), [deterministic(0.5)]).notes == (
+    assert prepare_rollouts(guarded(1.2), [deterministic(0.5)]).notes == (
         "term main: factor 1.2 lies above the inferred limit at 0.00% of 4 near-deterministic tokens",
     )
     with pytest.raises(CacheError, match=r"factor 1.25 lies above .* 100.00% of 4 .* lower the factor"):
-        prepare(guarded(1.25), [deterministic(0.5)])
-    assert "100.00%" in prepare(guarded(1.25, "warn"), [deterministic(0.5)]).notes[0]
-    assert "0.00%" in prepare(guarded(1.25), [deterministic(0.99)]).notes[0]
+        prepare_rollouts(guarded(1.25), [deterministic(0.5)])
+    assert "100.00%" in prepare_rollouts(guarded(1.25, "warn"), [deterministic(0.5)]).notes[0]
+    assert "0.00%" in prepare_rollouts(guarded(1.25), [deterministic(0.99)]).notes[0]
 
 
 def test_a_value_that_is_not_finite_is_named_with_signal_rollout_and_token():
     view = cache([0.0] * 3, [1] * 3, [1] * 3)
-    broken = view.logprobs_N["teacher"].copy()
+    broken = view.signals["teacher"].logprobs_N.copy()
     broken[3] = np.nan
     with pytest.raises(
         CacheError, match=r"signal teacher: 1 values .* first is nan at token 1 of rollout r1"
     ):
-        prepare(ObjectiveConfig(), [replace(view, logprobs_N={"teacher": broken})])
+        prepare_rollouts(ObjectiveConfig(), [replace(view, signals=signals_of({"teacher": broken}))])
 
 
 def test_missing_rewards_are_refused_where_they_are_read():
     view = cache([0.0] * 2, [float("nan")] * 2, [1, 1])
-    prepare(ObjectiveConfig(), [view])
+    prepare_rollouts(ObjectiveConfig(), [view])
     with pytest.raises(CacheError, match="all rewards are missing"):
-        prepare(objective(target="reward"), [view])
+        prepare_rollouts(objective(target="reward"), [view])
 
 
 def test_groups_of_one_are_refused_where_rollouts_are_compared():
     view = cache([0.0] * 2, [1, 0], [1, 2])
     with pytest.raises(CacheError, match="each of the 2 prompts has a single rollout"):
-        prepare(objective(target="reward"), [view])
+        prepare_rollouts(objective(target="reward"), [view])
 
 
 def test_a_few_groups_of_one_are_noted():
-    found = prepare(objective(target="reward"), [cache([0.0] * 3, [1, 0, 1], [1, 1, 2])])
+    found = prepare_rollouts(objective(target="reward"), [cache([0.0] * 3, [1, 0, 1], [1, 1, 2])])
     assert found.notes == ("1 of 2 prompts have a single rollout and nothing to compare",)
     assert found.columns["main/reward"][2] == 0
 
@@ -296,30 +292,26 @@ def test_a_few_groups_of_one_are_noted():
 def test_weights_that_sum_to_zero_are_refused():
     view = cache([0.0] * 2, [1, 1], [1, 1])
     with pytest.raises(CacheError, match=r"term main: rollout weights sum to zero .*rows: incorrect"):
-        prepare(objective(target="mle", rows="incorrect"), [view])
+        prepare_rollouts(objective(target="mle", rows="incorrect"), [view])
 
 
 def test_a_balance_without_one_outcome_is_refused():
     view = cache([0.0] * 2, [1, 1], [1, 1])
-    for config in (
-        objective(target="mle", select=["balance_outcomes"]),
-        objective(target="mle", rollout_weights=["balance_outcomes"]),
-    ):
-        with pytest.raises(CacheError, match="2 rollouts are correct and 0 are not"):
-            prepare(config, [view])
+    with pytest.raises(CacheError, match="2 rollouts are correct and 0 are not"):
+        prepare_rollouts(objective(target="mle", select=["balance_outcomes"]), [view])
 
 
 def test_a_selection_that_keeps_nothing_is_refused():
     with pytest.raises(CacheError, match="selection pass_rate keeps none of the cache's 2 rollouts"):
-        prepare(objective(target="mle", select=["pass_rate"]), [cache([0.0] * 2, [1, 1], [1, 1])])
+        prepare_rollouts(objective(target="mle", select=["pass_rate"]), [cache([0.0] * 2, [1, 1], [1, 1])])
 
 
 def test_an_empty_cache_is_refused():
     with pytest.raises(CacheError, match="no rollouts"):
-        prepare(ObjectiveConfig(), [])
+        prepare_rollouts(ObjectiveConfig(), [])
 
 
 def test_prompts_that_are_no_pairs_are_refused():
     view = cache([0.0] * 4, [1] * 4, [1, 1, 2, 2], origins=["teacher", "student", "student", "student"])
     with pytest.raises(CacheError, match="1 of 2 prompts are no pair"):
-        prepare(recipe("soda"), [replace(view, logprobs_N={"warmup": view.logprobs_N["teacher"]})])
+        prepare_rollouts(recipe("soda"), [replace(view, signals={"warmup": view.signals["teacher"]})])

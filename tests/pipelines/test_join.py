@@ -5,21 +5,19 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from cache_cases import table_to_rollouts
 from tiny_models import save_model
 
 from lightopd.cache.index import query
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import open_cache
-from lightopd.cache.tables import table_to_rollouts
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, LineageError, OutputError
 from lightopd.pipelines import rollout, sft
 from lightopd.pipelines.caches import join as joining
 from lightopd.pipelines.caches.join import join
-from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import ROLLOUTS
-from lightopd.schemas.manifest import compared_fields
 
 
 def rows_of(path):
@@ -125,7 +123,7 @@ def test_a_source_given_twice_adds_nothing(sources, tmp_path):
     assert report.dropped == {"in an earlier cache already": 24}
 
 
-def test_a_killed_join_goes_on_and_gives_the_same_bytes(sources, tmp_path, monkeypatch):
+def test_a_killed_join_resumes_and_gives_the_same_bytes(sources, tmp_path, monkeypatch):
     join(tmp_path / "whole", sources)
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "rollouts").glob("part-*")}
     write, calls = joining.write_shard, []
@@ -185,15 +183,6 @@ def test_one_kind_of_cache_is_not_enough(sources, tmp_path):
         join(tmp_path / "again", [tmp_path / "both", sources[0]])
     with pytest.raises(ConfigError, match="one of the caches to join"):
         join(sources[0], sources)
-
-
-def test_a_cache_that_was_never_joined_keeps_its_fingerprint(world, sources, tmp_path):
-    """The markers of caches on disk name it, and opening compares them."""
-    manifest = open_cache(world.cache).manifest
-    assert "joined" not in compared_fields(manifest)
-    assert manifest.fingerprint() == canonical_hash(compared_fields(manifest))
-    join(tmp_path / "both", sources)
-    assert "joined" in compared_fields(open_cache(tmp_path / "both").manifest)
 
 
 def test_soda_and_raft_train_from_the_command_line(lightopd, world, sources, tmp_path):

@@ -13,8 +13,8 @@ from lightopd.cache.store import content_id, open_cache
 from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, rollout, rounds, train
-from lightopd.pipelines import run as chain
-from lightopd.pipelines.shared.engine_pool import KeptEngines
+from lightopd.pipelines import run as pipeline
+from lightopd.pipelines.rounds import KeptEngines
 from lightopd.prompts.load import load_prompts
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, OptimizerConfig, TrainConfig
@@ -53,7 +53,7 @@ def finished(world, tmp_path_factory):
     """A finished run of two rounds; read only."""
     out = tmp_path_factory.mktemp("rounds") / "run"
     config = build_run(settings(world, out))
-    return out, chain.run(config)
+    return out, pipeline.run(config)
 
 
 def lineage(folder):
@@ -94,7 +94,13 @@ def test_each_round_takes_the_next_prompts(finished):
     assert prompts_of(out / "round-001" / "cache") == {"p4", "p5", "p6", "p7"}
 
 
-def test_prompts_past_the_last_one_go_on_at_the_first(world):
+def test_each_round_draws_with_a_seed_of_its_own(finished):
+    out, _ = finished
+    caches = [open_cache(out / name / "cache") for name in ("round-000", "round-001")]
+    assert [cache.manifest.sampling.seed for cache in caches] == [0, 1]
+
+
+def test_prompts_past_the_last_one_continue_at_the_first(world):
     config = FilePrompts(path=world.root / "prompts.jsonl", skip=22, limit=4)
     assert [prompt.prompt_id for prompt in load_prompts(config)] == ["p10", "p11", "p0", "p1"]
     everything = load_prompts(config.model_copy(update={"limit": 50}))
@@ -212,7 +218,7 @@ def test_a_run_that_stopped_when_stale_stays_stopped_until_the_limit_is_lifted(w
     assert fit(False).figures["steps"] == 5
 
 
-def test_rounds_go_on_where_the_cache_is_stale_unless_they_are_told_not_to_stop(world, tmp_path):
+def test_rounds_continue_where_the_cache_is_stale_unless_they_are_told_not_to_stop(world, tmp_path):
     config = build_run(settings(world, tmp_path))
     assert rounds._round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
     changed = {**settings(world, "x")["train"], "staleness": {"stop_when_stale": False}}
@@ -220,7 +226,7 @@ def test_rounds_go_on_where_the_cache_is_stale_unless_they_are_told_not_to_stop(
     assert not rounds._round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
 
 
-def test_the_optimiser_goes_on_from_round_to_round_unless_it_is_fresh(world, finished, tmp_path):
+def test_the_optimiser_is_carried_from_round_to_round_unless_it_is_fresh(world, finished, tmp_path):
     def moments(out):
         state = load_file(out / "round-001/train/checkpoints/step-000002/optimizer.safetensors")
         return next(value for name, value in state.items() if name.startswith("step/"))
@@ -300,7 +306,7 @@ def test_kept_engines_are_freed_at_the_end():
 def test_a_dry_run_speaks_of_every_step_and_says_what_the_others_wait_for(world, finished, tmp_path):
     def dry(out, **changes):
         told = []
-        report = chain.run(build_run(settings(world, out, **changes)), dry_run=True, told=told.append)
+        report = pipeline.run(build_run(settings(world, out, **changes)), dry_run=True, told=told.append)
         return report, told
 
     report, told = dry(tmp_path / "new", rounds=None)
@@ -355,7 +361,7 @@ def adapted(world, out, **changes):
     return run(world, out, train={**plain, "adapter": {"rank": 2, **changes.pop("adapter", {})}}, **changes)
 
 
-def test_rounds_go_on_with_one_adapter_on_one_base(world, tmp_path):
+def test_rounds_train_one_adapter_on_one_base(world, tmp_path):
     report = adapted(world, tmp_path / "run")
     made = [tmp_path / "run" / name / "train/student" for name in ("round-000", "round-001")]
     first, second = (lineage(folder) for folder in made)

@@ -13,9 +13,9 @@ from lightopd.training.measures.metrics_file import read_metrics
 PREPARE = """
 import transformers.models.qwen3.modeling_qwen3
 from lightopd.config import load_run
-from lightopd.pipelines import run as chain
+from lightopd.pipelines import run as pipeline
 def live(file):
-    chain.run(load_run([file], [], {}))
+    pipeline.run(load_run([file], [], {}))
 """
 ROUNDS = 3
 KILLS = 12

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from lightopd.errors import InputError, OutputError
 from lightopd.lineage.fingerprint import fingerprint_tokenizer
+from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2, half_depth_student
-from lightopd.prompts.tokens import load_tokenizer, prompt_text, render_prompt, stop_ids
+from lightopd.prompts.tokens import prompt_text, render_prompt, stop_ids
 from lightopd.schemas.configs import ModelConfig, PromptRendering
 from lightopd.schemas.records import Prompt
 

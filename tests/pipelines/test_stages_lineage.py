@@ -11,7 +11,7 @@ from lightopd.cache.store import open_cache
 from lightopd.config import load_run, load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
-from lightopd.pipelines import run as chain
+from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.gap import verdict
 from lightopd.schemas.configs import SamplingConfig
 
@@ -52,7 +52,7 @@ def test_a_refused_run_leaves_the_config_of_the_finished_one(world, tmp_path):
     assert (tmp_path / "out" / "train.yaml").read_bytes() == before
 
 
-def test_a_stage_goes_on_while_another_signal_is_unfinished(world, tmp_path):
+def test_a_stage_runs_while_another_signal_is_unfinished(world, tmp_path):
     shutil.copytree(world.cache, tmp_path / "cache")
     asked = {"cache": tmp_path / "cache", "teacher": world.teacher, "top_k": 4}
     precompute.run(load_stage("precompute", [], [], {**asked, "signal": "second"}))
@@ -63,7 +63,7 @@ def test_a_stage_goes_on_while_another_signal_is_unfinished(world, tmp_path):
     run_train(world, tmp_path / "cache", tmp_path / "out")
 
 
-def test_the_chain_goes_on_after_it_was_stopped_in_the_middle_of_scoring(world, tmp_path):
+def test_the_pipeline_resumes_after_it_was_stopped_in_the_middle_of_scoring(world, tmp_path):
     file = tmp_path / "run.yaml"
     settings = {
         "out": str(tmp_path / "run"),
@@ -75,13 +75,13 @@ def test_the_chain_goes_on_after_it_was_stopped_in_the_middle_of_scoring(world, 
         "train": {"steps": 1, "batch_sequences": 6},
     }
     file.write_text(yaml.safe_dump(settings))
-    chain.run(load_run([str(file)], [], {}))
+    pipeline.run(load_run([str(file)], [], {}))
     folder = tmp_path / "run/cache/signals/teacher"
     whole = {path.name: path.read_bytes() for path in folder.glob("part-*")}
     shutil.rmtree(tmp_path / "run" / "train")
     for name in ("part-00001.json", "part-00002.json", "part-00002.parquet"):
         (folder / name).unlink()
-    chain.run(load_run([str(file)], [], {}))
+    pipeline.run(load_run([str(file)], [], {}))
     assert {path.name: path.read_bytes() for path in folder.glob("part-*")} == whole
     assert (tmp_path / "run/train/student/lightopd_student.json").is_file()
 
@@ -158,7 +158,7 @@ def test_an_adapter_that_was_trained_samples_is_evaluated_and_is_trained_again(w
     assert merged.figures["steps"] == 1
 
 
-def test_the_chain_evaluates_the_adapter_on_the_student_it_began_with(tmp_path):
+def test_the_pipeline_evaluates_the_adapter_on_the_student_it_began_with(tmp_path):
     settings = {
         "out": tmp_path,
         "teacher": "t",

@@ -9,7 +9,7 @@ import pytest
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.prompts.load import load_prompts
-from lightopd.rewards.judge import judge
+from lightopd.rewards.reward import reward_of
 from lightopd.schemas.configs import FilePrompts, ReasoningGymPrompts, RunningTotalsPrompts
 
 
@@ -91,11 +91,11 @@ def test_an_answer_is_text_or_a_number(tmp_path, answer, expected):
         ({"messages": [{"role": "user", "content": "a"}, "b"]}, "row 7: turn 2 of `messages` is 'b'"),
         (
             {"messages": [{"role": "assistant", "content": "a"}]},
-            "row 7: the last turn .*assistant's; remove it",
+            "row 7 has an assistant's turn alone; put a user's turn before it",
         ),
         ({"prompt": "a", "answer": ["x"]}, "row 7: `answer` is .*text or a finite number"),
         ({"prompt": "a", "answer": True}, r"row 7: `answer` is True \(bool\)"),
-        ('{"prompt": "a", "answer": NaN}', r"row 7: `answer` is nan \(float\)"),
+        ('{"prompt": "a", "answer": NaN}', "row 7: `answer` holds nan, which is no number"),
         ({"prompt": "a", "id": 1.5}, r"row 7: `id` is 1\.5 \(float\)"),
         ({"prompt": "a", "id": ""}, "row 7: `id` is ''"),
         ({"prompt": "a", "domain": 3}, r"row 7: `domain` is 3 \(int\)"),
@@ -126,7 +126,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         ("gone.jsonl", None, r"no prompt file .*gone\.jsonl"),
         ("empty.jsonl", b"", r"empty\.jsonl has no prompts"),
         ("blank.jsonl", b"\n\n", r"blank\.jsonl has no prompts"),
-        ("p.csv", b"prompt\na\n", r"p\.csv ends in '\.csv'; prompts are read from \.jsonl"),
+        ("p.txt", b"prompt\na\n", r"p\.txt ends in '\.txt'; prompts are read from \.jsonl"),
         ("p.parquet", b"not parquet at all", r"p\.parquet cannot be read as Parquet"),
         ("empty.parquet", b"", r"empty\.parquet cannot be read as Parquet"),
     ],
@@ -173,7 +173,7 @@ def test_parquet_rows_are_counted_over_batches_and_decimals_are_numbers(tmp_path
 
 def test_parquet_without_a_prompt_column_names_its_columns(tmp_path):
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "p.parquet")
-    with pytest.raises(InputError, match=r"has columns \['question'\]; it needs `prompt` or `messages`"):
+    with pytest.raises(InputError, match=r"keys: \['question'\]\); .* such as --map prompt=question"):
         load(tmp_path / "p.parquet")
 
 
@@ -186,8 +186,8 @@ def test_running_totals_come_with_their_verifier():
     config = RunningTotalsPrompts(kind="running_totals", count=5, seed=3, limit=2)
     first, second = load_prompts(config)
     assert first.prompt_id != second.prompt_id
-    assert judge(first, f"1,2,{first.answer}") == 1.0
-    assert judge(first, "1,2,0") == 0.0
+    assert reward_of(first, f"1,2,{first.answer}") == 1.0
+    assert reward_of(first, "1,2,0") == 0.0
 
 
 def test_more_running_totals_than_there_can_be_is_a_config_error():
@@ -213,9 +213,9 @@ def test_a_generated_task_is_scored_by_its_own_verifier_also_after_pickling():
     pytest.importorskip("reasoning_gym")
     for prompt in pickle.loads(pickle.dumps(load_prompts(gym(count=5, seed=1, options={"max_digits": 2})))):
         assert prompt.answer is not None
-        assert judge(prompt, f" {prompt.answer}\n") == 1.0
-        assert judge(prompt, f"I think <answer>{prompt.answer}</answer>.") == 1.0
-        assert judge(prompt, "no") == 0.0
+        assert reward_of(prompt, f" {prompt.answer}\n") == 1.0
+        assert reward_of(prompt, f"I think <answer>{prompt.answer}</answer>.") == 1.0
+        assert reward_of(prompt, "no") == 0.0
 
 
 def test_tasks_that_repeat_a_question_have_ids_of_their_own():

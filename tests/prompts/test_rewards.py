@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lightopd.errors import ConfigError, InputError
-from lightopd.rewards.judge import find_verifier, judge
+from lightopd.rewards.reward import find_verifier, reward_of
 from lightopd.schemas.records import Prompt
 
 
@@ -26,7 +26,7 @@ def user_module(tmp_path, monkeypatch):
 
 
 def test_a_prompt_without_a_verifier_has_no_reward():
-    assert judge(prompt(None), "42") is None
+    assert reward_of(prompt(None), "42") is None
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def test_a_prompt_without_a_verifier_has_no_reward():
     [("42", 1.0), (" 42\n", 1.0), ("4 2", 0.0), ("42.0", 0.0), ("the answer is 42", 0.0), ("", 0.0)],
 )
 def test_exact_compares_the_whole_response(response, reward):
-    assert judge(prompt("exact"), response) == reward
+    assert reward_of(prompt("exact"), response) == reward
 
 
 def test_exact_takes_any_white_space_as_one():
-    assert judge(prompt("exact", answer="a b\nc"), "a  b c ") == 1.0
+    assert reward_of(prompt("exact", answer="a b\nc"), "a  b c ") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_exact_takes_any_white_space_as_one():
     ],
 )
 def test_last_number_compares_numbers(response, answer, reward):
-    assert judge(prompt("last_number", answer=answer), response) == reward
+    assert reward_of(prompt("last_number", answer=answer), response) == reward
 
 
 def test_last_number_needs_a_number_in_the_answer():
     with pytest.raises(InputError, match="last_number needs an answer with a number in it, got 'x'"):
-        judge(prompt("last_number", answer="x"), "42")
+        reward_of(prompt("last_number", answer="x"), "42")
 
 
 def test_running_totals_is_the_demo_tasks_own_verifier():
-    assert judge(prompt("running_totals", answer="90"), "19,49,90") == 1.0
-    assert judge(prompt("running_totals", answer="90"), "90") == 0.0
+    assert reward_of(prompt("running_totals", answer="90"), "19,49,90") == 1.0
+    assert reward_of(prompt("running_totals", answer="90"), "90") == 0.0
 
 
 def test_math_verify_knows_equal_expressions_or_says_what_to_install():
@@ -90,28 +90,28 @@ def test_math_verify_knows_equal_expressions_or_says_what_to_install():
         import math_verify  # noqa: F401
     except ImportError:
         with pytest.raises(ConfigError, match="pip install math-verify"):
-            judge(half, "$0.5$")
+            reward_of(half, "$0.5$")
         return
-    assert judge(half, r"so it is $\frac{2}{4}$") == 1.0
-    assert judge(half, "$0.4$") == 0.0
+    assert reward_of(half, r"so it is $\frac{2}{4}$") == 1.0
+    assert reward_of(half, "$0.4$") == 0.0
 
 
 @pytest.mark.usefixtures("user_module")
 def test_a_function_by_import_path_gets_response_answer_and_metadata():
-    assert judge(prompt("my_rewards:length", answer=None, longest=8), "four") == 0.5
+    assert reward_of(prompt("my_rewards:length", answer=None, longest=8), "four") == 0.5
 
 
 @pytest.mark.usefixtures("user_module")
 @pytest.mark.parametrize("told", ["nan", "inf", "-0.1", "1.1"])
 def test_a_reward_outside_0_to_1_is_refused(told):
     with pytest.raises(InputError, match=rf"my_rewards:told on prompt p1 returned {told}"):
-        judge(prompt("my_rewards:told"), told)
+        reward_of(prompt("my_rewards:told"), told)
 
 
 @pytest.mark.usefixtures("user_module")
 def test_a_reward_that_is_no_number_is_refused():
     with pytest.raises(InputError, match="returned None; a reward is a number from 0 to 1"):
-        judge(prompt("my_rewards:nothing"), "x")
+        reward_of(prompt("my_rewards:nothing"), "x")
 
 
 @pytest.mark.usefixtures("user_module")
@@ -119,7 +119,7 @@ def test_a_function_that_fails_is_one_line_with_its_cause():
     with pytest.raises(
         InputError, match=r"my_rewards:told on prompt p1 failed with ValueError: could not"
     ) as refused:
-        judge(prompt("my_rewards:told"), "no number")
+        reward_of(prompt("my_rewards:told"), "no number")
     assert "\n" not in str(refused.value)
     assert isinstance(refused.value.__cause__, ValueError)
 

@@ -43,7 +43,7 @@ def test_an_answer_is_the_sum_and_the_reference_earns_the_whole_reward():
         assert len(addends) == 4
         assert all(1 <= addend <= 50 for addend in addends)
         assert row["answer"] == str(sum(addends))
-        assert tasks.verify(tasks.reference_response(row["prompt"]), row["answer"]) == 1.0
+        assert tasks.total_reward(tasks.reference_response(row["prompt"]), row["answer"]) == 1.0
 
 
 def test_the_reference_response_holds_every_running_total():
@@ -92,9 +92,9 @@ def test_a_count_out_of_range_is_refused(count):
 
 
 def test_only_the_last_total_decides():
-    assert tasks.verify("19,49,90", "90") == 1.0
-    assert tasks.verify("18,48,90", "90") == 1.0
-    assert tasks.verify("19,49,91", "90") == 0.0
+    assert tasks.total_reward("19,49,90", "90") == 1.0
+    assert tasks.total_reward("18,48,90", "90") == 1.0
+    assert tasks.total_reward("19,49,91", "90") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_only_the_last_total_decides():
      "19,49,90<eos>", "19,49,", "x,49,90", "19,49,9", "\u0661,\u0662,90"],
 )  # fmt: skip
 def test_malformed_text_earns_nothing(response):
-    assert tasks.verify(response, "90") == 0.0
+    assert tasks.total_reward(response, "90") == 0.0
 
 
 def sha256_of(file: Path) -> str:

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lightopd.errors import ConfigError, InputError
-from lightopd.prompts.tokens import load_tokenizer, prompt_text, render_prompt, response_text, stop_ids
+from lightopd.models.tokenizer import load_tokenizer
+from lightopd.prompts.tokens import prompt_text, render_prompt, response_text, stop_ids
 from lightopd.schemas.configs import ModelConfig, PromptRendering
 from lightopd.schemas.records import Prompt
 

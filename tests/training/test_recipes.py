@@ -88,7 +88,7 @@ JUMPING = ObjectiveConfig.model_validate({"target": {"kind": "divergence"}, "jum
 KINDS = {
     "prepared": ("scope", None),
     "pairs": ("soda", None),
-    "statistics": ("renio", None),
+    "step_sums": ("renio", None),
     "balance": ("raft", None),
     "turns": ("tcod", None),
     "lengths": ("decoupling_lengths", RAISING),

@@ -5,30 +5,23 @@ from dataclasses import replace
 
 import torch
 
-from lightopd.engines.base import Tail, check_prompts, check_sequences
+from lightopd.engines.base import check_prompts, check_sequences
 from lightopd.engines.hf import generate as hf_generate
 from lightopd.engines.hf import score as hf_score
-from lightopd.engines.hf.record import describe_hf
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
 from lightopd.models.head import check_head, head_of
 from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
 from lightopd.schemas import records
 from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig
-from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Ids, Sample, Scores
 
 
 class TransformersEngine:
     """Implements `Engine` with transformers; built by `load_hf_engine`."""
 
-    def __init__(
-        self, loaded: LoadedModel, settings: HfEngine, record: EngineRecord, precision: Precision
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, settings: HfEngine) -> None:
         self.vocabulary_size = len(loaded.head.weight_VD)
         self.context_length = loaded.context_length
-        self.record = record
-        self.precision = precision
-        self.tail: Tail = "exact"
         self._loaded: LoadedModel | None = loaded
         self._settings = settings
         self._share_prompts = prompts_can_be_shared(loaded)
@@ -69,7 +62,6 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
         ConfigError: no such device, or an adapter without peft.
         EngineError: the model makes its logits in an unknown way.
     """
-    record, precision = describe_hf(engine, model)
     device = choose_device(engine.device)
     loaded = load_model(model, device)
     check_head(loaded)
@@ -78,4 +70,4 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
         # A CPU multiplies in float32: converted once here, or else for every batch.
         head = replace(head, weight_VD=head.weight_VD.float())
     everything = LoadedModel(loaded, head, device, context_length_of(loaded))
-    return TransformersEngine(everything, engine, record, precision)
+    return TransformersEngine(everything, engine)

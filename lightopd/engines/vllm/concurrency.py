@@ -16,6 +16,10 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name="lightopd-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
+
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Wait for a coroutine; an interrupt of the wait (Ctrl-C) cancels it."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -30,7 +34,7 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what still runs and end the thread; closing twice is allowed."""
-        if self._loop.is_closed():
+        if self.is_closed:
             return
         self.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)

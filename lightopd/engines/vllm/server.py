@@ -6,67 +6,30 @@ R = response tokens, K = top-k, M = K + 1 entries of a position (its own token, 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from lightopd.engines.base import Tail, check_prompts, check_sequences, row_seed
-from lightopd.engines.hf.score import empty_scores
-from lightopd.engines.vllm.concurrency import LoopThread, run_all
-from lightopd.engines.vllm.from_logprobs import sample_of, scores_of
+from lightopd.engines.vllm.concurrency import LoopThread
+from lightopd.engines.vllm.requests import Drawn, RequestEngine, ids_of
 from lightopd.engines.vllm.server_http import ServerPool
 from lightopd.engines.vllm.server_probe import Served, check_top_k, probe, served_model
 from lightopd.engines.vllm.server_rows import number, response_rows
-from lightopd.engines.vllm.settings import check_sampling
 from lightopd.errors import EngineError
 from lightopd.models.limits import precision_of
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
-from lightopd.schemas.records import Ids, Sample, Scores
+from lightopd.schemas.records import Floats, Ids, Scores
 
 ENTRY_BYTES = 512
 """Memory of one log-probability while an answer is read: its JSON text and the Python objects of it."""
-IN_FLIGHT_BYTES = 1 << 30
-"""Memory for answers that were asked for and are not yet packed."""
 
 
-class ServerClient:
+class ServerClient(RequestEngine):
     """Implements `Engine` with vLLM servers; built by `load_server_engine`."""
 
-    def __init__(
-        self, loop: LoopThread, pool: ServerPool, engine: ServerEngine, served: Served, precision: Precision
-    ) -> None:
-        self.vocabulary_size = served.vocabulary_size
-        self.context_length = served.context_length
-        self.record = served.record
-        self.precision = precision
-        self.tail: Tail = "derived"
-        self._loop = loop
+    def __init__(self, loop: LoopThread, pool: ServerPool, engine: ServerEngine, served: Served) -> None:
+        super().__init__(loop, served.limits, ENTRY_BYTES, engine.concurrency * len(engine.urls))
         self._pool = pool
         self._name = served.name
-        self._most = engine.concurrency * len(engine.urls)
         self._checked_top_k = 0
-
-    def generate(
-        self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
-    ) -> list[Sample]:
-        """Draw responses; see `Engine.generate`."""
-        check_prompts(prompts, keys, self.vocabulary_size, self.context_length)
-        check_sampling(sampling)
-        limits = [min(sampling.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
-        stops = sorted(set(map(int, stop_ids)))
-
-        async def draw(index: int) -> Sample:
-            name, limit = f"rollout {keys[index]}", limits[index]
-            seed = row_seed(sampling.seed, keys[index])
-            choice = await self._complete(name, prompts[index], _drawing(sampling, limit, seed, stops))
-            logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            ids, values = choice.get("token_ids") or [], [number(value) for value in logprobs]
-            return sample_of(
-                name, ids, values, choice.get("finish_reason"), limit, stops, self.vocabulary_size
-            )
-
-        sizes = [ENTRY_BYTES * (len(prompt) + limit) for prompt, limit in zip(prompts, limits, strict=True)]
-        return self._loop.run(run_all(draw, sizes, IN_FLIGHT_BYTES, self._most))
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
@@ -76,32 +39,29 @@ class ServerClient:
         Raises:
             EngineError: also when a server caps log-probabilities below `top_k`, or does not answer.
         """
-        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
-        if top_k > self._checked_top_k:
+        if self._checked_top_k < top_k <= self.vocabulary_size:
             self._loop.run(check_top_k(self._pool, self._name, top_k))
             self._checked_top_k = top_k
-        filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
-
-        async def score_one(place: int) -> Scores:
-            sequence, name = sequences[filled[place]], f"sequence {filled[place]}"
-            ids = np.concatenate([sequence.prompt_ids, sequence.response_ids])
-            choice = await self._complete(name, ids, _scoring(top_k))
-            rows = response_rows(name, choice.get("prompt_logprobs"), sequence, top_k)
-            return scores_of(name, sequence.response_ids, *rows, min_probability, self.vocabulary_size)
-
-        lengths = [len(sequences[i].prompt_ids) + len(sequences[i].response_ids) for i in filled]
-        sizes = [ENTRY_BYTES * (top_k + 1) * length for length in lengths]
-        scored = self._loop.run(run_all(score_one, sizes, IN_FLIGHT_BYTES, self._most))
-        results = [empty_scores()] * len(sequences)
-        for index, scores in zip(filled, scored, strict=True):
-            results[index] = scores
-        return results
+        return super().score(sequences, top_k, min_probability)
 
     def close(self) -> None:
         """Close the connections; the server runs on. Closing twice is allowed."""
-        if self._pool is not None:
+        if not self._loop.is_closed:
             self._loop.run(self._pool.close())
-        self._loop.close()
+            self._loop.close()
+
+    async def _draw(
+        self, name: str, prompt_ids: Ids, sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]
+    ) -> Drawn:
+        choice = await self._complete(name, prompt_ids, _drawing(sampling, limit, seed, stop_ids))
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        return Drawn(
+            choice.get("token_ids") or [], [number(value) for value in logprobs], choice.get("finish_reason")
+        )
+
+    async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
+        choice = await self._complete(name, ids_of(sequence), _scoring(top_k))
+        return response_rows(name, choice.get("prompt_logprobs"), sequence, top_k)
 
     async def _complete(self, name: str, ids: Ids, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The one choice of a completion whose prompt came back as it was sent."""
@@ -127,15 +87,17 @@ def load_server_engine(engine: ServerEngine, model: ModelConfig) -> ServerClient
     loop, pool = LoopThread(), ServerPool(engine)
     try:
         served = loop.run(probe(pool, engine, model))
-        return ServerClient(loop, pool, engine, served, precision_of(model))
+        return ServerClient(loop, pool, engine, served)
     except BaseException:
         loop.run(pool.close())
         loop.close()
         raise
 
 
-def describe_server(engine: ServerEngine) -> EngineRecord:
-    """The lineage record of a server: vLLM's version, and the name the model is served under.
+def describe_server(engine: ServerEngine, model: ModelConfig) -> tuple[EngineRecord, Precision]:
+    """The lineage record of a server (vLLM's version, the model's name there), and the model's precision.
+
+    The precision that a server runs in cannot be asked for.
 
     Raises:
         ConfigError: the API key is missing.
@@ -143,14 +105,10 @@ def describe_server(engine: ServerEngine) -> EngineRecord:
     """
     pool, loop = ServerPool(engine), LoopThread()
     try:
-        return loop.run(_describe(pool, engine))
+        return loop.run(served_model(pool, engine)).record, precision_of(model)
     finally:
         loop.run(pool.close())
         loop.close()
-
-
-async def _describe(pool: ServerPool, engine: ServerEngine) -> EngineRecord:
-    return (await served_model(pool, engine)).record
 
 
 def _drawing(sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]) -> dict[str, Any]:

@@ -12,20 +12,14 @@ from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
 from lightopd.engines.vllm.server_rows import response_rows
 from lightopd.errors import EngineError, InputError
 from lightopd.lineage.fingerprint import fingerprint_model
-from lightopd.models.limits import model_limits
-from lightopd.prompts.tokens import load_tokenizer
+from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.tokenizer import PROBE_TEXTS, load_tokenizer
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord
 
 log = logging.getLogger(__name__)
 
-TEXTS = (
-    "The quick brown fox jumps over 13 lazy dogs.",
-    "  two spaces,\ttab\nand\r\nnew lines  ",
-    "na\u00efve \u00c5ngstr\u00f6m \u4f60\u597d \U0001f469\u200d\U0001f680 \u0639\u0631\u0628\u064a",
-    "x = {'a': [1, 2.50], \"b\": None}  # 3*(4-5)/6",
-)
 DECODED_IDS = 512
 """Ids spread evenly over the vocabulary whose text is tokenised on both sides."""
 PROMPTS, PROMPT_TOKENS = 4, 8
@@ -39,10 +33,8 @@ class Served:
 
     name: str
     """Name to ask for."""
-    vocabulary_size: int
-    context_length: int
-    """One less than the server's own limit: scoring asks for one token beyond the sequence."""
-    record: EngineRecord
+    limits: ModelLimits
+    """The context is one less than the server's own: scoring asks for one token beyond the sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> S
     for url in pool.urls:
         await _check_tokenizer(pool, url, card.name, tokenizer)
         await _check_raw(pool, url, card.name, min(limits.vocabulary_size, len(tokenizer)))
-    return Served(card.name, limits.vocabulary_size, card.max_model_len - 1, card.record)
+    return Served(card.name, ModelLimits(limits.vocabulary_size, card.max_model_len - 1))
 
 
 async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
@@ -157,7 +149,7 @@ def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
 async def _check_tokenizer(pool: ServerPool, url: str, name: str, tokenizer: Any) -> None:
     spread = np.unique(np.linspace(0, len(tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
     decoded = tokenizer.decode(spread, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    for text in (*TEXTS, decoded):
+    for text in (*PROBE_TEXTS, decoded):
         body = {"model": name, "prompt": text, "add_special_tokens": False}
         found = (await pool.post("/tokenize", body, url)).get("tokens")
         if found != tokenizer.encode(text, add_special_tokens=False):

@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,6 @@ RECORDED = {
 """Settings that can change numbers or lengths; the others decide memory and speed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What an engine is and what it can take."""
-
-    vocabulary_size: int
-    context_length: int
-    """Most tokens in prompt and response together."""
-    record: EngineRecord
-    precision: Precision
-
-
 def describe_vllm(engine: VllmEngine, model: ModelConfig) -> tuple[EngineRecord, Precision]:
     """The lineage record of vLLM in this process, and the precision it runs the model in.
 
@@ -75,7 +63,7 @@ def vllm_version() -> str:
     )
 
 
-def limits_of(engine: VllmEngine, model: ModelLimits, record: EngineRecord, precision: Precision) -> Limits:
+def limits_of(engine: VllmEngine, model: ModelLimits) -> ModelLimits:
     """The engine's limits: the model's own, or a shorter context where one is set.
 
     Raises:
@@ -86,8 +74,7 @@ def limits_of(engine: VllmEngine, model: ModelLimits, record: EngineRecord, prec
             f"engine.max_model_len is {engine.max_model_len}, the model's context is {model.context_length}; "
             f"set that or less"
         )
-    context_length = engine.max_model_len or model.context_length
-    return Limits(model.vocabulary_size, context_length, record, precision)
+    return ModelLimits(model.vocabulary_size, engine.max_model_len or model.context_length)
 
 
 def check_head_size(model: ModelConfig) -> None:
@@ -106,7 +93,7 @@ def check_head_size(model: ModelConfig) -> None:
         )
 
 
-def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> dict[str, Any]:
+def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: ModelLimits) -> dict[str, Any]:
     """Arguments of vLLM's engine.
 
     The context has one token more than the model's: scoring a full one asks for one token that is drawn
@@ -119,7 +106,7 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> 
         "trust_remote_code": model.trust_remote_code,
         "load_format": "safetensors",
         "generation_config": "vllm",
-        "dtype": limits.precision.dtype,
+        "dtype": precision_of(model).dtype,
         "seed": engine.seed,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
@@ -134,7 +121,8 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: Limits) -> 
         arguments["quantization"] = engine.quantization
     if model.adapter is not None:
         arguments |= _adapter_arguments(model.adapter)
-    return arguments | _batch_arguments(engine, limits) | _memory_arguments(engine) | _graph_arguments(engine)
+    arguments["enforce_eager"] = is_cpu_package() if engine.eager is None else engine.eager
+    return arguments | _batch_arguments(engine, limits) | _memory_arguments(engine)
 
 
 async def start(arguments: dict[str, Any]) -> Any:
@@ -242,7 +230,7 @@ def _adapter_arguments(adapter: Path) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": fitting[0], "lora_target_modules": modules}
 
 
-def _batch_arguments(engine: VllmEngine, limits: Limits) -> dict[str, Any]:
+def _batch_arguments(engine: VllmEngine, limits: ModelLimits) -> dict[str, Any]:
     """Long prompts are run in parts of `batch_tokens`, except on a CPU, where vLLM cannot draw after one."""
     is_in_parts = not is_cpu_package()
     batch_tokens = engine.batch_tokens if is_in_parts else max(engine.batch_tokens, limits.context_length + 1)
@@ -274,8 +262,3 @@ def _nothing_compiled() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
-
-
-def _graph_arguments(engine: VllmEngine) -> dict[str, Any]:
-    eager = is_cpu_package() if engine.eager is None else engine.eager
-    return {"enforce_eager": eager}

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+MetricSums = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, weight), detached; add both over micro-batches and devices, then divide."""
+
 
 @dataclass(frozen=True, slots=True)
 class SignalTokens:
@@ -49,8 +52,6 @@ class RolloutBatch:
     """int64, assistant turn of the token, from 0."""
     ref_logprobs_N: Tensor | None
     """float32, of the sampled token under the student at rollout; None for an imported cache."""
-    ref_entropies_N: Tensor | None
-    """float32, of the student at rollout; None where it was not measured."""
     signals: dict[str, SignalTokens]
     """Cached signals by name, those the objective asked for."""
     lengths_R: Tensor

@@ -21,7 +21,7 @@ KL(s || T) stays finite where float32 has lost what little the teacher leaves.""
 _Kl = Callable[[Tensor, Tensor], Tensor]
 
 
-def divergence(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
+def token_divergence(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
     """D of each token, [N], by the config's support rule.
 
     Source: arXiv 2604.00626 (family), 2605.11182 (support rules), 2606.00147 (temperature).

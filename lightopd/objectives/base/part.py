@@ -6,7 +6,7 @@ R = rollouts, N = their response tokens laid end to end, K = support, M = K + 1 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -30,8 +30,8 @@ class Needs:
     """Prompts need two rollouts or more."""
     prepared: bool = False
     """`prepare` must run over the whole cache before the first step."""
-    statistics: bool = False
-    """Every step needs a pass without gradient that collects `statistics`."""
+    step_sums: bool = False
+    """Every step needs a pass without gradient that collects `step_sums`."""
     together: bool = False
     """All rollouts of a prompt must lie in one micro-batch."""
     state: bool = False
@@ -110,10 +110,11 @@ class Scene:
 NeedsOf = Callable[[Any, Any], Needs]
 """(config of the part, its term, None for a selection) -> what it needs."""
 
-
-def needs_nothing(config: object, term: object) -> Needs:
-    """The part reads the live student and nothing else."""
-    return Needs()
+REF = Needs(columns=("ref_logprobs",))
+"""The student at rollout on the sampled tokens."""
+REWARDS = Needs(columns=("reward",), prepared=True)
+GROUPS = Needs(groups=True, prepared=True)
+"""Several rollouts of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +123,13 @@ class Part:
 
     function: Callable[..., Any] | None
     """What runs on every micro-batch; None where `prepare` has done all."""
-    student: Literal["now", "rollout", "none"]
-    """Which student it reads: the live one, the one that sampled, or none."""
-    needs: NeedsOf = needs_nothing
-    """What it reads beyond the live student's log-probability of the sampled token."""
+    needs: tuple[Needs | NeedsOf, ...] = ()
+    """What it reads beyond the live student's log-probability of the sampled token; all of them together."""
     column: Callable[..., Any] | None = None
     """(config, term, table, is_seen_R) -> a column over the whole cache, made by `prepare`."""
     measures: Callable[..., Any] | None = None
-    """(config, term) -> what `column` needs per rollout: name -> function of a `CacheView`."""
+    """(config, term) -> what `column` needs per rollout: name -> function of a `ShardColumns`."""
     check: Callable[..., list[str]] | None = None
     """(config, term, table) -> lines for the report; raises where the cache cannot serve the part."""
-    statistics: Callable[..., Any] | None = None
+    step_sums: Callable[..., Any] | None = None
     """(config, scene) -> (sum, weight), collected over the whole optimiser step before the loss."""

@@ -15,11 +15,6 @@ def rollout_sums(values_N: Tensor, batch: RolloutBatch) -> Tensor:
     return kept_N.new_zeros(len(batch.lengths_R)).index_add(0, batch.row_N, kept_N)
 
 
-def rollout_means(values_N: Tensor, batch: RolloutBatch) -> Tensor:
-    """Mean over the trained tokens of each rollout, [R]; 0 where there are none."""
-    return rollout_sums(values_N, batch) / batch.lengths_R.clamp(min=1)
-
-
 def token_mean(values_N: Tensor, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
     """A metric as (sum, weight): detached sum over the counted tokens, and their number, float32."""
     kept_N = torch.where(loss_mask_N, values_N.detach(), torch.zeros_like(values_N))

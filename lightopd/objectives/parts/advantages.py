@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from lightopd.objectives.base.divergences import support_weights
-from lightopd.objectives.base.part import Needs, Scene
-from lightopd.objectives.base.teacher import needs_support, needs_teacher
-from lightopd.schemas.objectives.objective import TermConfig
+from lightopd.objectives.base.part import Scene
 from lightopd.schemas.objectives.targets import (
     CoefficientScale,
     ExpectedBaseline,
@@ -34,31 +32,14 @@ def expected_baseline(config: ExpectedBaseline, scene: Scene) -> Tensor:
     return baseline_N * ratio_N.clamp(max=config.ratio_cap)
 
 
-def needs_baseline(config: ExpectedBaseline, term: TermConfig) -> Needs:
-    """Teacher and student on the support; the student at rollout for the ratio."""
-    ratio = Needs(columns=("ref_logprobs",)) if config.ratio_cap is not None else Needs()
-    return needs_support(config, term) | ratio
-
-
 def margin_shift(config: MarginShift, scene: Scene, advantage_N: Tensor) -> Tensor:
     """Adds the rollout's prepared shift (arXiv 2605.03677)."""
     return advantage_N + scene.prepared_N("margin")
 
 
-def needs_margin(config: MarginShift, term: TermConfig) -> Needs:
-    """Rewards, teacher and student at rollout, several rollouts of a prompt."""
-    prepared = Needs(columns=("reward", "ref_logprobs"), groups=config.scope == "group", prepared=True)
-    return needs_teacher(config, term) | prepared
-
-
 def group_reward_shift(config: GroupRewardShift, scene: Scene, advantage_N: Tensor) -> Tensor:
     """Adds coefficient times the group-normalised reward (arXiv 2605.07725, 2605.12227)."""
     return advantage_N + config.coefficient * scene.prepared_N("group_reward")
-
-
-def needs_rewards(config: object, term: TermConfig) -> Needs:
-    """Rewards and several rollouts of a prompt."""
-    return Needs(columns=("reward",), groups=True, prepared=True)
 
 
 def step_drift_scale(config: StepDriftScale, scene: Scene, advantage_N: Tensor) -> Tensor:
@@ -78,11 +59,6 @@ def step_drift_scale(config: StepDriftScale, scene: Scene, advantage_N: Tensor) 
     first_R1 = (count_C.view(-1, num_turns) > 0).to(torch.int64).argmax(1, keepdim=True)
     scale_RU = (drift_RU.gather(1, first_R1) + config.epsilon) / (drift_RU + config.epsilon)
     return advantage_N * scale_RU.clamp(max=1 + config.delta).view(-1)[place_N]
-
-
-def needs_step_drift(config: StepDriftScale, term: TermConfig) -> Needs:
-    """Turns, teacher and student at rollout."""
-    return needs_teacher(config, term) | Needs(columns=("ref_logprobs", "turns"))
 
 
 def coefficient_scale(config: CoefficientScale, scene: Scene, advantage_N: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ R = rollouts, N = their response tokens laid end to end, G = groups; numpy float
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
-from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     Floats,
     Measure,
     RolloutTable,
@@ -19,13 +18,11 @@ from lightopd.objectives.base.rollout_table import (
     means,
     teacher_logprobs,
 )
-from lightopd.objectives.base.teacher import needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import GroupRewardShift, MarginShift, PreferenceTarget, RewardTarget
 from lightopd.schemas.objectives.weights import (
     ContrastWeight,
     DifficultyWeight,
-    OutcomeBalanceWeight,
     PerplexityWeight,
 )
 
@@ -116,14 +113,6 @@ def perplexity_measures(config: PerplexityWeight, term: TermConfig) -> dict[str,
     return {f"mean {term.name}": _teacher_mean(term)}
 
 
-def needs_perplexity(config: PerplexityWeight, term: TermConfig) -> Needs:
-    """The student at rollout, or the teacher; several rollouts of a prompt."""
-    grouped = Needs(groups=True, prepared=True)
-    if config.of == "student":
-        return grouped | Needs(columns=("ref_logprobs",))
-    return grouped | needs_teacher(config, term)
-
-
 def contrast(config: ContrastWeight, term: TermConfig, table: RolloutTable, is_seen_R: Bools) -> Floats:
     """clip(1 + alpha a, low, high), a standardised in the group by the population deviation (2606.25319)."""
     gain_R = table.measures[f"gain {term.name}"] - config.gamma * table.measures[f"loss {term.name}"]
@@ -135,47 +124,13 @@ def contrast_measures(config: ContrastWeight, term: TermConfig) -> dict[str, Mea
     """Mean of the positive and of the negative part of log T with the evidence minus log T without."""
 
     def part(sign: float) -> Measure:
-        def measure(view: CacheView) -> Floats:
-            gap_N = teacher_logprobs(term, view) - view.logprobs_N[config.negative]
+        def measure(view: ShardColumns) -> Floats:
+            gap_N = teacher_logprobs(term, view) - view.signals[config.negative].logprobs_N
             return means(view, np.maximum(sign * gap_N, 0))
 
         return measure
 
     return {f"gain {term.name}": part(1.0), f"loss {term.name}": part(-1.0)}
-
-
-def needs_contrast(config: ContrastWeight, term: TermConfig) -> Needs:
-    """The teacher with right and with wrong evidence; several rollouts of a prompt."""
-    return needs_teacher(config, term) | Needs(signals=(config.negative,), groups=True, prepared=True)
-
-
-def outcome_balance(
-    config: OutcomeBalanceWeight, term: TermConfig, table: RolloutTable, is_seen_R: Bools
-) -> Floats:
-    """n / (2 n of the own outcome); 1 without a reward.
-
-    Raises:
-        CacheError: one outcome does not occur.
-    """
-    correct_R, incorrect_R = table.is_correct_R & is_seen_R, table.is_incorrect_R & is_seen_R
-    both_outcomes(correct_R, incorrect_R)
-    half = (correct_R.sum() + incorrect_R.sum()) / 2
-    weight_R = np.where(correct_R, half / correct_R.sum(), half / incorrect_R.sum())
-    return np.where(correct_R | incorrect_R, weight_R, 1.0)
-
-
-def both_outcomes(correct_R: Bools, incorrect_R: Bools) -> None:
-    """Refuses a cache in which one outcome does not occur."""
-    if not correct_R.any() or not incorrect_R.any():
-        raise CacheError(
-            f"balancing outcomes needs both: {int(correct_R.sum())} rollouts are correct and "
-            f"{int(incorrect_R.sum())} are not; sample harder or easier prompts, or leave the balance out"
-        )
-
-
-def needs_outcomes(config: object, term: TermConfig | None) -> Needs:
-    """Rewards."""
-    return Needs(columns=("reward",), prepared=True)
 
 
 def difficulty(config: DifficultyWeight, term: TermConfig, table: RolloutTable, is_seen_R: Bools) -> Floats:

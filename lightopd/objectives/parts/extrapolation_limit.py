@@ -6,17 +6,15 @@ R = rollouts, N = tokens; numpy.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
-from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     Floats,
     Measure,
     RolloutTable,
     sums,
     teacher_logprobs,
 )
-from lightopd.objectives.base.teacher import needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation
 
@@ -50,12 +48,12 @@ def guard_measures(config: ConstantExtrapolation, term: TermConfig) -> dict[str,
     if guard is None:
         return {}
 
-    def near(view: CacheView) -> NDArray[np.bool_]:
+    def near(view: ShardColumns) -> NDArray[np.bool_]:
         return np.asarray(np.exp(teacher_logprobs(term, view).astype(np.float64)) >= guard.min_probability)
 
-    def unsafe(view: CacheView) -> NDArray[np.bool_]:
+    def unsafe(view: ShardColumns) -> NDArray[np.bool_]:
         p_N = np.exp(teacher_logprobs(term, view).astype(np.float64)).clip(1e-12, 1 - 1e-12)
-        b_N = np.exp(view.logprobs_N[config.reference].astype(np.float64)).clip(1e-12, 1 - 1e-12)
+        b_N = np.exp(view.signals[config.reference].logprobs_N.astype(np.float64)).clip(1e-12, 1 - 1e-12)
         return np.asarray(near(view) & (critical_factor(p_N, b_N, guard.ratio_clip) < config.factor))
 
     return {
@@ -82,9 +80,3 @@ def check_guard(config: ConstantExtrapolation, term: TermConfig, table: RolloutT
     if share > guard.max_share and guard.action == "refuse":
         raise CacheError(f"{line}, more than {guard.max_share:.2%}; lower the factor, or set action: warn")
     return [line]
-
-
-def needs_extrapolation(config: object, term: TermConfig) -> Needs:
-    """The reference; a pass over the cache for the guard."""
-    has_guard = isinstance(config, ConstantExtrapolation) and config.guard is not None
-    return needs_teacher(config, term) | Needs(prepared=has_guard)

@@ -2,88 +2,87 @@
 
 from typing import Any
 
-from lightopd.objectives.base import teacher
-from lightopd.objectives.base.part import Part
-from lightopd.objectives.parts import (
-    advantages,
-    columns,
-    selections,
-    targets,
-    weights,
-)
+from lightopd.objectives.base.part import GROUPS, REF, REWARDS, Needs, Part
+from lightopd.objectives.base.teacher import needs_support, needs_teacher
+from lightopd.objectives.parts import advantages, columns, selections, targets, weights
 from lightopd.objectives.parts import extrapolation_limit as limit
 from lightopd.schemas.objectives import targets as t
 from lightopd.schemas.objectives import weights as w
 
 PARTS: dict[type[Any], Part] = {
     # targets
-    t.LogRatioTarget: Part(targets.log_ratio, "now", targets.needs_log_ratio),
-    t.RewardTarget: Part(targets.reward, "none", advantages.needs_rewards, column=columns.group_reward),
-    t.MleTarget: Part(targets.mle, "now"),
-    t.EstimatorTarget: Part(targets.estimator, "now", teacher.needs_teacher),
-    t.DivergenceTarget: Part(targets.divergence_target, "now", teacher.needs_support),
+    t.LogRatioTarget: Part(
+        targets.log_ratio,
+        (needs_teacher, lambda config, term: REF if config.student == "rollout" else Needs()),
+    ),
+    t.RewardTarget: Part(targets.reward, (REWARDS, GROUPS), column=columns.group_reward),
+    t.MleTarget: Part(targets.mle),
+    t.EstimatorTarget: Part(targets.estimator, (needs_teacher,)),
+    t.DivergenceTarget: Part(targets.divergence, (needs_support,)),
     t.PreferenceTarget: Part(
         targets.preference,
-        "now",
-        targets.needs_preference,
+        (GROUPS, lambda config, term: Needs(signals=(config.reference,), together=True)),
         column=columns.preferred,
     ),
-    t.CustomTarget: Part(targets.custom, "now", targets.needs_custom),
+    t.CustomTarget: Part(targets.custom, (targets.needs_custom,)),
     # router and extrapolation: built into the teacher, see teacher.py
-    t.DomainRouter: Part(None, "none", teacher.needs_teacher),
+    t.DomainRouter: Part(None, (needs_teacher,)),
     t.ConstantExtrapolation: Part(
         None,
-        "none",
-        limit.needs_extrapolation,
+        (needs_teacher, lambda config, term: Needs(prepared=config.guard is not None)),
         measures=limit.guard_measures,
         check=limit.check_guard,
     ),
-    t.DistanceExtrapolation: Part(None, "none", limit.needs_extrapolation),
+    t.DistanceExtrapolation: Part(None, (needs_teacher,)),
     # baseline, scales and shifts
-    t.ExpectedBaseline: Part(advantages.expected_baseline, "now", advantages.needs_baseline),
+    t.ExpectedBaseline: Part(
+        advantages.expected_baseline,
+        (needs_support, lambda config, term: Needs() if config.ratio_cap is None else REF),
+    ),
     t.MarginShift: Part(
         advantages.margin_shift,
-        "rollout",
-        advantages.needs_margin,
+        (needs_teacher, REWARDS, REF, lambda config, term: Needs(groups=config.scope == "group")),
         column=columns.margin,
         measures=columns.margin_measures,
     ),
-    t.GroupRewardShift: Part(
-        advantages.group_reward_shift, "none", advantages.needs_rewards, column=columns.group_reward
-    ),
-    t.StepDriftScale: Part(advantages.step_drift_scale, "rollout", advantages.needs_step_drift),
-    t.CoefficientScale: Part(advantages.coefficient_scale, "none"),
+    t.GroupRewardShift: Part(advantages.group_reward_shift, (REWARDS, GROUPS), column=columns.group_reward),
+    t.StepDriftScale: Part(advantages.step_drift_scale, (needs_teacher, REF, Needs(columns=("turns",)))),
+    t.CoefficientScale: Part(advantages.coefficient_scale),
     # token weights
-    w.RatioWeight: Part(weights.ratio, "now", weights.needs_ref),
-    w.PpoClipWeight: Part(weights.ppo_clip, "now", weights.needs_ref),
-    w.LogRatioCutWeight: Part(weights.log_ratio_cut, "now", teacher.needs_teacher),
-    w.TokenSelectionWeight: Part(weights.select_tokens, "now", weights.needs_selection),
-    w.DriftFadeWeight: Part(weights.drift_fade, "rollout", weights.needs_drift_fade),
-    w.InverseStrengthWeight: Part(weights.inverse_strength, "none", teacher.needs_teacher),
+    w.RatioWeight: Part(weights.ratio, (REF,)),
+    w.PpoClipWeight: Part(weights.ppo_clip, (REF,)),
+    w.LogRatioCutWeight: Part(weights.log_ratio_cut, (needs_teacher,)),
+    w.TokenSelectionWeight: Part(weights.select_tokens, (weights.needs_selection,)),
+    w.DriftFadeWeight: Part(weights.drift_fade, (weights.needs_drift_fade,)),
+    w.InverseStrengthWeight: Part(weights.inverse_strength, (needs_teacher,)),
     # rollout weights
     w.PerplexityWeight: Part(
         None,
-        "rollout",
-        columns.needs_perplexity,
+        (
+            GROUPS,
+            lambda config, term: REF if config.of == "student" else needs_teacher(config, term),
+        ),
         column=columns.perplexity,
         measures=columns.perplexity_measures,
     ),
     w.ContrastWeight: Part(
-        None, "none", columns.needs_contrast, column=columns.contrast, measures=columns.contrast_measures
+        None,
+        (needs_teacher, GROUPS, lambda config, term: Needs(signals=(config.negative,))),
+        column=columns.contrast,
+        measures=columns.contrast_measures,
     ),
-    w.PivotWeight: Part(weights.pivots, "now", weights.needs_pivots, statistics=weights.pivot_statistics),
-    w.OutcomeBalanceWeight: Part(None, "none", columns.needs_outcomes, column=columns.outcome_balance),
-    w.DifficultyWeight: Part(None, "none", advantages.needs_rewards, column=columns.difficulty),
+    w.PivotWeight: Part(weights.pivots, (needs_teacher, Needs(step_sums=True)), step_sums=weights.pivot_sums),
+    w.DifficultyWeight: Part(None, (REWARDS, GROUPS), column=columns.difficulty),
     # selections
     w.MarginSelection: Part(
         selections.select_margin,
-        "rollout",
-        selections.needs_margin_selection,
+        (REWARDS, REF, lambda config, term: Needs(signals=(config.signal,))),
         measures=selections.margin_selection_measures,
     ),
-    w.OutcomeBalanceSelection: Part(selections.select_balance, "rollout", columns.needs_outcomes),
-    w.PassRateSelection: Part(selections.select_pass_rate, "rollout", columns.needs_outcomes),
+    w.OutcomeBalanceSelection: Part(selections.select_balance, (REWARDS,)),
+    w.PassRateSelection: Part(selections.select_pass_rate, (REWARDS,)),
     w.TeacherValidatedSelection: Part(
-        selections.select_teacher_validated, "rollout", selections.needs_teacher_validated
+        selections.select_teacher_validated,
+        (REWARDS, lambda config, term: Needs(columns=("teacher_reward",), answers=(config.answers,))),
     ),
 }

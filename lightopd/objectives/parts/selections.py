@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightopd.errors import CacheError
-from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
     Floats,
     Measure,
@@ -18,7 +17,7 @@ from lightopd.objectives.base.rollout_table import (
     mean_ref_logprob,
     means,
 )
-from lightopd.objectives.parts.columns import Bools, both_outcomes, pass_rates
+from lightopd.objectives.parts.columns import Bools, pass_rates
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.weights import (
     MarginSelection,
@@ -69,19 +68,22 @@ def margin_selection_measures(config: MarginSelection, term: TermConfig | None) 
     """Mean log T and mean log s at rollout."""
     return {
         "mean ref": mean_ref_logprob,
-        f"mean {config.signal}": lambda view: means(view, view.logprobs_N[config.signal]),
+        f"mean {config.signal}": lambda view: means(view, view.signals[config.signal].logprobs_N),
     }
 
 
-def needs_margin_selection(config: MarginSelection, term: TermConfig | None) -> Needs:
-    """Rewards, teacher and student at rollout, several rollouts of a prompt."""
-    return Needs(signals=(config.signal,), columns=("reward", "ref_logprobs"), prepared=True)
-
-
 def select_balance(config: OutcomeBalanceSelection, table: RolloutTable) -> Bools:
-    """As many correct as incorrect rollouts; those without a reward stay (arXiv 2605.03677)."""
+    """As many correct as incorrect rollouts; those without a reward stay (arXiv 2605.03677).
+
+    Raises:
+        CacheError: one outcome does not occur.
+    """
     correct_R, incorrect_R = table.is_correct_R, table.is_incorrect_R
-    both_outcomes(correct_R, incorrect_R)
+    if not correct_R.any() or not incorrect_R.any():
+        raise CacheError(
+            f"balancing outcomes needs both: {int(correct_R.sum())} rollouts are correct and "
+            f"{int(incorrect_R.sum())} are not; sample harder or easier prompts, or leave the balance out"
+        )
     more_R = correct_R if correct_R.sum() > incorrect_R.sum() else incorrect_R
     rows = np.flatnonzero(more_R)
     order = sorted(rows, key=lambda row: sha256(str(table.rollout_ids[row]).encode()).hexdigest())
@@ -166,8 +168,3 @@ def _from_buckets(
             if queue and len(chosen) < config.prompts:
                 chosen.append(int(queue.pop()))
     return np.asarray(chosen, np.int64)
-
-
-def needs_teacher_validated(config: TeacherValidatedSelection, term: TermConfig | None) -> Needs:
-    """Rewards of the student, and of the teacher's own answers."""
-    return Needs(columns=("reward", "teacher_reward"), prepared=True, answers=(config.answers,))

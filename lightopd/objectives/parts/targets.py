@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lightopd.errors import ConfigError, TrainingError
-from lightopd.objectives.base.divergences import divergence
+from lightopd.objectives.base.divergences import token_divergence
 from lightopd.objectives.base.part import Needs, Scene
 from lightopd.objectives.base.segments import rollout_sums
-from lightopd.objectives.base.teacher import needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import (
     CustomTarget,
@@ -35,12 +34,6 @@ def log_ratio(config: LogRatioTarget, scene: Scene) -> Tensor:
     is_live = config.student == "now"
     student_N = scene.student.logprobs_N.detach() if is_live else scene.ref_logprobs_N()
     return scene.taught().logprobs_N - student_N
-
-
-def needs_log_ratio(config: LogRatioTarget, term: TermConfig) -> Needs:
-    """The teacher, and the student at rollout when the advantage is frozen."""
-    frozen = Needs(columns=("ref_logprobs",)) if config.student == "rollout" else Needs()
-    return needs_teacher(config, term) | frozen
 
 
 def reward(config: RewardTarget, scene: Scene) -> Tensor:
@@ -65,9 +58,9 @@ def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
     return gap_N.expm1() - gap_N
 
 
-def divergence_target(config: DivergenceTarget, scene: Scene) -> Tensor:
+def divergence(config: DivergenceTarget, scene: Scene) -> Tensor:
     """Divergence between teacher and student over the support, [N]."""
-    return divergence(config, scene.outcomes())
+    return token_divergence(config, scene.outcomes())
 
 
 def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
@@ -96,11 +89,6 @@ def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
     total_P = gain_R.new_zeros(len(groups_P)).index_add(0, pair_R, sign_R.to(gain_R.dtype) * gain_R)
     margin_P = total_P / (members_P / 2)  # a batch that straddles two epochs can hold a pair twice
     return -logsigmoid(config.beta * margin_P)[pair_R]
-
-
-def needs_preference(config: PreferenceTarget, term: TermConfig) -> Needs:
-    """The warm-up model's scores, and both rollouts of a pair in one micro-batch."""
-    return Needs(signals=(config.reference,), groups=True, prepared=True, together=True)
 
 
 def custom(config: CustomTarget, scene: Scene) -> Tensor:

@@ -22,11 +22,6 @@ from lightopd.schemas.objectives.weights import (
 )
 
 
-def needs_ref(config: object, term: TermConfig) -> Needs:
-    """The student at rollout on the sampled token."""
-    return Needs(columns=("ref_logprobs",))
-
-
 def ratio(config: RatioWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
     """min(student now / student at rollout, cap), [N]."""
     return _ratio(scene).clamp(max=config.cap)
@@ -112,10 +107,8 @@ def _outside_nucleus(config: DriftFadeWeight, scene: Scene) -> Tensor:
 def needs_drift_fade(config: DriftFadeWeight, term: TermConfig) -> Needs:
     """The teacher's top-k, and that of the student at rollout for `overlap`."""
     teachers = needs_teacher(config, term)
-    needs = teachers | Needs(topk=teachers.signals)
-    if config.bad == "nucleus":
-        return needs
-    return needs | Needs(signals=(config.rollout_signal,), topk=(config.rollout_signal,))
+    own = (config.rollout_signal,) if config.bad == "overlap" else ()
+    return teachers | Needs(signals=own, topk=(*teachers.signals, *own))
 
 
 def inverse_strength(config: InverseStrengthWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
@@ -130,7 +123,7 @@ def pivots(config: PivotWeight, scene: Scene, mean: Tensor) -> Tensor:
     return (_pivot_scores(config, scene) / mean).clamp(max=config.cap)
 
 
-def pivot_statistics(config: PivotWeight, scene: Scene) -> tuple[Tensor, Tensor]:
+def pivot_sums(config: PivotWeight, scene: Scene) -> tuple[Tensor, Tensor]:
     """Sum of the scores over rollouts with a trained token, and how many there are."""
     has_tokens_R = scene.batch.lengths_R > 0
     return (_pivot_scores(config, scene) * has_tokens_R).sum(), has_tokens_R.sum()
@@ -142,11 +135,6 @@ def _pivot_scores(config: PivotWeight, scene: Scene) -> Tensor:
     number_R = rollout_sums(is_pivot_N, scene.batch)
     mean_R = rollout_sums(gap_N * is_pivot_N, scene.batch) / number_R.clamp(min=1)
     return torch.where(number_R > 0, (mean_R / config.temperature).exp(), torch.ones_like(mean_R))
-
-
-def needs_pivots(config: PivotWeight, term: TermConfig) -> Needs:
-    """The teacher, and the mean over the optimiser step."""
-    return needs_teacher(config, term) | Needs(statistics=True)
 
 
 def _ratio(scene: Scene) -> Tensor:

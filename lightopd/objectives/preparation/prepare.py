@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     RolloutTable,
     concatenate,
     subset,
@@ -26,7 +26,7 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRollouts:
     """One entry per rollout of the cache, in the order of the views."""
 
     keep_R: NDArray[np.bool_]
@@ -37,7 +37,7 @@ class Prepared:
     """Lines for the stage's report: what was dropped, and warnings."""
 
 
-def prepare(config: ObjectiveConfig, views: Iterable[CacheView]) -> Prepared:
+def prepare_rollouts(config: ObjectiveConfig, views: Iterable[ShardColumns]) -> PreparedRollouts:
     """Selects rollouts and makes the columns that the objective reads from the whole cache.
 
     Args:
@@ -61,11 +61,11 @@ def prepare(config: ObjectiveConfig, views: Iterable[CacheView]) -> Prepared:
         for name, column_R in _columns(term, kept).items():
             columns[f"{term.name}/{name}"] = np.zeros(len(keep_R), np.float32)
             columns[f"{term.name}/{name}"][keep_R] = column_R
-    return Prepared(keep_R, columns, tuple(notes))
+    return PreparedRollouts(keep_R, columns, tuple(notes))
 
 
-def _measures(config: ObjectiveConfig) -> dict[str, Callable[[CacheView], NDArray[np.float64]]]:
-    measures: dict[str, Callable[[CacheView], NDArray[np.float64]]] = {}
+def _measures(config: ObjectiveConfig) -> dict[str, Callable[[ShardColumns], NDArray[np.float64]]]:
+    measures: dict[str, Callable[[ShardColumns], NDArray[np.float64]]] = {}
     for selection in config.select:
         of = PARTS[type(selection)].measures
         measures |= of(selection, None) if of else {}

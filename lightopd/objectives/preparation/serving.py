@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from lightopd.cache.reader import read_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import needs
-from lightopd.schemas.cache import ROLLOUTS
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, CustomTarget, LogRatioTarget
 from lightopd.schemas.objectives.weights import DriftFadeWeight
@@ -36,7 +34,6 @@ class CacheFacts:
 
 COLUMN_SOURCES = {
     "ref_logprobs": ("logprobs", "log-probabilities of the student at rollout", "`lightopd rollout`"),
-    "ref_entropies": ("entropies", "entropies of the student at rollout", "`lightopd rollout --engine hf`"),
     "reward": ("reward", "rewards", "prompts with an `answer`, then `lightopd rollout`"),
     "domain": ("domain", "domain tags", "prompts with a `domain`, then `lightopd rollout`"),
     "turns": ("turns", "rollouts of several assistant turns", "an import of multi-turn rollouts"),
@@ -53,7 +50,7 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     signals = {name: signal.manifest.top_k for name, signal in cache.signals.items()}
     there = {name for name in wanted.columns if name in COLUMN_SOURCES and _has(cache, name)}
     if cache.manifest.origin == "mixed":
-        there -= {"ref_logprobs", "ref_entropies"}  # the teacher's rows have none
+        there -= {"ref_logprobs"}  # the teacher's rows have none
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     return CacheFacts(str(cache.path), signals, frozenset(there))
@@ -62,9 +59,7 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
 def _has(cache: Cache, name: str) -> bool:
     column = COLUMN_SOURCES[name][0]
     for shard in cache.shards:
-        values = read_columns(shard_path(rollouts_folder(cache.path), shard), ROLLOUTS, [column]).column(
-            column
-        )
+        values = read_columns(cache, shard, [column]).column(column)
         if name == "turns":
             if (pc.max(pc.list_flatten(values)).as_py() or 0) > 0:
                 return True

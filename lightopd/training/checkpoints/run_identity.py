@@ -1,4 +1,4 @@
-"""What decides the trained weights, so that a run goes on only under the settings it began with."""
+"""What decides the trained weights, so that a run is resumed only under the settings it began with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,12 +33,12 @@ DECIDES_NOTHING = (
     "best.metric",
     "best.patience",
 )
-"""Settings that may change between a checkpoint and the run that goes on from it: they move results by
+"""Settings that may change between a checkpoint and the run that resumes from it: they move results by
 rounding at most (`steps` counts under a schedule that depends on it)."""
 
 
 def recipe_of(
-    cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, asked: Needs
+    cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, needed: Needs
 ) -> dict[str, JsonValue]:
     """Everything that decides the trained weights, by dotted name."""
     free = {*DECIDES_NOTHING}
@@ -46,9 +46,9 @@ def recipe_of(
         free.remove("steps")
     settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))
     return {
-        "cache": content_id(cache, asked.signals),
+        "cache": content_id(cache, needed.signals),
         "student": fingerprint_model(student).identity,
-        **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in asked.answers},
+        **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in needed.answers},
         **{name: value for name, value in settings.items() if name not in free},
         **_flat(objective.model_dump(mode="json"), "objective."),
     }

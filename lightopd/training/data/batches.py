@@ -9,7 +9,7 @@ as a whole.
 # N = their response tokens, K = widest support of a signal, C = support entries of all positions, end to end
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightopd.cache.reader import ShardColumns, SignalColumns
+from lightopd.cache.reader import ShardColumns, SignalColumns, TokenColumns
 from lightopd.errors import LightopdError
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens
+from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.plan import CacheIndex, TrainingPlan, make_plan
-from lightopd.training.data.rows import Layout, lay_out
+from lightopd.training.data.row_layout import RowLayout, lay_out
 from lightopd.training.data.shard_store import ShardStore
 
 PADDING_TOKEN = 0
@@ -39,13 +40,13 @@ class SignalRows:
     logprobs_N: NDArray[np.float32]
     tail_logprobs_N: NDArray[np.float32] | None
     counts_N: NDArray[np.int64] | None
-    """Support entries at each position; None, like the other three, where no support was asked for."""
+    """Support entries at each position; None, like the other three, where no support is read."""
     topk_ids_C: NDArray[np.int32] | None
     topk_logprobs_C: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows(TokenColumns):
     """A micro-batch as flat columns on the host."""
 
     rollout_ids: tuple[str, ...]
@@ -58,12 +59,6 @@ class Rows:
     rewards_R: NDArray[np.float32]
     is_truncated_R: NDArray[np.bool_]
     prompt_ids_P: NDArray[np.int32]
-    response_ids_N: NDArray[np.int32]
-    loss_mask_N: NDArray[np.bool_]
-    turns_N: NDArray[np.int32]
-    logprobs_N: NDArray[np.float32] | None
-    """Student at rollout."""
-    entropies_N: NDArray[np.float32] | None
     signals: dict[str, SignalRows]
     prepared: dict[str, NDArray[np.float32]]
     """What the objective made of the whole cache, [R] each."""
@@ -89,7 +84,7 @@ class Microbatch:
     """Prompt and response tokens, padding left out."""
 
 
-def gather(
+def collect_rows(
     store: ShardStore,
     index: CacheIndex,
     entries: NDArray[np.int64],
@@ -113,6 +108,10 @@ def gather(
     spans = [(shard, int(shard.offsets[row]), int(shard.offsets[row + 1])) for shard, row in places]
     # Log-probabilities of a teacher's own answers, or of nobody, say nothing about the student's drift.
     is_own = store.cache.manifest.origin == "student"
+    tokens: dict[str, Any] = {
+        f"{name}_N": _join(spans, f"{name}_N") if is_own or name not in STUDENTS_OWN else None
+        for name in TOKEN_COLUMNS
+    }
     return Rows(
         rollout_ids=tuple(shard.rollout_ids[row] for shard, row in places),
         domains=tuple(shard.domains[row] for shard, row in places),
@@ -124,11 +123,7 @@ def gather(
         rewards_R=np.array([shard.rewards_R[row] for shard, row in places], dtype=np.float32),
         is_truncated_R=np.array([shard.is_truncated_R[row] for shard, row in places], dtype=np.bool_),
         prompt_ids_P=np.concatenate([_prompt(shard, row) for shard, row in places]),
-        response_ids_N=_join(spans, "response_ids_N"),
-        loss_mask_N=_join(spans, "loss_mask_N"),
-        turns_N=_join(spans, "turns_N"),
-        logprobs_N=_join(spans, "logprobs_N") if is_own else None,
-        entropies_N=_join(spans, "entropies_N") if is_own else None,
+        **tokens,
         signals={name: _gather_signal(name, spans) for name in store.signals},
         prepared={name: values[entries] for name, values in index.columns.items()},
         totals=totals,
@@ -139,16 +134,17 @@ def gather(
 def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
     """Cut every response to the prefix that a curriculum shows; totals are left as they are."""
     ends = np.cumsum(rows.responses_R)
+    tokens: dict[str, Any] = {
+        column.name: None if values is None else values[is_visible_N]
+        for column in fields(TokenColumns)
+        for values in (getattr(rows, column.name),)
+    }
     seen = np.concatenate([[0], np.cumsum(is_visible_N, dtype=np.int64)])
     return replace(
         rows,
         responses_R=seen[ends] - seen[ends - rows.responses_R],
-        response_ids_N=rows.response_ids_N[is_visible_N],
-        loss_mask_N=rows.loss_mask_N[is_visible_N],
-        turns_N=rows.turns_N[is_visible_N],
         signals={name: _show_signal(signal, is_visible_N) for name, signal in rows.signals.items()},
-        logprobs_N=None if rows.logprobs_N is None else rows.logprobs_N[is_visible_N],
-        entropies_N=None if rows.entropies_N is None else rows.entropies_N[is_visible_N],
+        **tokens,
     )
 
 
@@ -200,7 +196,6 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             loss_mask_N=loss_mask_N,
             turns_N=_long(rows.turns_N, device),
             ref_logprobs_N=_maybe(rows.logprobs_N, device),
-            ref_entropies_N=_maybe(rows.entropies_N, device),
             signals={name: _signal_tokens(signal, device) for name, signal in rows.signals.items()},
             lengths_R=torch.zeros_like(responses_R).index_add_(0, row_N, loss_mask_N.long()),
             rewards_R=torch.from_numpy(rows.rewards_R).to(device),
@@ -231,7 +226,7 @@ class StepDataset(Dataset[list[Rows] | LightopdError]):
         totals = self.plan.totals(step)
         try:
             return [
-                gather(self.store, self.plan.index, entries, totals, self.plan.row_tokens)
+                collect_rows(self.store, self.plan.index, entries, totals, self.plan.row_tokens)
                 for entries in self.plan.micro_batches(step)
             ]
         except LightopdError as error:
@@ -340,7 +335,7 @@ def _padded(flat_C: Tensor, counts_N: Tensor, width: int, padding: float) -> Ten
     return flat_C.new_full(is_entry_NK.shape, padding).masked_scatter_(is_entry_NK, flat_C)
 
 
-def _position_ids(starts_R: Tensor, lengths_R: Tensor, layout: Layout) -> Tensor:
+def _position_ids(starts_R: Tensor, lengths_R: Tensor, layout: RowLayout) -> Tensor:
     """Places within rollouts, from 0: int64 [B, T]; what a row has left over counts as one more rollout."""
     flat_BT = torch.arange(layout.num_padded, device=starts_R.device)
     first_BT = torch.zeros_like(flat_BT)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.data.rows import fill, lay_out
+from lightopd.training.data.row_layout import fill, lay_out
 
 Integers = NDArray[np.int64]
 GIB = 2**30

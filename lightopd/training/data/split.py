@@ -11,7 +11,7 @@ from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.cache_tables import cache_views
-from lightopd.objectives.preparation.prepare import prepare
+from lightopd.objectives.preparation.prepare import prepare_rollouts
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.data.plan import CacheIndex
 from lightopd.training.data.shard_store import FirstReading, index_cache
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class SelectedRollouts:
     """The rollouts of a run."""
 
     trained: CacheIndex
@@ -33,16 +33,16 @@ class Selected:
 def select_rollouts(
     cache: Cache,
     objective: ObjectiveConfig,
-    asked: Needs,
+    needed: Needs,
     held_out: int,
     reading: FirstReading | None = None,
-) -> Selected:
+) -> SelectedRollouts:
     """Read the whole cache once for what the objective decides before the first step, and index the rest.
 
     Args:
-        cache: complete, with the signals that `asked` names.
+        cache: complete, with the signals that `needed` names.
         objective: the loss.
-        asked: its needs.
+        needed: its needs.
         held_out: rollouts to hold out, at least; whole prompts are.
         reading: of the same cache, signals and top-k, used up here; None reads the cache and keeps nothing.
 
@@ -50,21 +50,21 @@ def select_rollouts(
         CacheError: a value is not finite, or the cache cannot serve a part; see `objectives.prepare`.
         ConfigError: no rollout would be left to train on.
     """
-    prepared = prepare(objective, cache_views(cache, asked, reading))
+    prepared = prepare_rollouts(objective, cache_views(cache, needed, reading))
     parts = None if reading is None else reading.parts
-    index = index_cache(cache, asked.signals, asked.topk, prepared, parts)
+    index = index_cache(cache, needed.signals, needed.topk, prepared, parts)
     notes = list(prepared.notes)
-    if asked.together:
-        index, dropped = together(index)
+    if needed.together:
+        index, dropped = keep_prompts_whole(index)
         notes += [f"{dropped} rollouts lost their partner, which has no trained token"] * bool(dropped)
     if not held_out:
-        return Selected(index, None, tuple(notes))
+        return SelectedRollouts(index, None, tuple(notes))
     trained, validation = split(index, held_out)
     notes.append(f"{len(validation.row_P)} rollouts are held out")
-    return Selected(trained, validation, tuple(notes))
+    return SelectedRollouts(trained, validation, tuple(notes))
 
 
-def together(index: CacheIndex) -> tuple[CacheIndex, int]:
+def keep_prompts_whole(index: CacheIndex) -> tuple[CacheIndex, int]:
     """The rollouts of each prompt side by side; prompts that lost one are left out, and counted.
 
     Raises:

@@ -49,7 +49,7 @@ def must_start(finetune: FinetuneConfig) -> bool:
     """Whether this process is to start those of the devices, because nobody else did.
 
     Raises:
-        ConfigError: `torchrun` or SLURM started another number of processes than the settings ask for, or
+        ConfigError: `torchrun` or SLURM started another number of processes than the settings say, or
             there are several nodes and this one was not told where the others are.
     """
     wanted = finetune.devices * finetune.nodes
@@ -233,7 +233,7 @@ def _cause(workers: Sequence[_Worker]) -> BaseException:
         if code is not None and code < 0:
             return TrainingError(
                 f"the process of rank {worker.rank} was killed ({signal.Signals(-code).name}), often for "
-                "want of memory; the others were ended too; run the same command again to go on from the "
+                "want of memory; the others were ended too; run the same command again to resume from the "
                 "last checkpoint"
             )
     for found in reports:

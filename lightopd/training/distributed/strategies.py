@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 FSDP = "fsdp"
 """Name of the strategy that shards weights, gradients and moments over all devices."""
@@ -20,7 +19,7 @@ def refusals_told(finetune: FinetuneConfig) -> Iterator[None]:
     """Turn Lightning's refusal of devices, nodes or strategy into the user's words.
 
     Raises:
-        ConfigError: no such strategy, fewer devices than asked for, or a launcher that disagrees.
+        ConfigError: no such strategy, fewer devices than requested, or a launcher that disagrees.
     """
     try:
         yield
@@ -36,29 +35,24 @@ def environments() -> list[SLURMEnvironment]:
     """What the trainer is told of the machines; Lightning finds out the rest by itself."""
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
-    # Its way to requeue a job keeps a checkpoint of its own; here the same command goes on from the run's.
+    # Its way to requeue a job keeps a checkpoint of its own; here the same command resumes from the run's.
     return [SLURMEnvironment(auto_requeue=False)]
 
 
-def check_strategy(
-    finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool = False
-) -> None:
+def check_strategy(finetune: FinetuneConfig, *, asks_student: bool = False) -> None:
     """Refuse what a strategy cannot do.
 
     Args:
         asks_student: whether the student answers prompts during training.
 
     Raises:
-        ConfigError: the objective jumps along whole weights, and no device has them; or the student has to
-            answer from shares of weights.
+        ConfigError: the student has to answer from shares of weights.
     """
     if finetune.strategy == FSDP and asks_student:
         raise ConfigError(
             "accuracy during training needs whole weights on a device; set strategy to ddp, or leave out "
             "accuracy and use lightopd eval"
         )
-    if finetune.strategy == FSDP and objective.jump is not None:
-        raise ConfigError("the objective jumps, which needs whole weights on a device; set strategy to ddp")
 
 
 def make_strategy(finetune: FinetuneConfig) -> str | Strategy:

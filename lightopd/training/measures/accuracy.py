@@ -24,7 +24,7 @@ from lightopd.models.head import head_of
 from lightopd.models.load import LoadedModel, context_length_of
 from lightopd.prompts.render import RenderedPrompts, render_prompts
 from lightopd.prompts.tokens import response_text
-from lightopd.rewards.judge import judge
+from lightopd.rewards.reward import reward_of
 from lightopd.schemas.configs import AccuracyConfig, ModelConfig
 from lightopd.training.measures.evaluation import accuracy
 from lightopd.training.student.compile import uncompiled
@@ -101,7 +101,7 @@ class AccuracyMeter:
         )
         rewards_PS = torch.zeros(num_prompts, num_samples)
         for (p, s), sample in zip(rows, samples, strict=True):
-            reward = judge(
+            reward = reward_of(
                 self.rendered.prompts[p], response_text(sample.response_ids, self.rendered.tokenizer)
             )
             assert reward is not None
@@ -134,7 +134,7 @@ def make_meter(config: AccuracyConfig, student: ModelConfig) -> AccuracyMeter:
         prompt_ids, [prompt.prompt_id for prompt in prompts], limits.vocabulary_size, limits.context_length
     )
     for prompt in prompts:
-        judge(prompt, "")
+        reward_of(prompt, "")
     return AccuracyMeter(replace(rendered, prompts=prompts, prompt_ids=prompt_ids), config)
 
 

@@ -21,7 +21,7 @@ class Best(StrictModel):
     """Measurements since, none of them better."""
 
 
-def judge(best: Best | None, config: BestConfig, step: int, value: float) -> Best:
+def updated_best(best: Best | None, config: BestConfig, step: int, value: float) -> Best:
     """The best after one more measurement; of equal ones the first."""
     if best is None or best.metric != config.metric or _is_better(config.metric, value, best.value):
         return Best(metric=config.metric, step=step, value=value)

@@ -18,7 +18,7 @@ from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs, term_needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
-from lightopd.training.data.batches import Rows, collate, gather
+from lightopd.training.data.batches import Rows, collate, collect_rows
 from lightopd.training.data.plan import CacheIndex, pack
 from lightopd.training.data.shard_store import ShardStore
 from lightopd.training.student.forward import student_tokens
@@ -50,10 +50,13 @@ class HeldOut:
 
     def _gathered(self, micro_batches: Sequence[NDArray[np.int64]]) -> list[Rows]:
         totals = BatchTotals(len(self.index.lengths_P), int(self.index.trained_P.sum()))
-        return [gather(self.store, self.index, entries, totals, self.row_tokens) for entries in micro_batches]
+        return [
+            collect_rows(self.store, self.index, entries, totals, self.row_tokens)
+            for entries in micro_batches
+        ]
 
 
-def held_out_objective(objective: ObjectiveConfig, asked: Needs) -> ObjectiveConfig:
+def held_out_objective(objective: ObjectiveConfig, needed: Needs) -> ObjectiveConfig:
     """What is measured on held-out rollouts; lower is better, and it is never negative.
 
     An objective that reads a teacher is measured by the divergence of its first teacher: the reverse KL where
@@ -63,7 +66,7 @@ def held_out_objective(objective: ObjectiveConfig, asked: Needs) -> ObjectiveCon
     for term in objective.terms:
         names = set(teacher_names(term))
         if names <= set(term_needs(term).signals):
-            has_support = names <= set(asked.supports)
+            has_support = names <= set(needed.supports)
             target = (
                 DivergenceTarget(kind="divergence", divergence="reverse_kl")
                 if has_support

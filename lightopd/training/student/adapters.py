@@ -28,8 +28,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def load_student(student: ModelConfig, finetune: FinetuneConfig, checkpoint: Path | None) -> Any:
     """The model that is trained, on the CPU in float32: as it begins, or as a checkpoint left it.
 
-    With an adapter it is a `PeftModel` whose base is frozen. A student that brings an adapter of its own goes
-    on with that adapter; without `finetune.adapter` the student's adapter is merged and every weight trained.
+    With an adapter it is a `PeftModel` whose base is frozen. An adapter that the student brings is trained;
+    without `finetune.adapter` it is merged and every weight trained.
 
     Raises:
         ConfigError: peft is missing, the adapter would change the output layer, names no module, or is of
@@ -67,7 +67,7 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
 
     `weights` stand for the model's own where those are sharded over devices.
     """
-    if not hasattr(model, "peft_config"):
+    if not is_adapted(model):
         model.save_pretrained(folder, state_dict=weights)
         return
     from peft import get_peft_model_state_dict  # type: ignore[import-not-found,unused-ignore]
@@ -80,6 +80,11 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     if not isinstance(config.target_modules, str):  # peft keeps a set, whose order changes from run to run
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether only an adapter is trained."""
+    return hasattr(model, "peft_config")
 
 
 def trained_student(student: ModelConfig, folder: Path) -> ModelConfig:
@@ -123,15 +128,18 @@ def _stored(base: PreTrainedModel, folder: Path) -> Any:
         raise InputError(f"adapter folder {folder} does not fit the model ({error})") from error
 
 
-def _check_same_shape(folder: Path, model: Any, asked: AdapterConfig) -> None:
+def _check_same_shape(folder: Path, model: Any, requested: AdapterConfig) -> None:
     found = model.peft_config["default"]
     pairs: dict[str, tuple[Any, Any]] = {
-        "kind": (asked.kind, "dora" if getattr(found, "use_dora", False) else found.peft_type.value.lower()),
-        "rank": (asked.rank, getattr(found, "r", None)),
-        "alpha": (asked.alpha, getattr(found, "lora_alpha", None)),
+        "kind": (
+            requested.kind,
+            "dora" if getattr(found, "use_dora", False) else found.peft_type.value.lower(),
+        ),
+        "rank": (requested.rank, getattr(found, "r", None)),
+        "alpha": (requested.alpha, getattr(found, "lora_alpha", None)),
     }
-    if asked.target_modules != ALL_LINEAR:
-        pairs["target_modules"] = (sorted(asked.target_modules), sorted(found.target_modules))
+    if requested.target_modules != ALL_LINEAR:
+        pairs["target_modules"] = (sorted(requested.target_modules), sorted(found.target_modules))
     differences = [f"{name} is {a}, there {b}" for name, (a, b) in pairs.items() if a != b]
     if differences:
         raise ConfigError(

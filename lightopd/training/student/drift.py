@@ -11,15 +11,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightopd.objectives.base.batch import MetricSums
 from lightopd.schemas.finetune import StalenessLimits
 
-Sums = dict[str, tuple[Tensor, Tensor]]
 
-DRIFT_METRICS = ("w_mean", "w_std", "ess", "chi2", "log_ratio_lost")
-
-
-def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> Sums:
-    """Sums and weights from which `drift_metrics` is made, float64, over the trained tokens.
+def drift_sums(logprobs_N: Tensor, ref_logprobs_N: Tensor, loss_mask_N: Tensor) -> MetricSums:
+    """MetricSums and weights from which `drift_metrics` is made, float64, over the trained tokens.
 
     Args:
         logprobs_N: float32, nats, of the sampled tokens under the student now.

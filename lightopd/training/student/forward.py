@@ -1,7 +1,7 @@
 """The student's forward pass over a micro-batch: from token ids to what an objective reads."""
 
 # B = rows of a micro-batch, T = their padded length, N = response tokens, D = hidden size
-# K = widest support of a signal, M = ids asked per position, S = supports
+# K = widest support of a signal, M = ids requested per position, S = supports
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
-from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
-from lightopd.training.student.drift import Sums, drift_sums
+from lightopd.training.student.drift import drift_sums
 from lightopd.training.student.packed_rows import decoder_inputs
 from lightopd.training.student.router_loss import Routers
 
@@ -76,7 +76,7 @@ def evaluate_tokens(
         hidden_ND: last hidden state before each response token, any float dtype.
         head: the student's output layer.
         rollouts: the cached side.
-        supports: names of the signals whose top-k is asked for.
+        supports: names of the signals whose top-k is read.
     """
     blocks = [rollouts.ids_N[:, None], *(rollouts.signals[name].topk_ids_NK for name in supports)]
     widths = [block.shape[1] for block in blocks]
@@ -99,10 +99,10 @@ def evaluate_tokens(
     )
 
 
-def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> Sums:
+def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> MetricSums:
     """The student's entropy and its drift from the one at rollout, as sums over the trained tokens."""
     mask_N = rollouts.loss_mask_N.double()
-    sums: Sums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
+    sums: MetricSums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
     if rollouts.ref_logprobs_N is not None:
         sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.loss_mask_N)
     return sums

@@ -18,7 +18,6 @@ from lightopd.engines.vllm.server import load_server_engine
 from lightopd.models.head import head_of
 from lightopd.models.load import LoadedModel, context_length_of
 from lightopd.schemas.configs import HfEngine, ModelConfig, ServerEngine
-from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Sequence
 
 VOCABULARY, CONTEXT = 97, 64
@@ -77,8 +76,6 @@ def hf_engine(model: hf.PreTrainedModel, **settings: int) -> TransformersEngine:
     return TransformersEngine(
         loaded_model(model),
         HfEngine(device="cpu", **settings),
-        EngineRecord(kind="hf", version="0"),
-        Precision(dtype="float32"),
     )
 
 

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lightopd.engines.base import Tail, check_prompts, check_sequences, random_stream
+from lightopd.engines.base import check_prompts, check_sequences, random_stream
 from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Ids, Sample, Scores, Support
 
 Doubles = NDArray[np.float64]
@@ -49,9 +48,6 @@ class FakeEngine:
     ) -> None:
         self.vocabulary_size = vocabulary_size
         self.context_length = context_length
-        self.record = EngineRecord(kind="fake", version="1", settings={"seed": seed, "scale": scale})
-        self.precision = Precision(dtype="float64")
-        self.tail: Tail = "exact"
         self.num_calls = 0
         random = np.random.default_rng(seed)
         self._last_VV = random.normal(size=(vocabulary_size, vocabulary_size)) * scale * 0.8

@@ -1,6 +1,6 @@
 """Cases of the kernel, and a dense float64 reference of values and gradients."""
 
-# N = positions, D = hidden size, V = vocabulary, M = ids asked per position, S = tail sets
+# N = positions, D = hidden size, V = vocabulary, M = ids requested per position, S = tail sets
 
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightopd.kernels.selected_logprobs import Selected, selected_logprobs
+from lightopd.kernels.selected_logprobs import TokenLogprobs, selected_logprobs
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here; `make test-gpu` on a machine with one runs it"
@@ -48,17 +48,17 @@ def make_case(
     **options: Any,
 ) -> Case:
     """Ids repeat often (at most eight distinct ones a row) and about one in eight is padding."""
-    num_positions, num_hidden, num_vocab, num_asked, num_sets = shape
+    num_positions, num_hidden, num_vocab, num_requested, num_sets = shape
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     start_N1 = torch.randint(0, num_vocab, (num_positions, 1), generator=generator)
-    ids_NM = torch.randint(0, 8, (num_positions, num_asked), generator=generator) + start_N1
+    ids_NM = torch.randint(0, 8, (num_positions, num_requested), generator=generator) + start_N1
     ids_NM = ids_NM.remainder(num_vocab)
-    ids_NM[torch.rand(num_positions, num_asked, generator=generator) < 0.125] = -1
-    member_NSM = torch.rand(num_positions, num_sets, num_asked, generator=generator) < 0.5
+    ids_NM[torch.rand(num_positions, num_requested, generator=generator) < 0.125] = -1
+    member_NSM = torch.rand(num_positions, num_sets, num_requested, generator=generator) < 0.5
     bias_V = normal(num_vocab) if with_bias else None
     return Case(
         normal(num_positions, num_hidden) / 2,
@@ -81,7 +81,7 @@ def dense_logprobs(case: Case) -> tuple[Tensor, Tensor]:
     return logits_NV.log_softmax(-1), logits_NV
 
 
-def dense_selected(case: Case) -> Selected:
+def dense_selected(case: Case) -> TokenLogprobs:
     logprobs_NV, logits_NV = dense_logprobs(case)
     is_padding_NM = case.ids_NM < 0
     logprobs_NM = logprobs_NV.gather(1, case.ids_NM.clamp(min=0)).masked_fill(is_padding_NM, 0.0)
@@ -91,10 +91,10 @@ def dense_selected(case: Case) -> Selected:
             in_set_NSV[n, s, case.ids_NM[n, m]] = True
     tail_NS = logprobs_NV[:, None].expand(in_set_NSV.shape).masked_fill(in_set_NSV, -torch.inf).logsumexp(-1)
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return Selected(logprobs_NM, tail_NS, logits_NV.logsumexp(-1), entropy_N, None, None)
+    return TokenLogprobs(logprobs_NM, tail_NS, logits_NV.logsumexp(-1), entropy_N, None, None)
 
 
-def kernel_selected(case: Case, **sizes: int) -> Selected:
+def kernel_selected(case: Case, **sizes: int) -> TokenLogprobs:
     hidden_ND, head_VD, ids_NM, *options = case
     names = ("member_NSM", "bias_V", "softcap", "temperature")
     return ours(hidden_ND, head_VD, ids_NM, **dict(zip(names, options, strict=True)), **sizes)
@@ -107,7 +107,7 @@ class Path:
     device = "cpu"
 
 
-def ours(hidden_ND: Tensor, head_VD: Tensor, ids_NM: Tensor, **options: Any) -> Selected:
+def ours(hidden_ND: Tensor, head_VD: Tensor, ids_NM: Tensor, **options: Any) -> TokenLogprobs:
     """The kernel on the path under test, from and to tensors on the CPU."""
     there = {
         name: value.to(Path.device) if isinstance(value, Tensor) else value for name, value in options.items()
@@ -115,7 +115,7 @@ def ours(hidden_ND: Tensor, head_VD: Tensor, ids_NM: Tensor, **options: Any) -> 
     inputs = (each.to(Path.device) for each in (hidden_ND, head_VD, ids_NM))
     selected = selected_logprobs(*inputs, fused=Path.is_fused, **there)
     values = (getattr(selected, field.name) for field in fields(selected))
-    return Selected(*(None if value is None else value.cpu() for value in values))
+    return TokenLogprobs(*(None if value is None else value.cpu() for value in values))
 
 
 def outcome(case: Case, compute: Any, **sizes: int) -> Outcome:

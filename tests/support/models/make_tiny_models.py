@@ -45,7 +45,7 @@ from lightopd.rewards.running_totals import (
     corrupted_response,
     reference_response,
     running_totals,
-    verify,
+    total_reward,
 )
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import SftLineage, StudentLineage
@@ -309,7 +309,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
     rows = running_totals(seed, NUM_HELD_OUT, split="heldout")
     sampled = sample(model, tokenizer, [row["prompt"] for row in rows], seed)
     responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    scores = [verify(response, row["answer"]) for response, row in zip(responses, rows, strict=True)]
+    scores = [total_reward(response, row["answer"]) for response, row in zip(responses, rows, strict=True)]
     share = sum(scores) / len(scores)
     log.info("sampled accuracy on %d held-out prompts: %.4f", NUM_HELD_OUT, share)
     return share

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightopd.cache.reader import ShardColumns, SignalColumns
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
-from lightopd.objectives.base.rollout_table import CacheView
-from lightopd.objectives.loss import Loss, collect_statistics, compute_loss
-from lightopd.objectives.preparation.prepare import Prepared, prepare
+from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
+from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.pipelines.methods import read_method
@@ -146,7 +146,7 @@ def _step(
 ) -> list[Loss]:
     wanted = needs(config)
     rows = list(order or range(world.size))
-    prepared = prepare(config, [view_of(world, rows)])
+    prepared = prepare_rollouts(config, [view_of(world, rows)])
     kept = [row for row, is_kept in zip(rows, prepared.keep_R, strict=True) if is_kept]
     shown = shown_world(config, world, state)
     groups = [[row for row in split if row in kept] for split in (splits or [kept])]
@@ -154,7 +154,7 @@ def _step(
     students = [make_student(shown, logits_NV, batch, wanted.supports, split) for batch, split in batches]
     with torch.no_grad():
         found = [
-            collect_statistics(config, batch, student)
+            collect_step_sums(config, batch, student)
             for (batch, _), student in zip(batches, students, strict=True)
         ]
     totals = {
@@ -178,14 +178,34 @@ def places_of(world: World, rows: Sequence[int]) -> Tensor:
     return torch.cat([(world.row_N == row).nonzero()[:, 0] for row in rows])
 
 
-def view_of(world: World, rows: Sequence[int]) -> CacheView:
+def signals_of(logprobs_N: dict[str, np.ndarray]) -> dict[str, SignalColumns]:
+    """Signals of sampled tokens only."""
+    return {name: SignalColumns(values, None, None, None, None) for name, values in logprobs_N.items()}
+
+
+def make_columns(*, signals: dict[str, np.ndarray], **given: object) -> ShardColumns:
+    """Columns of rollouts; what no selection and no column reads is left empty."""
+    num_rollouts, num_tokens = len(given["rollout_ids"]), int(given["offsets"][-1])
+    unread = {
+        "prompt_ids_by_user": [""] * num_rollouts,
+        "prompt_offsets": np.zeros(num_rollouts + 1, np.int64),
+        "prompt_ids_P": np.zeros(0, np.int32),
+        "response_ids_N": np.zeros(num_tokens, np.int32),
+        "turns_N": np.zeros(num_tokens, np.int32),
+        "entropies_N": None,
+        "is_truncated_R": np.zeros(num_rollouts, bool),
+    }
+    return ShardColumns(**unread, **given, signals=signals_of(signals))
+
+
+def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
     """The cache with its rollouts in the given order."""
     places_N = places_of(world, rows)
     ids_N1 = world.ids_N[places_N][:, None]
     sampled = {
         name: table_NV[places_N].gather(1, ids_N1)[:, 0].numpy() for name, table_NV in world.tables.items()
     }
-    return CacheView(
+    return make_columns(
         rollout_ids=[world.names[row] for row in rows],
         groups_R=np.array([world.groups[row] for row in rows]),
         rewards_R=np.array([world.rewards[row] for row in rows], np.float32),
@@ -193,8 +213,8 @@ def view_of(world: World, rows: Sequence[int]) -> CacheView:
         domains=[world.domains[row] for row in rows],
         offsets=np.concatenate([[0], np.cumsum([world.lengths[row] for row in rows])]),
         loss_mask_N=world.loss_mask_N[places_N].numpy(),
-        ref_logprobs_N=sampled["rollout_student"],
-        logprobs_N=sampled,
+        logprobs_N=sampled["rollout_student"],
+        signals=sampled,
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
 
@@ -204,7 +224,7 @@ def make_batch(
     rows: Sequence[int],
     step_rows: Sequence[int],
     top_k: int,
-    prepared: Prepared | None = None,
+    prepared: PreparedRollouts | None = None,
     cache_rows: Sequence[int] = (),
 ) -> tuple[RolloutBatch, list[int]]:
     """The micro-batch of `rows` in a step of `step_rows`."""
@@ -220,7 +240,6 @@ def make_batch(
         loss_mask_N=world.loss_mask_N[places_N],
         turns_N=world.turns_N[places_N],
         ref_logprobs_N=_sampled(world, "rollout_student", places_N),
-        ref_entropies_N=None,
         signals={name: _signal(world, name, places_N, top_k) for name in world.tables},
         lengths_R=torch.tensor([trained[row] for row in rows]),
         rewards_R=torch.tensor([world.rewards[row] for row in rows]),

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import OptimizerConfig
-from lightopd.training.data.batches import collate, gather
+from lightopd.training.data.batches import collate, collect_rows
 from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.data.plan import pack
 from lightopd.training.data.shard_store import FirstReading, index_cache
@@ -49,7 +49,7 @@ def micro_batches(data, budget, is_packed=False):
     totals = BatchTotals(len(index.row_P), int(index.trained_P.sum()))
     (dealt,) = pack(index.lengths_P, budget, 1, 1, row_tokens)
     cpu = torch.device("cpu")
-    return [collate(gather(store, index, entries, totals, row_tokens), cpu) for entries in dealt]
+    return [collate(collect_rows(store, index, entries, totals, row_tokens), cpu) for entries in dealt]
 
 
 def read_first(cache, topk=(), limit_bytes=2**30):

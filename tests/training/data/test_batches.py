@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import read_first
 
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import rollouts_folder, signal_folder
-from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.errors import CacheError
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.data.batches import CacheData, StepDataset, collate, gather
+from lightopd.training.data.batches import CacheData, StepDataset, collate, collect_rows
 from lightopd.training.data.plan import make_plan
 from lightopd.training.data.shard_store import FirstReading, index_cache
 
@@ -43,7 +43,7 @@ def records_of(cache):
 def test_a_micro_batch_holds_the_records_row_by_row(make_cache, tmp_path):
     store, index = open_store(make_cache(tmp_path / "cache"))
     entries = np.array([17, 2, 9])
-    batch = collate(gather(store, index, entries, TOTALS), CPU)
+    batch = collate(collect_rows(store, index, entries, TOTALS), CPU)
     records, scores = records_of(store.cache)
     side = batch.rollouts
     start = 0
@@ -60,7 +60,6 @@ def test_a_micro_batch_holds_the_records_row_by_row(make_cache, tmp_path):
         assert side.loss_mask_N[tokens].tolist() == record.loss_mask.tolist()
         assert side.turns_N[tokens].tolist() == record.turns.tolist()
         assert side.ref_logprobs_N[tokens].tolist() == record.logprobs.tolist()
-        assert side.ref_entropies_N[tokens].tolist() == record.entropies.tolist()
         assert side.lengths_R[row] == record.loss_mask.sum()
         assert side.is_truncated_R[row] == record.truncated
         assert side.domains[row] == record.domain
@@ -82,7 +81,7 @@ def test_a_micro_batch_holds_the_records_row_by_row(make_cache, tmp_path):
 
 def test_each_response_token_is_predicted_by_the_position_before_it(make_cache, tmp_path):
     store, index = open_store(make_cache(tmp_path / "cache"))
-    batch = collate(gather(store, index, np.array([3, 21, 8]), TOTALS), CPU)
+    batch = collate(collect_rows(store, index, np.array([3, 21, 8]), TOTALS), CPU)
     assert batch.input_ids_BT.flatten()[batch.positions_N + 1].tolist() == batch.rollouts.ids_N.tolist()
     first = batch.rollouts.index_N == 0
     rows = batch.positions_N[first] // batch.input_ids_BT.shape[1]
@@ -91,20 +90,20 @@ def test_each_response_token_is_predicted_by_the_position_before_it(make_cache, 
 
 def test_rollouts_of_one_prompt_share_a_group_and_others_do_not(make_cache, tmp_path):
     store, index = open_store(make_cache(tmp_path / "cache"))
-    groups = gather(store, index, np.array([4, 5, 6]), TOTALS).groups_R
+    groups = collect_rows(store, index, np.array([4, 5, 6]), TOTALS).groups_R
     assert groups[0] == groups[1] != groups[2]
 
 
 def test_a_signal_without_its_top_k_has_an_empty_support_and_all_mass_outside(make_cache, tmp_path):
     store, index = open_store(make_cache(tmp_path / "cache"), topk=())
-    signal = collate(gather(store, index, np.array([0, 1]), TOTALS), CPU).rollouts.signals["teacher"]
+    signal = collate(collect_rows(store, index, np.array([0, 1]), TOTALS), CPU).rollouts.signals["teacher"]
     assert signal.topk_ids_NK.shape == (len(signal.logprobs_N), 0)
     assert not signal.tail_logprobs_N.any()
 
 
 def test_log_probabilities_of_another_author_are_no_reference_for_drift(make_cache, tmp_path):
     store, index = open_store(make_cache(tmp_path / "cache", origin="teacher"))
-    batch = collate(gather(store, index, np.array([0, 1]), TOTALS), CPU)
+    batch = collate(collect_rows(store, index, np.array([0, 1]), TOTALS), CPU)
     assert batch.rollouts.ref_logprobs_N is None
 
 

@@ -11,8 +11,8 @@ from training_runs import CALM, REVERSE_KL, assert_same_bits, rows_of, weights_o
 from lightopd.errors import TrainingError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig, OptimizerConfig
-from lightopd.training.measures.best import Best, is_over, judge
-from lightopd.training.warm_start import carried_state
+from lightopd.training.measures.best import Best, is_over, updated_best
+from lightopd.training.warm_start import optimizer_state_hash
 
 UNMOVED = OptimizerConfig(lr=1e-30, weight_decay=0)
 # Its steps grow, so the divergence falls and then rises.
@@ -30,7 +30,7 @@ def test_the_lowest_divergence_is_the_best_and_of_equal_ones_the_first():
     best, config = None, BestConfig(patience=2)
     seen = []
     for step, value in enumerate([3.0, 2.0, 2.0, 2.5, 1.0], start=1):
-        best = judge(best, config, step, value)
+        best = updated_best(best, config, step, value)
         seen.append((best.step, best.waited, is_over(best, config)))
     assert seen == [(1, 0, False), (2, 0, False), (2, 1, False), (2, 2, True), (5, 0, False)]
 
@@ -38,7 +38,7 @@ def test_the_lowest_divergence_is_the_best_and_of_equal_ones_the_first():
 def test_a_best_of_another_metric_is_forgotten_and_ends_nothing():
     other = Best(metric="avg_at_k", step=1, value=0.5, waited=9)
     assert not is_over(other, BestConfig(patience=1))
-    assert judge(other, BestConfig(), 4, 0.7) == Best(metric="held_out", step=4, value=0.7)
+    assert updated_best(other, BestConfig(), 4, 0.7) == Best(metric="held_out", step=4, value=0.7)
 
 
 def test_the_best_checkpoint_outlives_newer_ones_and_is_exported(train, tmp_path):
@@ -69,12 +69,12 @@ def test_a_run_ends_after_its_patience_and_goes_on_with_more(train, caplog):
 
 def test_a_finished_run_exports_what_is_asked_for_now_or_says_that_it_did_not_choose(train, tmp_path):
     best = train(objective=REVERSE_KL, **OVERSHOOTING)
-    carried = carried_state(tmp_path / "out", ModelConfig(path=str(best.student)))
+    carried = optimizer_state_hash(tmp_path / "out", ModelConfig(path=str(best.student)))
     last = train(objective=REVERSE_KL, **(OVERSHOOTING | {"best": None}))
     assert (best.exported_step, last.exported_step) == (best.exported_step, 12) != (12, 12)
     stored = tmp_path / "out" / "checkpoints" / "step-000012" / "model.safetensors"
     assert (last.student / "model.safetensors").read_bytes() == stored.read_bytes()
-    assert carried_state(tmp_path / "out", ModelConfig(path=str(last.student))) != carried
+    assert optimizer_state_hash(tmp_path / "out", ModelConfig(path=str(last.student))) != carried
     with pytest.raises(TrainingError, match="kept its student by held_out, not by avg_at_k; set best back"):
         train(objective=REVERSE_KL, **(OVERSHOOTING | {"best": {"metric": "avg_at_k"}}))
     train("plain", REVERSE_KL, **(OVERSHOOTING | {"best": None}))
@@ -159,4 +159,4 @@ def test_an_averaged_adapter_is_exported_as_one(train, tmp_path, merge):
 def test_an_optimiser_is_not_carried_to_averaged_weights(train, tmp_path):
     result = train(ema_decay=0.5, optimizer=CALM, steps=2)
     with pytest.raises(TrainingError, match="leave ema_decay out there"):
-        carried_state(tmp_path / "out", ModelConfig(path=str(result.student)))
+        optimizer_state_hash(tmp_path / "out", ModelConfig(path=str(result.student)))

@@ -12,9 +12,9 @@ from lightopd.models.head import last_hidden
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.objectives.loss import compute_loss
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.data.batches import collate, gather
+from lightopd.training.data.batches import collate, collect_rows
 from lightopd.training.data.plan import pack
-from lightopd.training.data.rows import fill, lay_out
+from lightopd.training.data.row_layout import fill, lay_out
 from lightopd.training.student.forward import prepare_student, student_tokens
 from lightopd.training.student.packed_rows import check_packing, decoder_inputs
 
@@ -104,7 +104,7 @@ def test_flash_kernels_get_one_row_with_the_same_hidden_states(data):
 def test_positions_begin_again_with_each_rollout_and_with_what_is_left_of_a_row(data):
     store, index = data
     entries = np.argsort(-index.lengths_P, kind="stable")[[0, 15, 21]]
-    batch = collate(gather(store, index, entries, BatchTotals(3, 9), row_tokens=16), CPU)
+    batch = collate(collect_rows(store, index, entries, BatchTotals(3, 9), row_tokens=16), CPU)
     first, second, third = (int(length) for length in index.lengths_P[entries])
     left = first - second - third
     expected = [list(range(first)), [*range(second), *range(third), *range(left)]]

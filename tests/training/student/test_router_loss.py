@@ -18,7 +18,7 @@ from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.checkpoints.checkpoint import newest_checkpoint
-from lightopd.training.data.batches import collate, gather
+from lightopd.training.data.batches import collate, collect_rows
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.student.forward import prepare_student, routed_tokens, routers_of
@@ -91,7 +91,7 @@ def switch_loss(logits_LNE, top_k):
 def test_one_sequence_has_the_loss_of_the_paper_and_of_the_model_itself(data, name):
     model = sharp_model(name)
     store, index = data
-    batch = collate(gather(store, index, index.lengths_P.argmax()[None], BatchTotals(1, 9)), CPU)
+    batch = collate(collect_rows(store, index, index.lengths_P.argmax()[None], BatchTotals(1, 9)), CPU)
     output = model(input_ids=batch.input_ids_BT, output_router_logits=True, use_cache=False)
     load = load_of(model, [batch])
     ours = load.loss(routers_of(model, batch), batch.is_token_BT)

@@ -1,0 +1,108 @@
+"""What the two vLLM engines share: many requests at once, and answers made into samples and scores.
+
+R = response tokens, M = top-k + 1 entries of a position (its own token, then the k most likely).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from lightopd.engines.base import check_prompts, check_sequences, row_seed
+from lightopd.engines.hf.score import empty_scores
+from lightopd.engines.vllm.concurrency import LoopThread, run_all
+from lightopd.engines.vllm.from_logprobs import sample_of, scores_of
+from lightopd.engines.vllm.settings import check_sampling
+from lightopd.models.limits import ModelLimits
+from lightopd.schemas import records
+from lightopd.schemas.configs import SamplingConfig
+from lightopd.schemas.records import Floats, Ids, Sample, Scores
+
+IN_FLIGHT_BYTES = 1 << 30
+"""Memory for log-probabilities that were requested and are not yet packed."""
+
+Result = TypeVar("Result")
+
+
+class Drawn(NamedTuple):
+    """One response as vLLM gives it."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    finish_reason: str | None
+
+
+class RequestEngine(ABC):
+    """Draws and scores one sequence a request; an engine says how a request is made.
+
+    Args:
+        loop: where requests run; it is closed with the engine.
+        limits: of the model, or shorter.
+        entry_bytes: memory of one log-probability in an answer.
+        most: requests at once; None for no limit but that of memory.
+    """
+
+    def __init__(
+        self, loop: LoopThread, limits: ModelLimits, entry_bytes: int, most: int | None = None
+    ) -> None:
+        self.vocabulary_size, self.context_length = limits.vocabulary_size, limits.context_length
+        self._loop, self._entry_bytes, self._most = loop, entry_bytes, most
+
+    @abstractmethod
+    async def _draw(
+        self, name: str, prompt_ids: Ids, sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]
+    ) -> Drawn:
+        """Draw one response of at most `limit` tokens."""
+
+    @abstractmethod
+    async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
+        """Ids and log-probabilities [R, M] of one response."""
+
+    def generate(
+        self, prompts: Sequence[Ids], sampling: SamplingConfig, keys: Sequence[str], stop_ids: Sequence[int]
+    ) -> list[Sample]:
+        """Draw responses; see `Engine.generate`."""
+        check_prompts(prompts, keys, self.vocabulary_size, self.context_length)
+        check_sampling(sampling)
+        limits = [min(sampling.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
+        stops = sorted(set(map(int, stop_ids)))
+
+        async def draw(index: int) -> Sample:
+            name, limit, seed = f"rollout {keys[index]}", limits[index], row_seed(sampling.seed, keys[index])
+            drawn = await self._draw(name, prompts[index], sampling, limit, seed, stops)
+            return sample_of(name, *drawn, limit, stops, self.vocabulary_size)
+
+        lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        return self._run("sampling", draw, lengths)
+
+    def score(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> list[Scores]:
+        """Score responses; see `Engine.score`. What is requested at once is bounded by `IN_FLIGHT_BYTES`."""
+        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
+        filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+
+        async def score_one(place: int) -> Scores:
+            sequence, name = sequences[filled[place]], f"sequence {filled[place]}"
+            rows = await self._score(name, sequence, top_k)
+            return scores_of(name, sequence.response_ids, *rows, min_probability, self.vocabulary_size)
+
+        lengths = [len(sequences[i].prompt_ids) + len(sequences[i].response_ids) for i in filled]
+        scored = self._run("scoring", score_one, [(top_k + 1) * length for length in lengths])
+        results = [empty_scores()] * len(sequences)
+        for index, scores in zip(filled, scored, strict=True):
+            results[index] = scores
+        return results
+
+    def _run(
+        self, doing: str, ask: Callable[[int], Awaitable[Result]], num_entries: Sequence[int]
+    ) -> list[Result]:
+        """Results of every request, in order, given how many log-probabilities each answer holds."""
+        sizes = [self._entry_bytes * entries for entries in num_entries]
+        return self._loop.run(run_all(ask, sizes, IN_FLIGHT_BYTES, self._most))
+
+
+def ids_of(sequence: records.Sequence) -> Ids:
+    """Prompt and response as one int32 array."""
+    return np.concatenate([sequence.prompt_ids, sequence.response_ids])

@@ -1,0 +1,82 @@
+"""What a later moment of a stage would refuse, refused before anything is paid for; no weights are read."""
+
+import importlib.util
+from collections.abc import Sequence
+
+from lightopd.errors import ConfigError, InputError
+from lightopd.lineage.checks import check_tokenizer
+from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.prompts.tokens import identified_tokenizer
+from lightopd.schemas.configs import Allowed, ModelConfig
+from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.schemas.manifest import Override, TokenizerFingerprint
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.training.distributed.launch import must_start
+from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.jumps import check_jump
+from lightopd.training.loggers import check_loggers
+
+
+def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool) -> None:
+    """Refuse devices, strategy, loggers and adapters that cannot work here.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    must_start(finetune)
+    check_strategy(finetune, asks_student=asks_student)
+    check_jump(objective, finetune)
+    check_loggers(finetune.loggers)
+    if finetune.adapter is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")
+
+
+def check_ids(
+    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed], stage: str
+) -> tuple[Override, ...]:
+    """Refuse a model to which the ids of `cached` mean other tokens; templates and end ids do not matter.
+
+    Raises:
+        LineageError: the token-to-id maps differ, and `tokenizer-mismatch` is not allowed.
+    """
+    if cached is None:
+        return ()
+    _, found = identified_tokenizer(model)
+    aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
+    return check_tokenizer(cached, aligned, allow, stage)
+
+
+def check_one_width(model: ModelConfig, other: ModelConfig) -> None:
+    """Refuse models whose full distributions cannot be compared id by id.
+
+    Raises:
+        InputError: their output layers differ in width.
+    """
+    one, two = model_limits(model).vocabulary_size, model_limits(other).vocabulary_size
+    if one != two:
+        raise InputError(
+            f"{model.path} has {one} outputs, {other.path} has {two}; KL over the whole vocabulary needs one "
+            "width, leave the teacher out"
+        )
+
+
+def check_reads(reader: ModelConfig, longest_prompt: int, max_tokens: int, writer: ModelLimits) -> None:
+    """Refuse a model whose context may be shorter than a prompt and the response to it.
+
+    Args:
+        reader: scores what the other model writes.
+        longest_prompt: in tokens.
+        max_tokens: of a response.
+        writer: limits of the model that writes, which ends a response at its own context.
+
+    Raises:
+        InputError: the reader's context is shorter.
+    """
+    longest = min(longest_prompt + max_tokens, writer.context_length)
+    context = model_limits(reader).context_length
+    if longest > context:
+        raise InputError(
+            f"prompt and response can have {longest} tokens (longest prompt {longest_prompt}, max_tokens "
+            f"{max_tokens}), the context of {reader.path} is {context}; set sampling.max_tokens to "
+            f"{max(1, context - longest_prompt)} or less, or leave out the longest prompts"
+        )
