@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
 	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
-	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters]'
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,report,shell,datasets]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.ready
@@ -43,7 +43,7 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not vllm and not ray'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not vllm and not ray and not browser'
 
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'

@@ -1,19 +1,14 @@
-"""Commands on a cache folder: sql, verify, index, join, import, export."""
+"""Commands on a cache folder: verify, index, join, import, export."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
-from lightopd.cli.output import show_report, show_table
-
-if TYPE_CHECKING:
-    import pyarrow
-
-FORMATS = ("table", "csv", "json", "parquet")
+from lightopd.cli.output import show_report
 
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
 
@@ -21,7 +16,6 @@ CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the app."""
     commands: dict[str, Callable[..., None]] = {
-        "sql": sql,
         "verify": verify,
         "index": index,
         "join": join_,
@@ -30,95 +24,6 @@ def register(app: typer.Typer) -> None:
     }
     for name, command in commands.items():
         app.command(name)(guarded(command))
-
-
-def sql(
-    cache: CacheFolder,
-    query: Annotated[str | None, typer.Argument(help="SQL, or the name of a shipped query.")] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="File with the SQL.")] = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="List views, their columns and the shipped queries.")
-    ] = False,
-    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the result here instead of the screen.")
-    ] = None,
-) -> None:
-    """Read-only SQL over a cache: views rollouts, tokens, topk, signals and lineage.
-
-    Example: lightopd sql runs/cache "select finish_reason, count(*) from rollouts group by all"
-    """
-    from lightopd.cache.index import named_queries, named_query
-    from lightopd.cache.index import query as run_query
-    from lightopd.errors import ConfigError
-
-    if format not in FORMATS:
-        raise ConfigError(f"--format {format} is not known; use {', '.join(FORMATS)}")
-    if schema:
-        _show_schema(cache)
-        return
-    if (query is None) == (file is None):
-        raise ConfigError('give one query: lightopd sql CACHE "select ...", a shipped name, or -f FILE')
-    text = _read_text(file) if file else (named_query(query) if query in named_queries() else query or "")
-    _write_table(run_query(cache, text), format, out)
-
-
-def _read_text(file: Path) -> str:
-    from lightopd.errors import InputError
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
-
-
-def _show_schema(cache: Path) -> None:
-    from lightopd.cache.index import named_queries, view_columns
-
-    table = view_columns(cache)
-    show_table(table.column_names, table.to_pylist())
-    typer.echo("\nshipped queries:")
-    for name, sentence in named_queries().items():
-        typer.echo(f"  {name:<18} {sentence}")
-
-
-def _write_table(table: "pyarrow.Table", format: str, out: Path | None) -> None:
-    import json
-    import sys
-
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    from lightopd.errors import ConfigError
-
-    if format == "parquet":
-        if out is None:
-            raise ConfigError("--format parquet needs --out FILE")
-        pyarrow.parquet.write_table(table, out)
-    elif format == "csv":
-        pyarrow.csv.write_csv(_flat(table), out or sys.stdout.buffer)
-    elif format == "json":
-        lines = "".join(json.dumps(row, default=str) + "\n" for row in table.to_pylist())
-        out.write_text(lines, encoding="utf-8") if out else typer.echo(lines, nl=False)
-    elif out is not None:
-        raise ConfigError("--out needs --format csv, json or parquet")
-    else:
-        show_table(table.column_names, table.to_pylist())
-
-
-def _flat(table: "pyarrow.Table") -> "pyarrow.Table":
-    """Nested columns as JSON text, since CSV has no lists."""
-    import json
-
-    import pyarrow as pa
-
-    columns = [
-        pa.array([None if v is None else json.dumps(v) for v in column.to_pylist()], pa.string())
-        if pa.types.is_nested(column.type)
-        else column
-        for column in table.columns
-    ]
-    return pa.table(columns, names=table.column_names)
 
 
 def verify(

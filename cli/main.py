@@ -7,7 +7,7 @@ import sys
 import typer
 
 from lightopd import __version__
-from lightopd.cli import cache, methods, settings, stages, tools
+from lightopd.cli import cache, inspection, methods, settings, stages, tools
 
 app = typer.Typer(
     name="lightopd",
@@ -35,7 +35,7 @@ def _options(
     logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-for group in (stages, cache, tools):
+for group in (stages, cache, inspection, tools):
     group.register(app)
 app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")

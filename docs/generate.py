@@ -1,12 +1,15 @@
 """Write the parts of the documentation that are made from the code: python docs/generate.py
 
-docs/configuration.md lists every setting of every stage; the table of methods in README.md comes from the
-recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
+docs/configuration.md lists every setting of every stage; the picture of the rooms in docs/architecture.md is
+the source tree, in the order of imports that tests/docs/test_package.py holds; the table of methods comes from
+the recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
 docs/methods/results.json, which benchmarks/methods.py writes. A test fails when any is not what this script
 writes.
 """
 
+import ast
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,11 @@ from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- methods: made by docs/generate.py -->\n", "<!-- end of methods -->\n"
+TREE, END_OF_TREE = "<!-- rooms: made by docs/generate.py -->\n", "<!-- end of rooms -->\n"
+FOLDERS = ("schemas", "lightopd", "pipelines", "cli")
+"""The source, in the order in which imports are allowed."""
+WIDTH = 110
+"""Characters of a line of the picture."""
 MEASURED = "## Measured on the tiny task\n"
 """Title of the last section of a method's page; all below it is made here."""
 RESULTS = ROOT / "docs" / "methods" / "results.json"
@@ -35,6 +43,50 @@ def configuration() -> str:
     for name, model in {**STAGES, "run": RunConfig}.items():
         parts += ["", f"## {name}", "", "```", describe(model), "```"]
     return "\n".join(parts) + "\n"
+
+
+def architecture(text: str) -> str:
+    """docs/architecture.md with its picture of the rooms replaced."""
+    before, _, rest = text.partition(TREE)
+    _, _, after = rest.partition(END_OF_TREE)
+    folders = {path.parent for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    order = [*FOLDERS, *(f"lightopd/{room.replace('.', '/')}" for room in _rooms())]
+    lines = [line for folder in sorted(folders, key=lambda f: _place(f, order)) for line in _room(folder)]
+    rooms = " < ".join(_rooms())
+    picture = f"Order of imports: `{rooms}`\n\n```\n" + "\n".join(lines) + "\n```\n"
+    return before + TREE + "\n" + picture + END_OF_TREE + after
+
+
+def _rooms() -> list[str]:
+    """`ROOMS` of tests/docs/test_package.py, read and not imported."""
+    tree = ast.parse((ROOT / "tests" / "docs" / "test_package.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id == "ROOMS"
+        ):
+            rooms: list[str] = ast.literal_eval(node.value)
+            return rooms
+    raise LookupError("tests/docs/test_package.py assigns no ROOMS")
+
+
+def _place(folder: Path, order: list[str]) -> tuple[int, int, str]:
+    name = folder.relative_to(ROOT).as_posix()
+    return FOLDERS.index(name.split("/")[0]), order.index(name) if name in order else len(order), name
+
+
+def _room(folder: Path) -> list[str]:
+    """A folder with the first sentence of each of its modules."""
+    modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    lines = [textwrap.shorten(_sentence(path), WIDTH - 25, placeholder=" ...") for path in modules]
+    lines = [f"  {path.stem:<22} {line}" for path, line in zip(modules, lines, strict=True)]
+    return [f"{folder.relative_to(ROOT).as_posix()}/", *lines] if lines else []
+
+
+def _sentence(path: Path) -> str:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(said.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def readme(text: str) -> str:
@@ -122,6 +174,8 @@ def _figure(value: float) -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "configuration.md").write_text(configuration(), encoding="utf-8")
+    picture = ROOT / "docs" / "architecture.md"
+    picture.write_text(architecture(picture.read_text(encoding="utf-8")), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
     for page, text in method_pages().items():

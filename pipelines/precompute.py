@@ -16,7 +16,14 @@ from pydantic import JsonValue
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import build_index
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, content_id, create_signal, open_cache, signal_folder
+from lightopd.cache.store import (
+    Cache,
+    content_id,
+    create_signal,
+    open_cache,
+    schema_version_at,
+    signal_folder,
+)
 from lightopd.cache.tables import scores_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
@@ -31,13 +38,13 @@ from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.rendering import shown_time
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
@@ -93,7 +100,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     context, contexts = _contexts(config, cache, tokenizer, limits)
     support, widest, allowed = _support(config, cache, limits)
     manifest = SignalManifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=schema_version_at(signal_folder(cache.path, config.signal) / SIGNAL_MANIFEST),
         name=config.signal,
         role=config.role,
         rollouts=cache.manifest.fingerprint(),
@@ -119,7 +126,9 @@ def _contexts(
     if config.context is None:
         return PLAIN, None
     own, longest = read_prompts(cache)
-    contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
+    contexts = render_contexts(
+        config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
+    )
     check_lengths(contexts, longest, limits.context_length, config.teacher.path)
     return describe_context(config.context, contexts), contexts
 

@@ -18,6 +18,7 @@ from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.preflight import check_training
+from lightopd.pipelines.shared.rendering import taught_rendering
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.pipelines.shared.sampling import (
@@ -124,6 +125,7 @@ def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, fo
         base=base,
         sft=SftLineage(proof="recorded", teacher=answers.manifest.sampler, data=content_id(answers, ())),
         made_by="sft",
+        rendering=taught_rendering(answers.manifest.rendering),
         overrides=answers.manifest.overrides,
     )
     write_student_lineage(folder, lineage)

@@ -6,7 +6,8 @@ each position. docs/decisions/0001-cache-layout.md has the measurements behind t
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of the manifests and shards written now; 1 hashes a manifest's defaults too."""
 
 
 def list_of(value: pa.DataType) -> pa.ListType:
@@ -53,6 +54,10 @@ Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values;
 which every reader knows, and the zero bits compress away."""
 
 
-SHARD_METADATA_KEYS = ("lightopd.schema_version", "lightopd.kind", "lightopd.fingerprint")
-"""Key-value metadata of every Parquet file: schema version, `rollouts` or `signals/<name>`, and the
-hash of the manifest that the shard belongs to."""
+def shard_metadata(kind: str, fingerprint: str, version: int = SCHEMA_VERSION) -> dict[str, str]:
+    """Key-value metadata of a shard: schema version, `rollouts` or `signals/<name>`, its manifest's hash."""
+    return {
+        "lightopd.schema_version": str(version),
+        "lightopd.kind": kind,
+        "lightopd.fingerprint": fingerprint,
+    }

@@ -117,6 +117,8 @@ class StudentLineage(StrictModel):
     """Its fine-tuning teacher."""
     made_by: str
     """Stage that made it: `sft` or `train`."""
+    rendering: dict[str, JsonValue] | None = None
+    """How the prompts of its fine-tuning data became ids, as in a cache's manifest; None where unknown."""
     cache: str | None = None
     """Content id of the cache it was trained on, for `train`."""
     overrides: tuple[Override, ...] = ()
@@ -158,7 +160,9 @@ class CacheManifest(StrictModel):
     vocabulary_size: int = Field(ge=1)
     """Width of the model's output; every id lies below it."""
     rendering: dict[str, JsonValue] = {}
-    """How prompts became ids: `render`, `template_options`."""
+    """How prompts became ids: `render`, `template_options`, and `row_options` where rows have their own."""
+    rendered_at: str | None = None
+    """Time that the chat template was shown, where it writes the date; later stages show it the same one."""
     sampling: SamplingConfig | None
     """Sampling contract; None when imported."""
     prompts: str
@@ -240,24 +244,48 @@ class ShardMarker(StrictModel):
     """Rows left out, by reason."""
 
 
-_ONLY_WHERE_SET = ("joined", "support")
-"""Fields that few manifests use; unset, they leave the fingerprint of every other one as it is."""
+_NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at"}
+"""Fields of a manifest that decide no byte of its shards."""
+_HASHED_BY_VERSION_1 = {
+    "CacheManifest": ("rendering", "overrides"),
+    "SignalManifest": ("context", "min_probability", "overrides"),
+    "ModelFingerprint": ("adapter",),
+    "Precision": ("quantization",),
+    "EngineRecord": ("settings",),
+    "SftLineage": ("teacher", "name", "data"),
+    "SamplingConfig": ("n", "temperature", "top_p", "max_tokens", "seed"),
+}
+"""Fields that a manifest of schema version 1 hashes at their default too. Complete for good: no newer field
+is ever added, so that what version 1 wrote keeps its name."""
 
 
-def compared_fields(manifest: StrictModel) -> dict[str, Any]:
-    """What a fingerprint hashes: every field but paths, versions, measured noise and unused special ones."""
-    plain: dict[str, Any] = manifest.model_dump(mode="json")
-    for volatile in ("lightopd_version", "noise", "cross_check"):
-        plain.pop(volatile, None)
-    for special in _ONLY_WHERE_SET:
-        if not plain.get(special):
-            plain.pop(special, None)
-    compared: dict[str, Any] = _without_sources(plain)
+def compared_fields(manifest: CacheManifest | SignalManifest) -> dict[str, Any]:
+    """Every field that can decide a byte of the shards: paths, lightopd's version and noise are left out."""
+    compared: dict[str, Any] = _without_sources(manifest.model_dump(mode="json", exclude=_NEVER_HASHED))
     return compared
 
 
-def _fingerprint(manifest: StrictModel) -> str:
-    return canonical_hash(compared_fields(manifest))
+def _fingerprint(manifest: CacheManifest | SignalManifest) -> str:
+    """Hash of the compared fields that are not at their default.
+
+    A field that is added with a default leaves the fingerprint of every manifest as it was.
+    """
+    plain = manifest.model_dump(mode="json", exclude=_NEVER_HASHED)
+    return canonical_hash(_without_sources(_without_defaults(manifest, plain, manifest.schema_version)))
+
+
+def _without_defaults(value: Any, plain: Any, version: int) -> Any:
+    """`plain`, the JSON of `value`, without the fields of models that are at their default."""
+    if isinstance(value, tuple):
+        return [_without_defaults(item, told, version) for item, told in zip(value, plain, strict=True)]
+    if not isinstance(value, StrictModel):
+        return plain
+    always = _HASHED_BY_VERSION_1.get(type(value).__name__, ()) if version == 1 else ()
+    return {
+        name: _without_defaults(getattr(value, name), plain[name], version)
+        for name, field in type(value).model_fields.items()
+        if name in plain and (field.is_required() or name in always or getattr(value, name) != field.default)
+    }
 
 
 def _without_sources(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""SQL over a cache: views on the Parquet files, a fence around the cache folder, and named queries.
+"""SQL over a cache: views on the Parquet files, and a fence around the cache folder.
 
 Every `query` builds its views anew in an in-memory DuckDB, so it is right after a shard or a signal was
 added and after the folder was moved. `index.duckdb` holds the same views, over paths relative to the cache
@@ -11,7 +11,7 @@ checked only for a better message, since a SELECT can hide a COPY in a common ta
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -73,12 +73,12 @@ def query(path: Path, sql: str) -> pa.Table:
         ConfigError: the SQL is wrong, changes something, or reaches outside the cache folder.
         CacheError: the folder is not a cache, or a file of it is damaged.
     """
-    _check_reads(sql)
-    with _connect(open_cache(path, incomplete=True)) as connection:
+    check_reads(sql)
+    with connect(open_cache(path, incomplete=True)) as connection:
         try:
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
-            raise _told(error, path) from None
+            raise told(error, path) from None
 
 
 def view_columns(path: Path) -> pa.Table:
@@ -112,36 +112,26 @@ def build_index(cache: Cache) -> Path:
     return path
 
 
-def named_queries() -> dict[str, str]:
-    """Names of the queries that come with the package, each with the sentence that says what it shows."""
-    names = sorted(
-        file.name.removesuffix(".sql") for file in _sql_folder().iterdir() if file.name.endswith(".sql")
-    )
-    return {name: named_query(name).splitlines()[0].removeprefix("-- ") for name in names if name != "views"}
+@contextmanager
+def connect(
+    cache: Cache, limits: Mapping[str, str | int] | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-memory DuckDB with the cache's views, behind the fence.
 
-
-def named_query(name: str) -> str:
-    """SQL of a named query.
+    Args:
+        cache: opened; shards that are not there are left out.
+        limits: DuckDB's settings of memory and threads, such as `memory_limit` and `threads`.
 
     Raises:
-        ConfigError: there is none of this name.
+        CacheError: a file of the cache cannot be read.
     """
-    file = _sql_folder() / f"{name}.sql"
-    if name == "views" or not name.isidentifier() or not file.is_file():
-        raise ConfigError(f"there is no query {name!r}; there are: {', '.join(named_queries())}")
-    text: str = file.read_text()
-    return text
-
-
-@contextmanager
-def _connect(cache: Cache) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-memory DuckDB with the cache's views, behind the fence."""
     with tempfile.TemporaryDirectory(prefix="lightopd-sql-") as spill:
         settings = {
             "temp_directory": spill,
             "python_enable_replacements": False,
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
+            **(limits or {}),
         }
         with duckdb.connect(":memory:", config=settings) as connection:
             connection.register_filesystem(ReadOnlyFolder(cache.path))
@@ -252,7 +242,12 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     yield from nested or [(key, value)]
 
 
-def _check_reads(sql: str) -> None:
+def check_reads(sql: str) -> None:
+    """Refuse what is not one statement that reads.
+
+    Raises:
+        ConfigError: the SQL cannot be parsed, holds several statements or none, or changes something.
+    """
     try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
@@ -265,7 +260,7 @@ def _check_reads(sql: str) -> None:
         )
 
 
-def _told(error: duckdb.Error, path: Path) -> CacheError | ConfigError:
+def told(error: duckdb.Error, path: Path) -> CacheError | ConfigError:
     """DuckDB's complaint as one line: about the cache's files, or about the SQL."""
     line = _first_line(error)
     if isinstance(error, duckdb.PermissionException) or "PermissionError" in line:

@@ -6,7 +6,7 @@ its marker is not a shard: the next run writes it again, with the same bytes. A 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from lightopd.files import json_bytes, write_atomically
-from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.cache import SCHEMA_VERSION, shard_metadata
 from lightopd.schemas.manifest import ShardMarker
 
 # docs/decisions/0001-cache-layout.md has the measurements behind these settings.
@@ -95,14 +95,9 @@ def write_shard(
 
 def shard_bytes(table: pa.Table, *, kind: str, fingerprint: str) -> pa.Buffer:
     """The Parquet file of a table, with the cache's metadata in it."""
-    metadata = {
-        "lightopd.schema_version": str(SCHEMA_VERSION),
-        "lightopd.kind": kind,
-        "lightopd.fingerprint": fingerprint,
-    }
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table.replace_schema_metadata(metadata).combine_chunks(),
+        table.replace_schema_metadata(shard_metadata(kind, fingerprint)).combine_chunks(),
         sink,
         row_group_size=max(
             ROWS_PER_GROUP, TOKENS_PER_GROUP * table.num_rows // max(1, _response_tokens(table))
@@ -149,6 +144,17 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def metadata_faults(schema: pa.Schema, kind: str, fingerprint: str) -> Iterator[str]:
+    """What a shard says of itself and should not: it was made as another part, or under other settings."""
+    found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    versions = (shard_metadata(kind, fingerprint, version) for version in range(SCHEMA_VERSION, 0, -1))
+    wanted = next((each for each in versions if each.items() <= found.items()), None)
+    if wanted is None:
+        for key, value in shard_metadata(kind, fingerprint).items():
+            if found.get(key) != value:
+                yield f"its metadata {key} is {found.get(key)!r}, not {value!r}"
 
 
 def _response_tokens(table: pa.Table) -> int:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import json_bytes, write_atomically
-from lightopd.schemas.base import StrictModel, canonical_hash
+from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
@@ -180,7 +180,20 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         ) from None
 
 
-def differences(found: StrictModel, wanted: StrictModel) -> list[str]:
+def schema_version_at(path: Path) -> int:
+    """Schema version of the manifest at `path`, which a stage that resumes keeps; the newest where none is.
+
+    Raises:
+        CacheError: the manifest is broken.
+    """
+    if not path.exists():
+        return SCHEMA_VERSION
+    if path.name == SIGNAL_MANIFEST:
+        return read_manifest(path, SignalManifest).schema_version
+    return read_manifest(path, CacheManifest).schema_version
+
+
+def differences(found: Manifest, wanted: Manifest) -> list[str]:
     """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
     before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
     return [

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from lightopd.cache.contexts import CONTEXTS, read_contexts
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
-from lightopd.cache.shards import marker_path, read_marker, shard_path, why_invalid
+from lightopd.cache.shards import marker_path, metadata_faults, read_marker, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 
 BLOCK_ROWS = 64
@@ -192,17 +192,7 @@ def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Fi
 
 def _table_faults(table: pa.Table, part: _Part, index: int) -> Iterator[str]:
     marker = read_marker(part.folder, index)
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    wanted = {
-        "lightopd.schema_version": str(SCHEMA_VERSION),
-        "lightopd.kind": part.kind,
-        "lightopd.fingerprint": part.fingerprint,
-    }
-    yield from (
-        f"its metadata {key} is {metadata.get(key)!r}, not {value!r}"
-        for key, value in wanted.items()
-        if metadata.get(key) != value
-    )
+    yield from metadata_faults(table.schema, part.kind, part.fingerprint)
     if not table.schema.equals(part.schema):
         yield f"its columns are {table.schema.names} of types {[str(kind) for kind in table.schema.types]}"
     elif marker is not None:

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from lightopd.cache.index import named_query, query
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import open_cache, signal_folder
 from lightopd.cache.tables import flat_column
 from lightopd.config import load_run
 from lightopd.errors import CacheError
+from lightopd.inspection.opened import OpenedCache
 from lightopd.models.load import load_model
 from lightopd.pipelines import RECIPES
 from lightopd.pipelines import run as pipeline
@@ -66,7 +66,7 @@ def run(
         if report.stage == "precompute":
             scored.append(report)
             for name in QUERIES:
-                shown(name, query(out / "cache", named_query(name)).to_pylist()[:8])
+                shown(name, OpenedCache(out / "cache").query(name).rows()[:8])
 
     report = pipeline.run(config, told=after_each)
     difference = max_logprob_difference(out / "cache", teacher)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightopd.cache.index import named_query, query
 from lightopd.config import load_run
+from lightopd.inspection.opened import OpenedCache
 from lightopd.pipelines import DEMO, RECIPES
 from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.reports import Report
@@ -49,7 +49,7 @@ def run(
         told(report)
         if report.stage == "precompute":
             for name in QUERIES:
-                shown(name, query(out / "cache", named_query(name)).to_pylist()[:8])
+                shown(name, OpenedCache(out / "cache").query(name).rows()[:8])
 
     def before_training() -> None:
         shutil.rmtree(teacher)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from cache_cases import make_cache
 
-from lightopd.cache.index import VIEWS, build_index, named_queries, named_query, query, view_columns
+from lightopd.cache.index import VIEWS, build_index, query, view_columns
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, ConfigError
 
@@ -29,12 +29,10 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_view_and_every_named_query_works_for_every_kind_of_cache(kind, tmp_path):
+def test_every_view_works_for_every_kind_of_cache(kind, tmp_path):
     make_cache(tmp_path, signals=KINDS[kind])
     for view in VIEWS:
         query(tmp_path, f"SELECT * FROM {view}")
-    for name in named_queries():
-        query(tmp_path, named_query(name))
 
 
 def test_rollouts_has_one_row_for_each_rollout(tmp_path):
@@ -308,8 +306,6 @@ def test_every_column_of_every_view_is_documented(tmp_path, pytestconfig):
         for row in columns:
             if row["view"] == view:
                 assert f"| `{row['column']}` | {row['type']} |" in section, (view, row)
-    for name in named_queries():
-        assert f"`{name}`" in text
 
 
 def test_the_examples_for_duckdb_and_polars_alone_run_as_documented(tmp_path, pytestconfig):
@@ -328,73 +324,3 @@ def test_the_examples_for_duckdb_and_polars_alone_run_as_documented(tmp_path, py
     found = {}
     exec(text.split("```python\n")[1].split("```")[0], found)
     assert found["tokens"].collect()["gap"].mean() == pytest.approx(gaps.mean(), rel=1e-5)
-
-
-def test_every_named_query_begins_with_the_sentence_that_says_what_it_shows():
-    assert sorted(named_queries()) == [
-        "gap_by_position",
-        "lengths",
-        "tail_mass",
-        "truncated_share",
-        "worst_tokens",
-    ]
-    for name, sentence in named_queries().items():
-        assert named_query(name).startswith(f"-- {sentence}\n")
-        assert sentence.endswith(".")
-
-
-@pytest.mark.parametrize("name", ["nothing", "views", "../manifest"])
-def test_an_unknown_named_query_is_refused_with_those_there_are(name):
-    with pytest.raises(ConfigError, match="gap_by_position, lengths"):
-        named_query(name)
-
-
-def test_gap_by_position_gives_the_mean_over_trained_tokens(tmp_path):
-    _, rollouts, scores = make_cache(tmp_path)
-    rows = query(tmp_path, named_query("gap_by_position")).to_pylist()
-    pairs = [
-        pair
-        for shard, own in zip(rollouts, scores["teacher"], strict=True)
-        for pair in zip(shard, own, strict=True)
-    ]
-    for row in rows:
-        span = slice(row["first_pos"], row["last_pos"] + 1)
-        gaps = np.concatenate([(a.logprobs - b.logprobs)[span][a.loss_mask[span]] for a, b in pairs])
-        assert row["tokens"] == len(gaps)
-        assert row["mean_gap"] == pytest.approx(gaps.mean(), abs=1e-4)
-    assert sum(row["tokens"] for row in rows) == sum(int(a.loss_mask.sum()) for a, _ in pairs)
-
-
-def test_worst_tokens_begins_with_the_largest_gap(tmp_path):
-    _, rollouts, scores = make_cache(tmp_path)
-    gaps = [
-        (row.logprobs - score.logprobs)[row.loss_mask].max(initial=-np.inf)
-        for shard, own in zip(rollouts, scores["teacher"], strict=True)
-        for row, score in zip(shard, own, strict=True)
-    ]
-    rows = query(tmp_path, named_query("worst_tokens")).to_pylist()
-    assert rows[0]["gap"] == pytest.approx(max(gaps), abs=1e-4)
-    assert [row["gap"] for row in rows] == sorted((row["gap"] for row in rows), reverse=True)
-
-
-def test_truncated_share_counts_each_domain_and_all(tmp_path):
-    make_cache(tmp_path)
-    rows = {row["domain"]: row for row in query(tmp_path, named_query("truncated_share")).to_pylist()}
-    assert rows["all"]["rollouts"] == 5
-    assert rows["all"]["truncated_share"] == 0
-    assert rows["sums"]["rollouts"] + rows["words"]["rollouts"] == 5
-
-
-def test_tail_mass_is_the_mean_probability_outside_the_topk(tmp_path):
-    _, _, scores = make_cache(tmp_path)
-    tails = np.exp(np.concatenate([score.tail_logprobs for shard in scores["teacher"] for score in shard]))
-    row = query(tmp_path, named_query("tail_mass")).to_pylist()[0]
-    assert row["mean_tail"] == pytest.approx(tails.mean(), abs=1e-5)
-    assert row["mean_entries"] == 4
-
-
-def test_lengths_gives_the_longest_and_the_shortest(tmp_path):
-    make_cache(tmp_path)
-    rows = query(tmp_path, named_query("lengths")).to_pylist()
-    assert min(row["shortest"] for row in rows) == 1
-    assert max(row["longest"] for row in rows) == 12

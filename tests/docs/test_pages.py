@@ -25,6 +25,20 @@ def test_the_page_of_settings_is_what_the_configs_say():
     )
 
 
+def test_the_picture_of_the_rooms_is_the_tree():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert generator().TREE in text
+    assert generator().architecture(text) == text, "python docs/generate.py"
+
+
+def test_the_picture_has_every_module_with_a_sentence():
+    picture = generator().architecture("")
+    for folder in generator().FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "__init__.py" and path.parent != ROOT / "lightopd":
+                assert re.search(rf"^  {path.stem} +\S", picture, re.MULTILINE), path
+
+
 def test_the_readmes_table_of_methods_is_what_the_recipes_say():
     text = (ROOT / "README.md").read_text()
     assert generator().BEGIN in text

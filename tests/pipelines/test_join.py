@@ -17,9 +17,7 @@ from lightopd.errors import CacheError, ConfigError, LineageError, OutputError
 from lightopd.pipelines import rollout, sft
 from lightopd.pipelines.caches import join as joining
 from lightopd.pipelines.caches.join import join
-from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import ROLLOUTS
-from lightopd.schemas.manifest import compared_fields
 
 
 def rows_of(path):
@@ -185,15 +183,6 @@ def test_one_kind_of_cache_is_not_enough(sources, tmp_path):
         join(tmp_path / "again", [tmp_path / "both", sources[0]])
     with pytest.raises(ConfigError, match="one of the caches to join"):
         join(sources[0], sources)
-
-
-def test_a_cache_that_was_never_joined_keeps_its_fingerprint(world, sources, tmp_path):
-    """The markers of caches on disk name it, and opening compares them."""
-    manifest = open_cache(world.cache).manifest
-    assert "joined" not in compared_fields(manifest)
-    assert manifest.fingerprint() == canonical_hash(compared_fields(manifest))
-    join(tmp_path / "both", sources)
-    assert "joined" in compared_fields(open_cache(tmp_path / "both").manifest)
 
 
 def test_soda_and_raft_train_from_the_command_line(lightopd, world, sources, tmp_path):

@@ -198,6 +198,14 @@ class ShardStore:
         )
 
 
+def store_as_it_is(
+    cache: Cache, signals: tuple[str, ...], bytes_S: NDArray[np.int64], limit_bytes: int
+) -> ShardStore:
+    """A store of the files as they lie there now, for looking; their SHA-256 is not compared."""
+    stamps = {path: _stamp(path) for shard in cache.shards for path in _files(cache, shard, signals)}
+    return ShardStore(cache, signals, signals, stamps, bytes_S, limit_bytes)
+
+
 def _read_unchanged(
     cache: Cache, shard: int, signals: tuple[str, ...], topk: tuple[str, ...], stamps: Stamps
 ) -> ShardColumns:

@@ -4,7 +4,6 @@
 stands there twice and the file is the same as that of an undisturbed run.
 """
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from lightopd.files import output_error, write_atomically
 from lightopd.objectives.base.batch import MetricSums
+from lightopd.training.measures.metrics_rows import read_metrics as read_metrics
+from lightopd.training.measures.metrics_rows import whole_lines
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -54,17 +55,11 @@ def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
         raise output_error(error, path) from error
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole rows of a metrics file, in order; none when there is no file."""
-    lines = list(csv.reader(_whole_lines(path))) if path.exists() else []
-    return [dict(zip(lines[0], map(float, row), strict=True)) for row in lines[1:]]
-
-
 def keep_metrics(path: Path, step: int) -> None:
     """Drop the rows after step `step`, and a row that a killed run left half written."""
     if not path.exists():
         return
-    header, *rows = _whole_lines(path) or [""]
+    header, *rows = whole_lines(path) or [""]
     kept = [row for row in rows if int(row.split(",", 1)[0]) <= step]
     write_atomically(path, "".join([header, *kept] if kept else []).encode())
 
@@ -75,12 +70,7 @@ def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
         columns = file.readline().rstrip("\n").split(",")
     new = [name for name in names if name not in columns]
     if new:
-        header, *rows = (line.rstrip("\n") for line in _whole_lines(path))
+        header, *rows = (line.rstrip("\n") for line in whole_lines(path))
         lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
         write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return columns + new
-
-
-def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,15 @@
+"""Commands that look at a cache and its runs."""
+
+from collections.abc import Callable
+
+import typer
+
+from lightopd.cli.guard import guarded
+from lightopd.cli.inspection.sql import sql
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this package to the app."""
+    commands: dict[str, Callable[..., None]] = {"sql": sql}
+    for name, command in commands.items():
+        app.command(name)(guarded(command))

@@ -1,0 +1,175 @@
+"""A query's rows on the screen or in a file: table, Markdown, CSV, JSON lines or Parquet, as they come."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MEASURED_ROWS = 1_000
+"""Rows whose width the columns of a table follow; later rows may stick out."""
+CELL_CHARACTERS = 60
+"""Longest text in one cell of a table."""
+
+Reader = "pa.RecordBatchReader"
+
+
+def write_rows(reader: "pa.RecordBatchReader", format: str, out: Path | None) -> int:
+    """Write the rows and return their number.
+
+    Args:
+        reader: of the rows.
+        format: one of `FORMATS`.
+        out: file; None is stdout.
+
+    Raises:
+        ConfigError: the format is not known, or Parquet is asked for on the screen.
+    """
+    from lightopd.errors import ConfigError
+
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format} is not known; use {', '.join(FORMATS)}")
+    if format == "parquet" and out is None:
+        raise ConfigError("--format parquet needs --out FILE")
+    return FORMATS[format](reader, out)
+
+
+def table_lines(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
+    """Aligned lines: names, a rule, then the rows; numbers to the right."""
+    first = [row for _, row in zip(range(MEASURED_ROWS), rows, strict=False)]
+    cells = [[cell(value) for value in row] for row in first]
+    places = range(len(columns))
+    widths = [max(len(columns[place]), *(len(line[place]) for line in cells), 0) for place in places]
+    is_number = [
+        bool(first) and all(isinstance(row[place], int | float | None) for row in first) for place in places
+    ]
+
+    def line(texts: Sequence[str]) -> str:
+        parts = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, is_number, strict=True)
+        ]
+        return "  ".join(parts).rstrip()
+
+    yield line(columns)
+    yield line(["-" * width for width in widths])
+    yield from map(line, cells)
+    for row in rows:
+        yield line([cell(value) for value in row])
+
+
+def cell(value: Any, longest: int | None = CELL_CHARACTERS) -> str:
+    """A value for a person: four significant digits, no control characters, cut when long."""
+    from lightopd.inspection.token_texts import visible
+
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None:
+        return "-"
+    text = json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)
+    text = visible(text)
+    return text if longest is None or len(text) <= longest else text[: longest - 3] + "..."
+
+
+def rows_of(reader: "pa.RecordBatchReader") -> Iterator[list[Any]]:
+    """Rows as lists, in the order of the columns."""
+    for batch in reader:
+        yield from map(list, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+
+def _table(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    with _text(out) as file:
+        lines = list_count(table_lines(reader.schema.names, rows_of(reader)), file)
+    return lines - 2
+
+
+def _markdown(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    def lines() -> Iterator[str]:
+        yield _markdown_line(reader.schema.names)
+        yield _markdown_line(["---"] * len(reader.schema.names))
+        for row in rows_of(reader):
+            yield _markdown_line([cell(value, None) for value in row])
+
+    with _text(out) as file:
+        return list_count(lines(), file) - 2
+
+
+def _markdown_line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def _json(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    names = reader.schema.names
+    with _text(out) as file:
+        return list_count(
+            (json.dumps(dict(zip(names, row, strict=True)), default=str) for row in rows_of(reader)), file
+        )
+
+
+def _csv(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    fields = [pa.field(f.name, pa.string()) if pa.types.is_nested(f.type) else f for f in reader.schema]
+    schema, count = pa.schema(fields), 0
+    with pyarrow.csv.CSVWriter(out or sys.stdout.buffer, schema) as writer:
+        for batch in reader:
+            columns = [_flat(column) for column in batch.columns]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            count += batch.num_rows
+    return count
+
+
+def _flat(column: "pa.Array") -> "pa.Array":
+    """Nested values as JSON text, since CSV has no lists."""
+    import pyarrow as pa
+
+    if not pa.types.is_nested(column.type):
+        return column
+    texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+    return pa.array(texts, pa.string())
+
+
+def _parquet(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    import pyarrow.parquet
+
+    assert out is not None
+    count = 0
+    with pyarrow.parquet.ParquetWriter(out, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+def list_count(lines: Iterator[str], file: TextIO) -> int:
+    """Write the lines and return their number."""
+    count = 0
+    for line in lines:
+        typer.echo(line, file=file)
+        count += 1
+    return count
+
+
+@contextmanager
+def _text(out: Path | None) -> Iterator[TextIO]:
+    if out is None:
+        yield sys.stdout
+        return
+    with out.open("w", encoding="utf-8") as file:
+        yield file
+
+
+FORMATS: dict[str, Callable[["pa.RecordBatchReader", Path | None], int]] = {
+    "table": _table,
+    "markdown": _markdown,
+    "csv": _csv,
+    "json": _json,
+    "parquet": _parquet,
+}

@@ -1,0 +1,92 @@
+"""An objective on plain tensors: logits in, loss out, for a notebook or a trainer of one's own.
+
+The trainer's own path never holds [tokens, vocabulary]; this one does, and gives the same numbers.
+"""
+
+# N = response tokens of all rollouts end to end, V = student vocabulary, K = widest support; nats
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightopd.errors import ConfigError
+from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
+from lightopd.objectives.requirements import needs
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+
+
+def loss_from_logits(
+    objective: ObjectiveConfig | Mapping[str, Any], batch: RolloutBatch, logits_NV: Tensor
+) -> Loss:
+    """The loss of a batch under the student's logits; `.value` has a gradient.
+
+    Args:
+        objective: as `objective:` in a config, such as {"target": {"kind": "log_ratio"}}.
+        batch: cached side, from `open_cache(...).batches()`.
+        logits_NV: raw logits that predict each response token, any float dtype; promoted to float32.
+
+    Raises:
+        ConfigError: the objective needs the whole cache or a state between steps, or a signal that the
+            batch does not hold; or the logits are not one row for each token.
+    """
+    config = (
+        objective if isinstance(objective, ObjectiveConfig) else ObjectiveConfig.model_validate(objective)
+    )
+    wanted = needs(config)
+    if wanted.prepared or wanted.state:
+        raise ConfigError(
+            "this objective reads the whole cache before the first step, or keeps a state between steps; "
+            "train with it through `lightopd train`"
+        )
+    lacking = [name for name in wanted.signals if name not in batch.signals]
+    if lacking:
+        there = ", ".join(batch.signals) or "none"
+        raise ConfigError(f"the objective reads signal {lacking[0]!r}; the batch holds: {there}")
+    student = student_tokens(batch, logits_NV, wanted.supports)
+    with torch.no_grad():
+        step_sums = collect_step_sums(config, batch, student) if wanted.step_sums else None
+    return compute_loss(config, batch, student, step_sums)
+
+
+def student_tokens(
+    batch: RolloutBatch, logits_NV: Tensor, supports: tuple[str, ...] | None = None
+) -> StudentTokens:
+    """The live side of a batch, from its logits.
+
+    Args:
+        batch: cached side.
+        logits_NV: raw logits that predict each response token.
+        supports: signals on whose top-k the student is evaluated; None means all of the batch's.
+
+    Raises:
+        ConfigError: the logits are not one row for each token.
+    """
+    if logits_NV.dim() != 2 or len(logits_NV) != len(batch.ids_N):
+        raise ConfigError(
+            f"logits {tuple(logits_NV.shape)} must have one row for each of the {len(batch.ids_N)} response "
+            "tokens"
+        )
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    names = tuple(batch.signals) if supports is None else supports
+    on_supports = {name: _on_support(logprobs_NV, batch.signals[name].topk_ids_NK) for name in names}
+    return StudentTokens(
+        logprobs_N=logprobs_NV.gather(1, batch.ids_N[:, None])[:, 0],
+        entropies_N=-(logprobs_NV.detach().exp() * logprobs_NV.detach()).sum(-1),
+        topk_logprobs_NK={name: pair[0] for name, pair in on_supports.items()},
+        tail_logprobs_N={name: pair[1] for name, pair in on_supports.items()},
+    )
+
+
+def _on_support(logprobs_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities on the ids, 0 at padding; and the log of the mass outside them, summed there."""
+    is_real_NK = ids_NK >= 0
+    taken_NK = torch.where(is_real_NK, logprobs_NV.gather(1, ids_NK.clamp(min=0)), 0.0)
+    is_inside_NV = torch.zeros_like(logprobs_NV, dtype=torch.bool)
+    rows_NK = torch.arange(len(ids_NK), device=ids_NK.device)[:, None].expand_as(ids_NK)
+    is_inside_NV[rows_NK[is_real_NK], ids_NK[is_real_NK]] = True
+    has_tail_N = ~is_inside_NV.all(-1)  # a row of minus infinities alone would have a gradient of NaN
+    outside_NV = logprobs_NV.masked_fill(is_inside_NV & has_tail_N[:, None], -torch.inf)
+    return taken_NK, torch.where(has_tail_N, outside_NV.logsumexp(-1), -torch.inf)
