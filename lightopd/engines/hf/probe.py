@@ -22,7 +22,7 @@ def check_engine(loaded: LoadedModel) -> None:
     rows = probe_rows(loaded.model, len(loaded.head.weight_VD))
     plain = plain_hidden_states(loaded.model, rows)
     sequences = [records.Sequence(prompt_ids=row[:1], response_ids=row[1:]) for row in rows]
-    together = plain_hidden(loaded, sequences).split([len(row) - 1 for row in rows])
+    together = torch.split(plain_hidden(loaded, sequences), [len(row) - 1 for row in rows])
     attention = loaded.model.config._attn_implementation
     check_same(
         loaded.head,
