@@ -41,7 +41,7 @@ def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) 
         (inputs.hidden_ND[rows], ids_NU[rows], VocabularySums(*(field[rows] for field in sums)))
         for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
     ]
-    with torch.cuda.device_of(inputs.hidden_ND):
+    with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
         for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
             weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
             for hidden_CD, ids_CU, part in chunks:
@@ -71,7 +71,7 @@ def propagate(
         (rows, inputs.hidden_ND[rows], ids_NU[rows], LogitGradient(*(field[rows] for field in gradient)))
         for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
     ]
-    with torch.cuda.device_of(inputs.hidden_ND):
+    with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
         for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
             weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
             sums = _tile_sums(totals, tile, walk)
