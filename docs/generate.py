@@ -1,8 +1,8 @@
 """Write the parts of the documentation that are made from the code: python docs/generate.py
 
 docs/configuration.md lists every setting of every stage; the picture of the rooms in docs/architecture.md is
-the source tree, in the order of imports that tests/docs/test_package.py holds; the table of methods comes from
-the recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
+the source tree, in the order of imports that tests/docs/test_package.py holds; the table of methods is
+that of the recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
 docs/methods/results.json, which benchmarks/methods.py writes. A test fails when any is not what this script
 writes.
 """
