@@ -130,5 +130,5 @@ def _generators(student: PreTrainedModel) -> tuple[Any, ...]:
     """Where every generator stands that a model may draw from."""
     device = next(student.parameters()).device
     of_device = (torch.cuda.get_rng_state(device).tolist(),) if device.type == "cuda" else ()
-    numpy = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tobytes(), numpy[2], *of_device
