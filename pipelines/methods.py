@@ -96,5 +96,7 @@ def methods_table(methods: tuple[Method, ...]) -> str:
         )
         columns = ", ".join(method.needs.columns)
         wanted = "; ".join(part for part in (signals, columns) if part) or "rollouts only"
-        rows.append(f"| [{method.name}]({Path(method.page).name}) | {method.paper} | {method.sentence} | {wanted} |")
+        rows.append(
+            f"| [{method.name}]({Path(method.page).name}) | {method.paper} | {method.sentence} | {wanted} |"
+        )
     return "\n".join(rows) + "\n"

@@ -34,8 +34,8 @@ class ModelConfig(StrictModel):
     """Folder of a PEFT adapter that is applied on top of the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format the weights are run in; `auto` keeps the one they are stored in."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of transformers; `auto` is `sdpa`, or `eager` for models that `sdpa` does not have whole."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along; leave off for models you did not read."""
 

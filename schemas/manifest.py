@@ -178,6 +178,11 @@ class CacheManifest(StrictModel):
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the student's included."""
 
+    @property
+    def kind(self) -> str:
+        """What its shards are, and their folder in the cache."""
+        return "rollouts"
+
     def fingerprint(self) -> str:
         """Hash of everything that decides the bytes of the shards; paths and lightopd's version left out."""
         return _fingerprint(self)
@@ -221,6 +226,11 @@ class SignalManifest(StrictModel):
     """Differences from transformers in float32, where they were requested."""
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the rollouts' included."""
+
+    @property
+    def kind(self) -> str:
+        """What its shards are, and their folder in the cache."""
+        return f"signals/{self.name}"
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""

@@ -117,7 +117,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One row of the cache's rollouts."""
+    """One row of the cache's rollouts, and the declaration of its columns: name, type, and null where None.
+
+    A column that is added stands last, as `name: Type | None = field(default=None, metadata={"since": 2})`
+    with the schema version it came with: older files lack it, and are read with nulls in its place.
+    """
 
     rollout_id: str
     """Hash of prompt ids, response ids, sampler and sample index."""
@@ -141,11 +145,3 @@ class Rollout:
     reward: float | None
     prompt_text: str | None
     response_text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRollout:
-    """A rollout with the signals that were requested."""
-
-    rollout: Rollout
-    signals: dict[str, Scores]

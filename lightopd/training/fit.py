@@ -21,6 +21,7 @@ from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
+from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import check_cache, warnings_of
 from lightopd.objectives.requirements import needs
@@ -273,6 +274,7 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
+    check_attention(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
