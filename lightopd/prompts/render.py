@@ -59,7 +59,7 @@ def render_prompts(
     stops = stop_ids(tokenizer, model)
     limits = model_limits(model)
     prompt_ids = [render_prompt(prompt, tokenizer, config, clock) for prompt in prompts]
-    _refuse_long_prompts(prompts, prompt_ids, limits.context_length, model)
+    _refuse_long_prompts(prompts, prompt_ids, limits, model)
     _refuse_equal_prompts(prompts, prompt_ids)
     notes = tuple(note for note in (recognised.sentence, _unread(prompts, tokenizer, config)) if note)
     for note in notes:
@@ -78,13 +78,15 @@ def _unread(prompts: Sequence[Prompt], tokenizer: Any, config: PromptsConfig) ->
 
 
 def _refuse_long_prompts(
-    prompts: Sequence[Prompt], prompt_ids: Sequence[Ids], context_length: int, model: ModelConfig
+    prompts: Sequence[Prompt], prompt_ids: Sequence[Ids], limits: ModelLimits, model: ModelConfig
 ) -> None:
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        if len(ids) >= context_length:
+        if len(ids) >= limits.context_length:
+            ends = " (there the factors of its positions change, see docs/engines.md)"
             raise InputError(
                 f"{prompt.place} (id {prompt.prompt_id}) has {len(ids)} tokens, the context of "
-                f"{model.path} is {context_length}; shorten or remove it"
+                f"{model.path} is {limits.context_length}{ends if limits.rope_switch else ''}; shorten or "
+                f"remove it"
             )
 
 

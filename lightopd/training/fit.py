@@ -21,6 +21,7 @@ from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
+from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import check_cache, warnings_of
 from lightopd.objectives.requirements import needs
@@ -55,9 +56,9 @@ from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
-from lightopd.training.student.forward import prepare_student
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
+from lightopd.training.student.training_mode import prepare_student
 from lightopd.training.trainer import quiet_libraries, run_trainer
 from lightopd.training.warm_start import optimizer_state_hash, start_after
 
@@ -273,6 +274,7 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
+    check_attention(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
