@@ -63,8 +63,11 @@ def index(cache: CacheFolder) -> None:
     """
     from lightopd.cache.index import build_index
     from lightopd.cache.store import open_cache
+    from lightopd.pipelines.shared.run_folder import writing
 
-    typer.echo(str(build_index(open_cache(cache, incomplete=True))))
+    opened = open_cache(cache, incomplete=True)
+    with writing(cache):
+        typer.echo(str(build_index(opened)))
 
 
 def join_(
@@ -112,7 +115,7 @@ def export(
 
     Example: lightopd export runs/cache runs/dataset
     """
-    from lightopd.cache.convert import export_dataset
+    from lightopd.cache.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
     for path in export_dataset(open_cache(cache), out):

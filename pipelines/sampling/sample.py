@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightopd import __version__
-from lightopd.cache.index import build_index, query
+from lightopd.cache.index import query, refresh_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
@@ -146,7 +146,7 @@ def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
         finally:
             engine.close()
     cache = open_cache(job.cache, signals=())
-    build_index(open_cache(job.cache, incomplete=True))
+    refresh_index(open_cache(job.cache, incomplete=True))
     return cache
 
 
