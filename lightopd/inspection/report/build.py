@@ -173,10 +173,11 @@ def _distribution_charts(opened: OpenedCache, cache: Cache, runs: list[TrainedRu
         rows = read(opened)
         if rows:
             charts.append(histogram(title, rows, x, caption, by, count))
-    overlap = distributions.overlaps(opened, OVERLAP_K) if len(cache.signals) > 1 else []
+    k = min([OVERLAP_K, *(signal.manifest.top_k for signal in cache.signals.values())])
+    overlap = distributions.overlaps(opened, k) if len(cache.signals) > 1 and k else []
     if overlap:
         rows = [{**row, "from": row["shared"] - 0.5, "to": row["shared"] + 0.5} for row in overlap]
-        caption = f"of the {OVERLAP_K} most likely tokens of each at a position"
+        caption = f"of the {k} most likely tokens of each at a position"
         charts.append(
             histogram("Overlap of two top-k", rows, "tokens that both hold", caption, count="positions")
         )
