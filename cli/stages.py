@@ -1,7 +1,6 @@
 """The stages as commands: sft, rollout, precompute, train, eval, run."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -243,12 +242,3 @@ def _runner(stage: str) -> Callable[..., Any]:
     from lightopd.pipelines.run import RUNNERS
 
     return RUNNERS[stage]
-
-
-def existing(path: str) -> Path:
-    """A path that must exist; the user's words when it does not."""
-    from lightopd.errors import InputError
-
-    if not Path(path).exists():
-        raise InputError(f"{path} does not exist; check the path")
-    return Path(path)

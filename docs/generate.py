@@ -1,10 +1,10 @@
 """Write the parts of the documentation that are made from the code: python docs/generate.py
 
-docs/configuration.md lists every setting of every stage; the picture of the rooms in docs/architecture.md comes
-from the source tree and from the order of imports that tests/docs/test_package.py holds; the table of methods
-comes from the recipes; what was measured of a method, on its page and in docs/methods_measured.md, comes from
-docs/methods/results.json, which benchmarks/methods.py writes. A test fails when any is not what this script
-writes.
+docs/configuration.md lists every setting of every stage; the picture of the rooms in docs/architecture.md
+comes from the source tree and from the order of imports that tests/docs/test_package.py holds; the table in
+docs/methods/README.md comes from the recipes; what was measured of a method, on its page and in
+docs/methods_measured.md, comes from docs/methods/results.json, which benchmarks/methods.py writes. A test
+fails when any is not what this script writes.
 """
 
 import ast
@@ -89,8 +89,8 @@ def _sentence(path: Path) -> str:
     return " ".join(said.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
-def readme(text: str) -> str:
-    """README.md with its table of methods replaced."""
+def methods_page(text: str) -> str:
+    """docs/methods/README.md with its table replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + methods_table(list_methods(RECIPES / "methods")) + END + after
@@ -100,26 +100,28 @@ def method_pages() -> dict[Path, str]:
     """Every method's page with its measured section replaced, and the page of all of them."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines_of: dict[Path, list[Line]] = {}
+    missing_of: dict[Path, list[str]] = {}
     for method in list_methods(RECIPES / "methods"):
         lines = [line for line in results["results"] if line["recipe"] == method.name]
         lines_of.setdefault(ROOT / method.page, []).extend(lines)
-    pages = {page: _page(page, results["settings"], lines) for page, lines in lines_of.items()}
+        missing_of.setdefault(ROOT / method.page, []).extend([] if lines else [method.name])
+    pages = {
+        page: _page(page, results["settings"], lines, missing_of[page]) for page, lines in lines_of.items()
+    }
     return pages | {ROOT / "docs" / "methods_measured.md": _all_methods(results)}
 
 
-def _page(page: Path, settings: str, lines: list[Line]) -> str:
+def _page(page: Path, settings: str, lines: list[Line], missing: list[str]) -> str:
     before, _, _ = page.read_text(encoding="utf-8").partition(MEASURED)
-    names = " ".join(dict.fromkeys(line["recipe"] for line in lines))
-    parts = [
-        before.rstrip("\n"),
-        "",
-        MEASURED,
-        *measured(lines),
-        "",
-        f"    python benchmarks/methods.py --only {names}",
-        "",
-        f"Settings: {settings}. [All recipes](../methods_measured.md) says what the columns are.",
-    ]
+    parts = [before.rstrip("\n"), "", MEASURED]
+    if lines:
+        names = " ".join(dict.fromkeys(line["recipe"] for line in lines))
+        command = f"    python benchmarks/methods.py --only {names}"
+        said = f"Settings: {settings}. [All recipes](../methods_measured.md) says what the columns are."
+        parts += [*measured(lines), "", command, "", said]
+    if missing:
+        parts += [""] * bool(lines)
+        parts += [f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join(parts) + "\n"
 
 
@@ -176,7 +178,7 @@ if __name__ == "__main__":
     (ROOT / "docs" / "configuration.md").write_text(configuration(), encoding="utf-8")
     picture = ROOT / "docs" / "architecture.md"
     picture.write_text(architecture(picture.read_text(encoding="utf-8")), encoding="utf-8")
-    path = ROOT / "README.md"
-    path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path = ROOT / "docs" / "methods" / "README.md"
+    path.write_text(methods_page(path.read_text(encoding="utf-8")), encoding="utf-8")
     for page, text in method_pages().items():
         page.write_text(text, encoding="utf-8")

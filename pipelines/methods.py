@@ -88,7 +88,7 @@ def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str
 
 
 def methods_table(methods: tuple[Method, ...]) -> str:
-    """The methods as a Markdown table, for the README."""
+    """The methods as a Markdown table, for a page beside theirs."""
     rows = ["| method | paper | what it does | needs |", "|---|---|---|---|"]
     for method in methods:
         signals = ", ".join(
@@ -96,5 +96,7 @@ def methods_table(methods: tuple[Method, ...]) -> str:
         )
         columns = ", ".join(method.needs.columns)
         wanted = "; ".join(part for part in (signals, columns) if part) or "rollouts only"
-        rows.append(f"| [{method.name}]({method.page}) | {method.paper} | {method.sentence} | {wanted} |")
+        rows.append(
+            f"| [{method.name}]({Path(method.page).name}) | {method.paper} | {method.sentence} | {wanted} |"
+        )
     return "\n".join(rows) + "\n"

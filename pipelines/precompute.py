@@ -31,16 +31,17 @@ from lightopd.engines.noise import compare, measure_noise, reference_logprobs, r
 from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
 from lightopd.lineage.fingerprint import fingerprint_model
-from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.models.limits import ModelLimits, model_limits, precision_of
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
+from lightopd.pipelines.sampling.rendering import shown_time
+from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
@@ -125,7 +126,9 @@ def _contexts(
     if config.context is None:
         return PLAIN, None
     own, longest = read_prompts(cache)
-    contexts = render_contexts(config.context, tokenizer, cache.manifest.rendering, own)
+    contexts = render_contexts(
+        config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
+    )
     check_lengths(contexts, longest, limits.context_length, config.teacher.path)
     return describe_context(config.context, contexts), contexts
 
@@ -201,11 +204,12 @@ def _measured(
 ) -> dict[str, NoiseFloor]:
     """Noise of the engine, and its distance from a reference if there is one; refused beyond the limit."""
     found = {"noise": measure_noise(engine, sequences)}
-    refuse_noise(found["noise"], config.max_noise_nats, "two scorings of the same tokens by this engine")
+    limit, dtype = config.max_noise_nats, precision_of(config.teacher).dtype
+    refuse_noise(found["noise"], limit, "two scorings of the same tokens by this engine", dtype)
     if reference:
         scored = [scores.logprobs for scores in engine.score(sequences[: len(reference)], 0)]
         found["cross_check"] = compare(reference, scored)
-        refuse_noise(found["cross_check"], config.max_noise_nats, "this engine and transformers in float32")
+        refuse_noise(found["cross_check"], limit, "this engine and transformers in float32", dtype)
     return found
 
 

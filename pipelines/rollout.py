@@ -7,12 +7,12 @@ entropy of every token under the raw distribution, and a reward where the prompt
 """
 
 import time
+from dataclasses import replace
 
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import declared_teacher, fingerprint_model, read_student_lineage
-from lightopd.pipelines.shared.reports import Report, override_notes, save_report
-from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sampling import (
+from lightopd.pipelines.sampling.rendering import check_rendering
+from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
     SamplingPlan,
@@ -20,8 +20,10 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.schemas.configs import RolloutConfig
-from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage
+from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
 
 
 def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
@@ -41,7 +43,7 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
             stage="rollout",
             out=str(config.cache),
             figures=sampling_figures(cache, started_s),
-            notes=_notes(plan.manifest.sft, plan.manifest.overrides),
+            notes=(*plan.notes, *_notes(plan.manifest.sft, plan.manifest.overrides)),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)
@@ -51,7 +53,8 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
 def sampling_plan(config: RolloutConfig) -> SamplingPlan:
     """What would be sampled, under which contract; nothing is written or loaded on a device."""
     student = fingerprint_model(config.student)
-    sft, overrides = _sft_lineage(config, student)
+    lineage = read_student_lineage(config.student, student)
+    sft, overrides = _sft_lineage(config, lineage)
     job = SamplingJob(
         stage="rollout",
         cache=config.cache,
@@ -65,12 +68,17 @@ def sampling_plan(config: RolloutConfig) -> SamplingPlan:
         keep_text=config.keep_text,
         overrides=overrides,
     )
-    return plan_sampling(job, student)
+    plan = plan_sampling(job, student)
+    taught = lineage.rendering if lineage else None
+    allowed = check_rendering(taught, plan.manifest.rendering, config.allow, "rollout")
+    manifest = plan.manifest.model_copy(update={"overrides": overrides + allowed})
+    return replace(plan, manifest=manifest)
 
 
-def _sft_lineage(config: RolloutConfig, student: ModelFingerprint) -> tuple[SftLineage, tuple[Override, ...]]:
+def _sft_lineage(
+    config: RolloutConfig, lineage: StudentLineage | None
+) -> tuple[SftLineage, tuple[Override, ...]]:
     """What the student's folder says of its fine-tuning, or what the user declares."""
-    lineage = read_student_lineage(config.student, student)
     if lineage is not None and lineage.sft.proof != "unknown":
         return lineage.sft, lineage.overrides
     overrides = lineage.overrides if lineage else ()
@@ -91,7 +99,11 @@ def _planned(config: RolloutConfig, plan: SamplingPlan) -> Report:
             "prompt_tokens": sum(len(ids) for ids in plan.prompt_ids),
             "response_tokens_at_most": rollouts * config.sampling.max_tokens,
         },
-        notes=("dry run: nothing was written", *_notes(plan.manifest.sft, plan.manifest.overrides)),
+        notes=(
+            "dry run: nothing was written",
+            *plan.notes,
+            *_notes(plan.manifest.sft, plan.manifest.overrides),
+        ),
     )
 
 

@@ -18,16 +18,17 @@ from typing import Any
 from pydantic import JsonValue
 
 from lightopd.config import build, merged
+from lightopd.engines.base import Engine
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import OutputError
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, train
-from lightopd.pipelines.shared.engine_pool import KeptEngines
+from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
-from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import (
+    EngineConfig,
     EvalConfig,
     ModelConfig,
     PrecomputeConfig,
@@ -36,7 +37,7 @@ from lightopd.schemas.configs import (
 )
 from lightopd.schemas.rounds import RoundsConfig
 from lightopd.schemas.run import RunConfig
-from lightopd.training.checkpoints.checkpoint import export_student
+from lightopd.training.checkpoints.export import export_student
 from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 
 log = logging.getLogger(__name__)
@@ -296,3 +297,40 @@ def _drop_checkpoints(config: RunConfig, index: int) -> None:
 
 def _folder(config: RunConfig, index: int) -> Path:
     return config.out / f"round-{index:03d}"
+
+
+class KeptEngines:
+    """A `load` that loads each model once and frees all at the end, for rounds shorter than loading is."""
+
+    def __init__(self, load: LoadEngine) -> None:
+        self._load = load
+        self._engines: dict[str, Engine] = {}
+
+    def __enter__(self) -> "KeptEngines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def __call__(self, engine: EngineConfig, model: ModelConfig) -> Engine:
+        """The engine of these settings, loaded by the first call; the stage's `close` leaves it open."""
+        key = engine.model_dump_json() + model.model_dump_json()
+        if key not in self._engines:
+            self._engines[key] = self._load(engine, model)
+        kept: Engine = _LeftOpen(self._engines[key])
+        return kept
+
+
+class _LeftOpen:
+    """An engine whose `close` does nothing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        """Leave the model loaded."""

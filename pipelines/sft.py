@@ -17,10 +17,8 @@ from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.models.tokenizer import load_tokenizer
-from lightopd.pipelines.shared.preflight import check_training
-from lightopd.pipelines.shared.reports import Report, save_report
-from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
-from lightopd.pipelines.shared.sampling import (
+from lightopd.pipelines.sampling.rendering import taught_rendering
+from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
     SamplingPlan,
@@ -28,6 +26,9 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.preflight import check_training
+from lightopd.pipelines.shared.reports import Report, save_report
+from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig
@@ -124,6 +125,7 @@ def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, fo
         base=base,
         sft=SftLineage(proof="recorded", teacher=answers.manifest.sampler, data=content_id(answers, ())),
         made_by="sft",
+        rendering=taught_rendering(answers.manifest.rendering),
         overrides=answers.manifest.overrides,
     )
     write_student_lineage(folder, lineage)

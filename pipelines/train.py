@@ -105,6 +105,7 @@ def _write_lineage(
         base=student,
         sft=cache.manifest.sft,
         made_by="train",
+        rendering={k: v for k, v in cache.manifest.rendering.items() if k != "row_options"} or None,
         cache=content_id(cache, used),
         overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
     )

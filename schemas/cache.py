@@ -4,7 +4,13 @@ Top-k entries of all positions of a rollout lie end to end; `topk_counts` says h
 each position. docs/decisions/0001-cache-layout.md has the measurements behind this layout.
 """
 
+from dataclasses import fields
+from types import NoneType
+from typing import get_args, get_type_hints
+
 import pyarrow as pa
+
+from lightopd.schemas.records import Bools, Floats, Ids, Rollout, Scores
 
 SCHEMA_VERSION = 2
 """Of the manifests and shards written now; 1 hashes a manifest's defaults too."""
@@ -15,39 +21,43 @@ def list_of(value: pa.DataType) -> pa.ListType:
     return pa.list_(pa.field("element", value, nullable=False))
 
 
-ROLLOUTS = pa.schema(
-    [
-        pa.field("rollout_id", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("origin", pa.string(), nullable=False),
-        pa.field("domain", pa.string()),
-        pa.field("prompt_ids", list_of(pa.int32()), nullable=False),
-        pa.field("response_ids", list_of(pa.int32()), nullable=False),
-        pa.field("loss_mask", list_of(pa.bool_()), nullable=False),
-        pa.field("turns", list_of(pa.int32()), nullable=False),
-        pa.field("logprobs", list_of(pa.float32())),
-        pa.field("entropies", list_of(pa.float32())),
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("reward", pa.float32()),
-        pa.field("prompt_text", pa.string()),
-        pa.field("response_text", pa.string()),
-    ]
-)
+_ARROW_TYPES = {
+    str: pa.string(),
+    int: pa.int32(),
+    float: pa.float32(),
+    bool: pa.bool_(),
+    Ids: list_of(pa.int32()),
+    Floats: list_of(pa.float32()),
+    Bools: list_of(pa.bool_()),
+}
 
 
-SIGNALS = pa.schema(
-    [
-        pa.field("rollout_id", pa.string(), nullable=False),
-        pa.field("logprobs", list_of(pa.float32()), nullable=False),
-        pa.field("topk_counts", list_of(pa.int32()), nullable=False),
-        pa.field("topk_ids", list_of(pa.int32()), nullable=False),
-        pa.field("topk_logprobs", list_of(pa.float32()), nullable=False),
-        pa.field("tail_logprobs", list_of(pa.float32()), nullable=False),
-    ]
+def schema_of(record: type, version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Columns of a record's table in a file of a schema version; those that may be None may be null."""
+    hints = get_type_hints(record)
+    columns = [one.name for one in fields(record) if one.metadata.get("since", 1) <= version]
+    options = {name: get_args(hints[name]) for name in columns}
+    return pa.schema(
+        [
+            pa.field(name, _ARROW_TYPES[options[name][0]])
+            if NoneType in options[name]
+            else pa.field(name, _ARROW_TYPES[hints[name]], nullable=False)
+            for name in columns
+        ]
+    )
+
+
+ROLLOUTS = schema_of(Rollout)
+
+TOKEN_COLUMNS = tuple(
+    field.name for field in ROLLOUTS if pa.types.is_list(field.type) and field.name != "prompt_ids"
 )
+"""Columns of rollouts with one value for each response token."""
+
+STUDENTS_OWN = tuple(name for name in TOKEN_COLUMNS if ROLLOUTS.field(name).nullable)
+"""Those that speak of the student at rollout, null in rows that another model wrote."""
+
+SIGNALS = pa.schema([ROLLOUTS.field("rollout_id"), *schema_of(Scores)])
 """Columns of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
 
 Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values; the column stays float32,

@@ -34,8 +34,8 @@ class ModelConfig(StrictModel):
     """Folder of a PEFT adapter that is applied on top of the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format the weights are run in; `auto` keeps the one they are stored in."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of transformers; `auto` is `sdpa`, or `eager` for models that `sdpa` does not have whole."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along; leave off for models you did not read."""
 
@@ -45,8 +45,7 @@ class ModelConfig(StrictModel):
         return {"path": str(value)} if isinstance(value, str | Path) else value
 
 
-# Settings of apply_chat_template that decide what a rendered prompt is; they are not a user's to set.
-_RENDERING_SETTINGS = {
+RESERVED_TEMPLATE_OPTIONS = {
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -60,6 +59,10 @@ _RENDERING_SETTINGS = {
     "tokenizer_kwargs",
     "truncation",
 }
+"""Settings of apply_chat_template that decide what a rendered prompt is; they are not a user's to set."""
+
+ROW_FIELDS = ("prompt", "messages", "answer", "id", "domain", "tools", "chat_template_kwargs")
+"""What is read of a row of prompts."""
 
 
 class PromptRendering(StrictModel):
@@ -77,21 +80,39 @@ class PromptRendering(StrictModel):
     @field_validator("template_options")
     @classmethod
     def _options_are_the_templates_own(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        reserved = sorted(options.keys() & _RENDERING_SETTINGS)
+        reserved = sorted(options.keys() & RESERVED_TEMPLATE_OPTIONS)
         if reserved:
             raise ValueError(f"{', '.join(reserved)} cannot be set here; give variables of the template only")
         return options
 
 
 class FilePrompts(PromptRendering):
-    """Prompts from a JSONL or Parquet file."""
+    """Prompts from a file, a folder of Hugging Face `datasets`, or a dataset of the hub."""
 
     kind: Literal["file"] = "file"
-    """Prompts come from a file."""
+    """Prompts come from a file or a dataset."""
     path: Path
-    """JSONL or Parquet with `prompt` or `messages`, and optionally `answer`, `id`, `domain`."""
+    """JSON lines, JSON, CSV, Parquet, a `datasets` folder, a hub id; text, turns, ShareGPT or Alpaca."""
+    columns: dict[str, str] = {}
+    """Columns of other names, by what they hold: `{prompt: question}`; `a.b` reaches inside."""
+    split: str | None = None
+    """Split of a dataset; `train` where none is named. A file has none."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as `main` of openai/gsm8k."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
     verifier: str = "exact"
     """How a response is judged: `exact`, `last_number`, `math_verify`, or a function `pkg.mod:function`."""
+
+    @field_validator("columns")
+    @classmethod
+    def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(columns.keys() - set(ROW_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is nothing that is read of a row; known are {', '.join(ROW_FIELDS)}"
+            )
+        return columns
 
 
 class ReasoningGymPrompts(PromptRendering):

@@ -117,6 +117,8 @@ class StudentLineage(StrictModel):
     """Its fine-tuning teacher."""
     made_by: str
     """Stage that made it: `sft` or `train`."""
+    rendering: dict[str, JsonValue] | None = None
+    """How the prompts of its fine-tuning data became ids, as in a cache's manifest; None where unknown."""
     cache: str | None = None
     """Content id of the cache it was trained on, for `train`."""
     overrides: tuple[Override, ...] = ()
@@ -158,7 +160,9 @@ class CacheManifest(StrictModel):
     vocabulary_size: int = Field(ge=1)
     """Width of the model's output; every id lies below it."""
     rendering: dict[str, JsonValue] = {}
-    """How prompts became ids: `render`, `template_options`."""
+    """How prompts became ids: `render`, `template_options`, and `row_options` where rows have their own."""
+    rendered_at: str | None = None
+    """Time that the chat template was shown, where it writes the date; later stages show it the same one."""
     sampling: SamplingConfig | None
     """Sampling contract; None when imported."""
     prompts: str
@@ -173,6 +177,11 @@ class CacheManifest(StrictModel):
     """What ran the sampler."""
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the student's included."""
+
+    @property
+    def kind(self) -> str:
+        """What its shards are, and their folder in the cache."""
+        return "rollouts"
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the bytes of the shards; paths and lightopd's version left out."""
@@ -218,6 +227,11 @@ class SignalManifest(StrictModel):
     overrides: tuple[Override, ...] = ()
     """Refusals set aside so far, the rollouts' included."""
 
+    @property
+    def kind(self) -> str:
+        """What its shards are, and their folder in the cache."""
+        return f"signals/{self.name}"
+
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""
         return _fingerprint(self)
@@ -240,7 +254,7 @@ class ShardMarker(StrictModel):
     """Rows left out, by reason."""
 
 
-_NEVER_HASHED = {"lightopd_version", "noise", "cross_check"}
+_NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at"}
 """Fields of a manifest that decide no byte of its shards."""
 _HASHED_BY_VERSION_1 = {
     "CacheManifest": ("rendering", "overrides"),

@@ -3,11 +3,14 @@
 R = response tokens of one rollout, C = top-k entries of all its positions laid end to end.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightopd.schemas.base import canonical_hash
 
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -30,6 +33,36 @@ class Prompt:
     """Name of the reward function that judges a response."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """What the verifier needs beyond `answer`."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """Tools that the chat template shows the model."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template for this prompt alone, laid over the config's."""
+    where: str = field(default="", compare=False)
+    """Where it stands, for messages: file and row."""
+
+    @property
+    def place(self) -> str:
+        """How a message names it."""
+        return self.where or f"prompt {self.prompt_id}"
+
+
+def prompt_content_id(
+    text: str | None,
+    messages: tuple[dict[str, Any], ...] | None,
+    tools: list[dict[str, Any]] | None = None,
+    options: dict[str, Any] | None = None,
+) -> str:
+    """Prompt id of a prompt without an `id`: a hash of what the model is shown, 32 hex digits."""
+    content: dict[str, Any] = {"prompt": text, "messages": messages}
+    content |= {"tools": tools} if tools else {}
+    content |= {"chat_template_kwargs": options} if options else {}
+    # Parquet can hold dates and decimals inside messages, which JSON cannot.
+    return short_hash(json.loads(json.dumps(content, default=str)))
+
+
+def short_hash(content: dict[str, Any]) -> str:
+    """The first 32 hex digits of the canonical hash."""
+    return canonical_hash(content)[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +117,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One row of the cache's rollouts."""
+    """One row of the cache's rollouts, and the declaration of its columns: name, type, and null where None.
+
+    A column that is added stands last, as `name: Type | None = field(default=None, metadata={"since": 2})`
+    with the schema version it came with: older files lack it, and are read with nulls in its place.
+    """
 
     rollout_id: str
     """Hash of prompt ids, response ids, sampler and sample index."""
@@ -108,11 +145,3 @@ class Rollout:
     reward: float | None
     prompt_text: str | None
     response_text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRollout:
-    """A rollout with the signals that were requested."""
-
-    rollout: Rollout
-    signals: dict[str, Scores]

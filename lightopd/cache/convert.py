@@ -336,11 +336,10 @@ def _imported_signal(name: str, manifest: CacheManifest) -> SignalManifest:
 
 def _joined(cache: Cache, index: int) -> pa.Table:
     """A shard's rollouts with the columns of every signal beside them."""
-    joined = read_columns(shard_path(rollouts_folder(cache.path), index), ROLLOUTS, ROLLOUTS.names)
+    joined = read_columns(cache, index, ROLLOUTS.names)
     for name in cache.signals:
-        path = shard_path(signal_folder(cache.path, name), index)
-        table = read_columns(path, SIGNALS, SIGNALS.names)
-        check_rollout_ids(path, table.column("rollout_id"), joined.column("rollout_id"))
+        table = read_columns(cache, index, SIGNALS.names, name)
+        check_rollout_ids(cache.file(index, name), table.column("rollout_id"), joined.column("rollout_id"))
         for column in ("logprobs", "tail_logprobs"):
             joined = joined.append_column(f"{name}_{column}", table.column(column))
         for column in ("topk_ids", "topk_logprobs"):

@@ -1,48 +1,35 @@
-"""The training path: a shard as flat numpy columns, with checksums verified and no object per token.
+"""The one way to read a shard: its bytes are compared with the marker, and what it says with the manifest.
+
+For training it becomes flat numpy columns, with no object per token.
 
 R = rollouts in a shard, P = their prompt tokens, N = their response tokens, C = top-k entries of all
 positions; nats throughout. Offsets are int64, start at 0 and have one entry more than what they cut.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.cache.shards import read_table
+from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
+from lightopd.schemas.cache import SIGNALS, TOKEN_COLUMNS
 from lightopd.schemas.records import Bools, Floats, Ids
 
 Offsets = NDArray[np.int64]
 
-ROLLOUT_COLUMNS = (
-    "rollout_id",
-    "prompt_id",
-    "origin",
-    "domain",
-    "prompt_ids",
-    "response_ids",
-    "loss_mask",
-    "turns",
-    "logprobs",
-    "entropies",
-    "truncated",
-    "reward",
-)
-TOPK_COLUMNS = ("topk_counts", "topk_ids", "topk_logprobs")
-
 
 @dataclass(frozen=True, slots=True)
 class SignalColumns:
-    """One signal over a shard; the four top-k columns are None where only the sampled token was asked for."""
+    """One signal over a shard; the four top-k columns are None where only the sampled token is wanted."""
 
     logprobs_N: Floats
     tail_logprobs_N: Floats | None
@@ -55,30 +42,40 @@ class SignalColumns:
     """float32; rounded to float16 values where the signal was written so."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardColumns:
-    """A shard of rollouts and the signals that were asked for; arrays may be read-only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenColumns:
+    """What rollouts have for each response token, [N]: the columns `TOKEN_COLUMNS`, laid end to end."""
 
-    rollout_ids: tuple[str, ...]
-    prompt_ids_by_user: tuple[str, ...]
-    """The users' prompt ids, R long; rollouts of one prompt share one."""
-    origins: tuple[str, ...]
-    """Who wrote each response."""
-    domains: tuple[str | None, ...]
-    prompt_offsets: Offsets
-    prompt_ids_P: Ids
-    offsets: Offsets
-    """[R + 1], cuts every column that ends in N."""
     response_ids_N: Ids
     loss_mask_N: Bools
     turns_N: Ids
     logprobs_N: Floats | None
     """Student at rollout; None for an imported cache."""
     entropies_N: Floats | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardColumns(TokenColumns):
+    """A shard of rollouts and the signals that were requested; arrays may be read-only."""
+
+    rollout_ids: Sequence[str]
+    prompt_ids_by_user: Sequence[str]
+    """The users' prompt ids, R long; rollouts of one prompt share one."""
+    groups_R: NDArray[np.int64]
+    """Rollouts of one prompt share a number, unique over the cache."""
+    origins: Sequence[str]
+    """Who wrote each response: `student`, `teacher` or `imported`."""
+    domains: Sequence[str | None]
+    prompt_offsets: Offsets
+    prompt_ids_P: Ids
+    offsets: Offsets
+    """[R + 1], cuts every column that ends in N."""
     rewards_R: Floats
     """NaN where there is none."""
     is_truncated_R: Bools
-    signals: dict[str, SignalColumns]
+    signals: Mapping[str, SignalColumns]
+    teacher_rewards_R: Floats | None = None
+    """Mean reward of the teacher's own answers to the rollout's prompt, NaN where there is none."""
 
 
 def read_shard_columns(
@@ -101,63 +98,62 @@ def read_shard_columns(
         CacheError: a file is missing or damaged, a signal is not aligned with the rollouts, or lengths
             disagree; the message names file and row.
     """
-    path = shard_path(rollouts_folder(cache.path), shard)
+    path = cache.file(shard)
     contents = {} if contents is None else contents
-    table = read_columns(path, ROLLOUTS, ROLLOUT_COLUMNS, contents.get(path))
-    offsets, tokens = _token_columns(path, table)
+    names = ["rollout_id", "prompt_id", "origin", "domain", "prompt_ids", "truncated", "reward"]
+    table = read_columns(cache, shard, [*names, *TOKEN_COLUMNS], content=contents.get(path))
+    tokens, offsets = _token_columns(path, table)
     prompts, prompt_offsets = flat_column(table.column("prompt_ids"))
     wanted = set(signals if topk is None else topk)
-    ids = table.column("rollout_id")
+    ids, of_prompts = table.column("rollout_id"), table.column("prompt_id").to_pylist()
     return ShardColumns(
         rollout_ids=tuple(ids.to_pylist()),
-        prompt_ids_by_user=tuple(table.column("prompt_id").to_pylist()),
+        prompt_ids_by_user=tuple(of_prompts),
+        groups_R=np.array([group_number(prompt) for prompt in of_prompts], np.int64),
         origins=tuple(table.column("origin").to_pylist()),
         domains=tuple(table.column("domain").to_pylist()),
         prompt_offsets=prompt_offsets,
         prompt_ids_P=prompts,
         offsets=offsets,
-        response_ids_N=tokens["response_ids"],
-        loss_mask_N=tokens["loss_mask"],
-        turns_N=tokens["turns"],
-        logprobs_N=tokens["logprobs"],
-        entropies_N=tokens["entropies"],
         rewards_R=table.column("reward").to_numpy().astype(np.float32),
         is_truncated_R=table.column("truncated").to_numpy().astype(np.bool_),
         signals={
             name: _signal_columns(cache, name, shard, ids, offsets, name in wanted, contents)
             for name in signals
         },
+        **tokens,
     )
 
 
+@lru_cache(maxsize=4096)
+def group_number(prompt_id: str) -> int:
+    """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1
+
+
 def read_columns(
-    path: Path, schema: pa.Schema, columns: Sequence[str], content: pa.Buffer | None = None
+    cache: Cache,
+    shard: int,
+    columns: Sequence[str],
+    signal: str | None = None,
+    content: pa.Buffer | None = None,
 ) -> pa.Table:
-    """Some columns of a shard's file, page checksums verified, after its schema was compared.
+    """Some columns of a shard, of the rollouts or of a signal, after all that it says was compared.
 
     Args:
-        path: of the file.
-        schema: that it must have.
-        columns: to read.
-        content: the file's bytes, whose SHA-256 has been compared, so that pages are not checked again; None
-            reads the file.
+        cache: an opened cache that has the shard.
+        shard: its number.
+        columns: to read; one that is newer than the file is null.
+        signal: name of a signal; None for the rollouts.
+        content: the file's bytes, where a caller has compared them; None reads and compares them.
 
     Raises:
-        CacheError: the file is missing, damaged, or has another schema.
+        CacheError: the file is missing, is not the one its marker speaks of, belongs elsewhere, or has other
+            columns.
     """
-    try:
-        source = path if content is None else pa.BufferReader(content)
-        with pq.ParquetFile(source, page_checksum_verification=content is None) as file:
-            found = file.schema_arrow
-            if not found.equals(schema):
-                raise CacheError(f"{path} has other columns than {_first_difference(found, schema)}")
-            return file.read(columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise CacheError(
-            f"{path} cannot be read ({reason}); copy the file again from where it was made, "
-            "or delete it with its marker and run the stage that made it again"
-        ) from error
+    manifest = cache.manifest_of(signal)
+    marker = cache.marker(shard, signal)
+    return read_table(cache.file(shard, signal), manifest.kind, marker, columns, content)
 
 
 def check_offsets(path: Path, name: str, found: Offsets, wanted: Offsets) -> None:
@@ -175,18 +171,17 @@ def check_offsets(path: Path, name: str, found: Offsets, wanted: Offsets) -> Non
     )
 
 
-def _token_columns(path: Path, table: pa.Table) -> tuple[Offsets, dict[str, Any]]:
+def _token_columns(path: Path, table: pa.Table) -> tuple[dict[str, Any], Offsets]:
     """Columns with one value for each response token, and their common offsets."""
-    ids, offsets = flat_column(table.column("response_ids"))
-    tokens: dict[str, Any] = {"response_ids": ids}
-    for name in ("loss_mask", "turns", "logprobs", "entropies"):
+    _, offsets = flat_column(table.column("response_ids"))
+    tokens: dict[str, Any] = {}
+    for name in TOKEN_COLUMNS:
         column = table.column(name)
-        if table.num_rows and column.null_count == table.num_rows:
-            tokens[name] = None
-            continue
-        tokens[name], found = flat_column(column)
-        check_offsets(path, name, found, offsets)
-    return offsets, tokens
+        tokens[f"{name}_N"] = None
+        if not table.num_rows or column.null_count < table.num_rows:
+            tokens[f"{name}_N"], found = flat_column(column)
+            check_offsets(path, name, found, offsets)
+    return tokens, offsets
 
 
 def _signal_columns(
@@ -198,12 +193,9 @@ def _signal_columns(
     with_topk: bool,
     contents: Mapping[Path, pa.Buffer],
 ) -> SignalColumns:
-    if name not in cache.signals:
-        there = ", ".join(cache.signals) or "none"
-        raise CacheError(f"{cache.path} has no signal {name!r} loaded (loaded: {there})")
-    path = shard_path(signal_folder(cache.path, name), shard)
-    columns = ["rollout_id", "logprobs", *((*TOPK_COLUMNS, "tail_logprobs") if with_topk else ())]
-    table = read_columns(path, SIGNALS, columns, contents.get(path))
+    columns = SIGNALS.names if with_topk else ["rollout_id", "logprobs"]
+    path = cache.file(shard, name)
+    table = read_columns(cache, shard, columns, name, contents.get(path))
     check_rollout_ids(path, table.column("rollout_id"), rollout_ids)
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)
@@ -238,13 +230,3 @@ def topk_columns(path: Path, table: pa.Table, offsets: Offsets) -> tuple[Offsets
     logprobs, found_logprobs = flat_column(table.column("topk_logprobs"))
     check_offsets(path, "topk_logprobs", found_logprobs, topk_offsets[offsets])
     return topk_offsets, ids, logprobs
-
-
-def _first_difference(found: pa.Schema, wanted: pa.Schema) -> str:
-    for field in wanted:
-        if field.name not in found.names:
-            return f"a cache has: {field.name} is missing"
-        own = found.field(field.name)
-        if not own.equals(field):
-            return f"a cache has: {field.name} is {own.type}, not {field.type}"
-    return f"a cache has: {', '.join(sorted(set(found.names) - set(wanted.names))) or 'the order differs'}"

@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.cache.tables import flat_column, rollout_id
+from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.manifest import CacheManifest, SignalManifest
 
 LOGPROB_TOLERANCE = 1e-4
@@ -20,9 +21,6 @@ MASS_TOLERANCE = 1e-5
 """Distance of a distribution's float32 mass from 1."""
 HALF_ROUNDING = 2.0**-11
 """Relative rounding error of float16: a log-probability l is stored within |l| * 2^-11."""
-
-STUDENTS_OWN = ("logprobs", "entropies")
-"""Columns that speak of the student at rollout, null in rows that another model wrote."""
 
 Flags = NDArray[np.bool_]
 
@@ -64,7 +62,7 @@ def rollout_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -> 
     yield from _vocabulary_faults("prompt_ids", prompts, prompt_offsets, manifest.vocabulary_size)
     yield from _at_rows("empty", np.diff(offsets) == 0, "its response is empty")
     yield from _at_rows("empty prompt", np.diff(prompt_offsets) == 0, "its prompt is empty")
-    for name in ("loss_mask", "turns", "logprobs", "entropies"):
+    for name in TOKEN_COLUMNS[1:]:
         yield from _token_column_faults(table, name, offsets, manifest)
     rewards = table.column("reward").to_numpy()
     is_broken = table.column("reward").is_valid().to_numpy() & ~np.isfinite(rewards)

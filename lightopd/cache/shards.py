@@ -6,7 +6,7 @@ its marker is not a shard: the next run writes it again, with the same bytes. A 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from lightopd.errors import CacheError
 from lightopd.files import json_bytes, write_atomically
-from lightopd.schemas.cache import SCHEMA_VERSION, shard_metadata
+from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, schema_of, shard_metadata
 from lightopd.schemas.manifest import ShardMarker
+from lightopd.schemas.records import Rollout
 
 # docs/decisions/0001-cache-layout.md has the measurements behind these settings.
 WRITE_OPTIONS: Mapping[str, Any] = {
@@ -45,6 +47,13 @@ SPLIT_COLUMNS = (
     "tail_logprobs",
 )
 """Columns of numbers, written byte by byte (BYTE_STREAM_SPLIT): their high bytes repeat."""
+
+
+AGAIN = (
+    "copy the file again from where it was made, or delete it with its marker and run the stage that made it "
+    "again"
+)
+"""What to do about a file that is not the shard it should be."""
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -146,15 +155,73 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def metadata_faults(schema: pa.Schema, kind: str, fingerprint: str) -> Iterator[str]:
-    """What a shard says of itself and should not: it was made as another part, or under other settings."""
+def read_content(path: Path, marker: ShardMarker) -> pa.Buffer:
+    """The bytes of a shard's file, once their SHA-256 was compared with the marker's.
+
+    Raises:
+        CacheError: the file cannot be read, or is not the one that the marker speaks of.
+    """
+    try:
+        with pa.OSFile(str(path)) as file:
+            content = file.read_buffer()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror or error}); {AGAIN}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != marker.sha256:
+        raise CacheError(f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; {AGAIN}")
+    return content
+
+
+def read_table(
+    path: Path, kind: str, marker: ShardMarker, columns: Sequence[str], content: pa.Buffer | None = None
+) -> pa.Table:
+    """Columns of a shard after all that it says of itself was compared; one newer than the file is null.
+
+    Args:
+        path: of the file.
+        kind: `rollouts` or `signals/<name>`.
+        marker: of the shard.
+        columns: to read.
+        content: the file's bytes, where a caller has compared them; None reads and compares them.
+
+    Raises:
+        CacheError: the file is missing or damaged, belongs elsewhere, or has other columns.
+    """
+    content = read_content(path, marker) if content is None else content
+    schema = ROLLOUTS if kind == "rollouts" else SIGNALS
+    try:
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            fault = _schema_fault(file.schema_arrow, kind, marker.fingerprint)
+            if fault:
+                raise CacheError(f"{path} {fault}; {AGAIN}")
+            table = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+    except pa.ArrowException as error:
+        raise CacheError(f"{path} cannot be read ({str(error).splitlines()[0]}); {AGAIN}") from error
+    for name in set(columns) - set(table.column_names):
+        field = schema.field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(list(columns))
+
+
+def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
+    """What a shard's file says of itself and should not, in words."""
     found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    versions = (shard_metadata(kind, fingerprint, version) for version in range(SCHEMA_VERSION, 0, -1))
-    wanted = next((each for each in versions if each.items() <= found.items()), None)
-    if wanted is None:
-        for key, value in shard_metadata(kind, fingerprint).items():
-            if found.get(key) != value:
-                yield f"its metadata {key} is {found.get(key)!r}, not {value!r}"
+    versions = {str(version): version for version in range(1, SCHEMA_VERSION + 1)}
+    version = versions.get(found.get("lightopd.schema_version", ""), SCHEMA_VERSION)
+    for key, value in shard_metadata(kind, fingerprint, version).items():
+        if found.get(key) != value:
+            return f"is another part: its metadata {key} is {found.get(key)!r}, not {value!r}"
+    wanted = schema_of(Rollout, version) if kind == "rollouts" else SIGNALS
+    for field in wanted:
+        if field.name not in schema.names:
+            return f"has other columns than a cache has: {field.name} is missing"
+        if not schema.field(field.name).equals(field):
+            own = schema.field(field.name)
+            return f"has other columns than a cache has: {field.name} is {own.type}, not {field.type}"
+    if schema.names != wanted.names:
+        more = ", ".join(sorted(set(schema.names) - set(wanted.names))) or "the order differs"
+        return f"has other columns than a cache has: {more}"
+    return None
 
 
 def _response_tokens(table: pa.Table) -> int:

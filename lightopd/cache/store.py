@@ -67,6 +67,34 @@ class Cache:
         """Response tokens over all shards that are there."""
         return sum(marker.tokens for marker in self.markers)
 
+    def manifest_of(self, signal: str | None) -> CacheManifest | SignalManifest:
+        """Manifest of a signal, or of the rollouts.
+
+        Raises:
+            CacheError: the cache was opened without such a signal.
+        """
+        if signal is None:
+            return self.manifest
+        if signal not in self.signals:
+            there = ", ".join(self.signals) or "none"
+            raise CacheError(f"{self.path} has no signal {signal!r} loaded (loaded: {there})")
+        return self.signals[signal].manifest
+
+    def file(self, shard: int, signal: str | None = None) -> Path:
+        """Parquet file of a shard, of the rollouts or of a signal."""
+        return shard_path(self.path / self.manifest_of(signal).kind, shard)
+
+    def marker(self, shard: int, signal: str | None = None) -> ShardMarker:
+        """Marker of a shard, of the rollouts or of a signal.
+
+        Raises:
+            CacheError: the shard is not there.
+        """
+        part = self if signal is None else self.signals[signal]
+        if shard not in part.shards:
+            raise CacheError(f"{self.file(shard, signal)} is missing; run the stage that makes it again")
+        return part.markers[part.shards.index(shard)]
+
     def missing(self, signal: str | None = None) -> tuple[int, ...]:
         """Numbers of the shards that are not there yet, of the rollouts or of a signal."""
         present = self.shards if signal is None else self.signals[signal].shards
@@ -213,7 +241,11 @@ def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
         write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
         return
     existing = read_manifest(path, type(manifest))
-    if existing.fingerprint() != manifest.fingerprint():
+    if existing.fingerprint() == manifest.fingerprint():
+        return
+    if not any(path.parent.rglob("part-*.parquet")):  # of a start that failed: nothing in it is paid for
+        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+    else:
         raise OutputError(
             f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "
             "name another folder, or set these back"

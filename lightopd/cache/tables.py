@@ -12,13 +12,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.errors import EngineError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.records import Ids, Rollout, Scores
 
 MAX_LIST_VALUES = 2**31 - 1
 """Arrow's list offsets are int32."""
-
-TOKEN_COLUMNS = ("response_ids", "loss_mask", "turns", "logprobs", "entropies")
 
 
 def rollout_id(prompt_ids: Ids, response_ids: Ids, sampler_identity: str, sample_index: int) -> str:
@@ -75,18 +73,6 @@ def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[Scores], topk_d
         ]
     columns = [_list_array(SIGNALS.field(name), values) for name, values in rows.items()]
     return pa.table([pa.array(list(rollout_ids), pa.string()), *columns], schema=SIGNALS)
-
-
-def table_to_rollouts(table: pa.Table) -> list[Rollout]:
-    """Rows of a `ROLLOUTS` table as records; arrays are read-only views into the table's buffers."""
-    columns = {field.name: _python_column(table.column(field.name), field) for field in ROLLOUTS}
-    return [Rollout(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-
-
-def table_to_scores(table: pa.Table) -> list[Scores]:
-    """Rows of a `SIGNALS` table as records; arrays are read-only views into the table's buffers."""
-    columns = {name: split_lists(table.column(name)) for name in table.column_names if name != "rollout_id"}
-    return [Scores(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def flat_column(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -152,7 +138,7 @@ def _check_rollout(rollout: Rollout) -> None:
             raise EngineError(
                 f"rollout {rollout.rollout_id} has {length} response tokens but {len(values)} {name}"
             )
-    for name in ("logprobs", "entropies"):
+    for name in STUDENTS_OWN:
         _check_finite(rollout.rollout_id, name, getattr(rollout, name))
     if rollout.reward is not None:
         _check_finite(rollout.rollout_id, "reward", np.array([rollout.reward]))
@@ -205,7 +191,3 @@ def _refuse(name: str, column: str, position: int, value: Any) -> None:
         f"rollout {name} has {column} = {value} at position {position}; a cache holds finite numbers only: "
         "look for overflow in the model (try dtype bfloat16 or float32), or a broken checkpoint"
     )
-
-
-def _python_column(column: pa.ChunkedArray, field: pa.Field) -> list[Any]:
-    return split_lists(column) if pa.types.is_list(field.type) else column.to_pylist()

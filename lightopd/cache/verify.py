@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightopd.cache.contexts import CONTEXTS, read_contexts
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
-from lightopd.cache.shards import marker_path, metadata_faults, read_marker, shard_path, why_invalid
+from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
 from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
@@ -182,25 +181,18 @@ def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Fi
     reason = why_invalid(part.folder, index, part.fingerprint)
     if reason:
         return None, [Finding(name, None, f"{reason}; copy it again, or delete its marker and make it again")]
-    try:
-        table = pq.ParquetFile(file, page_checksum_verification=True).read()
-    except (OSError, pa.ArrowException) as error:
-        return None, [Finding(name, None, f"it cannot be read: {str(error).splitlines()[0]}")]
-    findings = [Finding(name, None, what) for what in _table_faults(table, part, index)]
-    return (None if findings else table), findings
-
-
-def _table_faults(table: pa.Table, part: _Part, index: int) -> Iterator[str]:
     marker = read_marker(part.folder, index)
-    yield from metadata_faults(table.schema, part.kind, part.fingerprint)
-    if not table.schema.equals(part.schema):
-        yield f"its columns are {table.schema.names} of types {[str(kind) for kind in table.schema.types]}"
-    elif marker is not None:
-        column = "response_ids" if part.kind == "rollouts" else "logprobs"
-        tokens = sum(len(chunk.flatten()) for chunk in table.column(column).chunks)
-        if (table.num_rows, tokens) != (marker.rows, marker.tokens):
-            found = f"{table.num_rows} rows and {tokens} tokens"
-            yield f"it has {found}, its marker says {marker.rows} and {marker.tokens}"
+    assert marker is not None, "without one it is not valid"
+    try:
+        table = read_table(file, part.kind, marker, part.schema.names)
+    except CacheError as error:
+        return None, [Finding(name, None, str(error).removeprefix(f"{file} ").removesuffix(f"; {AGAIN}"))]
+    column = "response_ids" if part.kind == "rollouts" else "logprobs"
+    tokens = sum(len(chunk.flatten()) for chunk in table.column(column).chunks)
+    if (table.num_rows, tokens) == (marker.rows, marker.tokens):
+        return table, []
+    found = f"{table.num_rows} rows and {tokens} tokens"
+    return None, [Finding(name, None, f"it has {found}, its marker says {marker.rows} and {marker.tokens}")]
 
 
 def _blocks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:

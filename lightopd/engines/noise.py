@@ -7,7 +7,7 @@ import numpy as np
 from lightopd.engines.base import Engine
 from lightopd.errors import EngineError
 from lightopd.schemas import records
-from lightopd.schemas.configs import HfEngine, ModelConfig
+from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import NoiseFloor
 
 SAMPLE = 8
@@ -25,30 +25,51 @@ def measure_noise(engine: Engine, sequences: Sequence[records.Sequence]) -> Nois
     return compare(alone, together)
 
 
-def refuse_noise(found: NoiseFloor, limit_nats: float, between: str) -> None:
+def refuse_noise(found: NoiseFloor, limit_nats: float, between: str, dtype: str) -> None:
     """Refuse a teacher whose scores are not settled well enough to distil.
+
+    Args:
+        dtype: the number format the teacher runs in, as a config names it.
 
     Raises:
         EngineError: the mean difference is above the limit; names both.
     """
     if found.mean_nats > limit_nats:
+        remedy = (
+            "the format is float32, so the engine computes another model: set its attention to eager, "
+            "or take another engine"
+            if dtype == "float32"
+            else f"run the teacher in a wider number format than {dtype}, or raise it"
+        )
         raise EngineError(
             f"{between} lie {found.mean_nats:.3g} nats apart on average, {found.max_nats:.3g} at most; the "
-            f"limit is max_noise_nats {limit_nats:g}: run the teacher in a wider number format, or raise it"
+            f"limit is max_noise_nats {limit_nats:g}: {remedy}"
         )
 
 
 def reference_logprobs(model: ModelConfig, sequences: Sequence[records.Sequence]) -> list[records.Floats]:
-    """Log-probabilities of the sequences by transformers in float32; its memory is free again afterwards."""
+    """Log-probabilities by the plain model of transformers; its memory is free again afterwards.
+
+    Float32, eager attention, one sequence at a time, the model's own logits: nothing of an engine of ours.
+    """
     if not sequences:
         return []
-    from lightopd.engines.hf.engine import load_hf_engine
+    import torch
 
-    engine = load_hf_engine(HfEngine(), model.model_copy(update={"dtype": "float32"}))
-    try:
-        return [scores.logprobs for scores in engine.score(sequences, 0)]
-    finally:
-        engine.close()
+    from lightopd.models.load import choose_device, load_model
+
+    device = choose_device("auto")
+    plain = load_model(model.model_copy(update={"dtype": "float32", "attention": "eager"}), device)
+    found: list[records.Floats] = []
+    for sequence in sequences:
+        ids = np.concatenate([sequence.prompt_ids, sequence.response_ids]).astype(np.int64)
+        asked_R = torch.from_numpy(ids[len(sequence.prompt_ids) :]).to(device)
+        with torch.inference_mode():
+            logits_TV = plain(input_ids=torch.from_numpy(ids).to(device)[None], use_cache=False).logits[0]
+            logits_RV = logits_TV[len(sequence.prompt_ids) - 1 : -1].float()
+            logprobs_R = logits_RV.gather(1, asked_R[:, None])[:, 0] - logits_RV.logsumexp(1)
+        found.append(logprobs_R.cpu().numpy())
+    return found
 
 
 def compare(first: Sequence[records.Floats], second: Sequence[records.Floats]) -> NoiseFloor:

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from lightopd.cache.reader import ShardColumns, SignalColumns, read_columns, read_shard_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.cache.store import Cache
 from lightopd.inspection.token_texts import TokenTexts, visible
-from lightopd.schemas.cache import ROLLOUTS
 from lightopd.schemas.records import Floats
 
 SHOWN_TOKENS = 400
@@ -100,8 +98,7 @@ def read_rollout(cache: Cache, shard: int, row: int, texts: TokenTexts) -> Rollo
 
 def _facts(cache: Cache, shard: int, row: int, columns: ShardColumns) -> dict[str, Any]:
     names = ["prompt_id", "domain", "finish_reason", "reward", "answer"]
-    path = shard_path(rollouts_folder(cache.path), shard)
-    found = read_columns(path, ROLLOUTS, names).slice(row, 1).to_pylist()[0]
+    found = read_columns(cache, shard, names).slice(row, 1).to_pylist()[0]
     return {name: found[name] for name in names}
 
 

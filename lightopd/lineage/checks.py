@@ -52,7 +52,7 @@ def check_teacher(
         if teacher is not None and sft.teacher is not None:
             found += _what_differs(sft.teacher, teacher)
         remedy = "score with the SFT teacher, redo SFT with this one, or"
-    return _refuse_unless_allowed("teacher-mismatch", found, f"{REASON}; {remedy}", allow=allow, stage=stage)
+    return refuse_unless_allowed("teacher-mismatch", found, f"{REASON}; {remedy}", allow=allow, stage=stage)
 
 
 def check_student(
@@ -71,7 +71,7 @@ def check_student(
         return ()
     sampler = "an unknown model" if cached is None else _shown(cached)
     differs = "" if cached is None else _what_differs(cached, found)
-    return _refuse_unless_allowed(
+    return refuse_unless_allowed(
         "student-mismatch",
         f"the rollouts were sampled by {sampler}, this student is {_shown(found)}{differs}",
         "off its own rollouts a student is pushed away from them, not towards the teacher; "
@@ -101,7 +101,7 @@ def check_tokenizer(
         LineageError: a part differs and is not allowed; parts are checked in the order above.
     """
     if cached is None:
-        return _refuse_unless_allowed(
+        return refuse_unless_allowed(
             "tokenizer-mismatch",
             "the cache does not say which tokenizer its ids belong to",
             "if you know it is this model's,",
@@ -125,7 +125,7 @@ def check_tokenizer(
     overrides: tuple[Override, ...] = ()
     for allowed, told, part in differences:
         remedy = f"take the model whose tokenizer made the cache, correct {part}, or"
-        overrides += _refuse_unless_allowed(allowed, told, remedy, allow=allow, stage=stage)
+        overrides += refuse_unless_allowed(allowed, told, remedy, allow=allow, stage=stage)
     return overrides
 
 
@@ -143,7 +143,7 @@ def _is_same_teacher(sft: SftLineage, teacher: ModelFingerprint) -> bool:
     return sft.name is not None and sft.name == teacher.source
 
 
-def _refuse_unless_allowed(
+def refuse_unless_allowed(
     allowed: Allowed, found: str, remedy: str, *, allow: Collection[Allowed], stage: str
 ) -> tuple[Override, ...]:
     if allowed in allow:

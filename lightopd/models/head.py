@@ -85,7 +85,10 @@ def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 def decoder_output(model: PreTrainedModel, **inputs: Any) -> Any:
     """What the decoder returns, as transformers' output; arguments as for `last_hidden`."""
-    return model.get_decoder()(**inputs, return_dict=True)
+    decoder = model.get_decoder()
+    if decoder is model:  # Llama 4 names itself
+        decoder = model.base_model if model.base_model is not model else model.model
+    return decoder(**inputs, return_dict=True)
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ class ModelLimits:
     """Width of the output layer."""
     context_length: int
     """Most tokens in prompt and response together."""
+    rope_switch: int | None = None
+    """Where the factors of positions change, see `rope_switch_in`; the context ends there."""
 
 
 def model_limits(model: ModelConfig) -> ModelLimits:
@@ -41,7 +43,8 @@ def model_limits(model: ModelConfig) -> ModelLimits:
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
         raise InputError(f"{model.path}/config.json names no vocab_size; add it")
-    return ModelLimits(vocabulary, context_length_in(config, f"{model.path}/config.json"))
+    length = context_length_in(config, f"{model.path}/config.json")
+    return ModelLimits(vocabulary, length, rope_switch_in(config))
 
 
 def context_length_in(config: Mapping[str, Any], name: str) -> int:
@@ -50,11 +53,28 @@ def context_length_in(config: Mapping[str, Any], name: str) -> int:
     Raises:
         InputError: it does not say; `name` says whose config it is.
     """
-    for key in CONTEXT_KEYS:
-        length = config.get(key)
-        if isinstance(length, int) and length > 0:
-            return length
+    lengths = (config.get(key) for key in CONTEXT_KEYS)
+    found = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    if found is not None:
+        return min(found, rope_switch_in(config) or found)
     raise InputError(f"{name} names no context length; add max_position_embeddings")
+
+
+def rope_switch_in(config: Mapping[str, Any]) -> int | None:
+    """The length at which a model changes the factors of its positions (longrope); None where it never does.
+
+    Beyond it every position of a sequence is rotated by other factors, those before the switch too. So a
+    response's earlier log-probabilities would depend on how long it becomes, and on what stands beside it in
+    a batch. The context ends there. A model whose short and long factors are equal has no switch.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scalings = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    switches = [
+        scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        for scaling in scalings
+        if isinstance(scaling, Mapping) and scaling.get("short_factor") != scaling.get("long_factor")
+    ]
+    return min((switch for switch in switches if isinstance(switch, int)), default=None)
 
 
 def precision_of(model: ModelConfig) -> Precision:

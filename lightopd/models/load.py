@@ -12,11 +12,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.fingerprint import model_folder
+from lightopd.models.attention import attention_of, read_config
 from lightopd.models.head import Head
 from lightopd.models.limits import context_length_in
 from lightopd.schemas.configs import ModelConfig
@@ -88,7 +89,7 @@ def context_length_of(model: PreTrainedModel) -> int:
 
 def outline(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder without its weights (on torch's `meta` device)."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(made, PreTrainedModel)
@@ -104,10 +105,11 @@ def _read_model(model: ModelConfig, tensors: Mapping[str, Tensor] | None) -> Pre
             f"{folder} has no .safetensors file; save the model with save_pretrained, since other formats "
             f"can run code when they are loaded"
         )
+    attention = attention_of(model)
     try:
         how: dict[str, Any] = {
             "dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
-            "attn_implementation": model.attention,
+            "attn_implementation": attention,
             "output_loading_info": True,
         }
         loaded, info = (

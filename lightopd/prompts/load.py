@@ -1,33 +1,44 @@
-"""Prompts from a file, from reasoning-gym, or from the built-in demo task."""
+"""Prompts from a file or a dataset, from reasoning-gym, or from the built-in demo task."""
 
-import json
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from decimal import Decimal
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from lightopd.errors import ConfigError, InputError
-from lightopd.rewards.gym import reasoning_gym_dataset
+from lightopd.errors import InputError
+from lightopd.prompts.files import kind_of, read_rows
+from lightopd.prompts.generated import reasoning_gym_prompts, running_totals_prompts
+from lightopd.prompts.shapes import SHAPE_COLUMNS, ShapedRow, Turn, shape_row
+from lightopd.prompts.values import answer_text, identifier, text_or_none
 from lightopd.rewards.reward import find_verifier
-from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.configs import FilePrompts, PromptsConfig, ReasoningGymPrompts, RunningTotalsPrompts
-from lightopd.schemas.records import Prompt
+from lightopd.schemas.configs import ROW_FIELDS, FilePrompts, PromptsConfig, ReasoningGymPrompts
+from lightopd.schemas.records import Prompt, prompt_content_id
 
-COLUMNS = ("prompt", "messages", "answer", "id", "domain")
-ID_CHARS = 32
+log = logging.getLogger(__name__)
 
-Row = tuple[int, dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """The prompts of a source, and one sentence on what it was taken for."""
+
+    prompts: list[Prompt]
+    sentence: str | None
+    """None for prompts that were not read from a file."""
 
 
 def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Prompt]:
+    """The prompts alone of `recognise_prompts`."""
+    return recognise_prompts(config, all_columns=all_columns).prompts
+
+
+def recognise_prompts(config: PromptsConfig, *, all_columns: bool = False) -> Recognised:
     """Prompts of a source in its order, `limit` of them after `skip`; no two share a `prompt_id`.
 
     Past the end it goes on at the first prompt, so that every `skip` gives prompts; none comes twice.
 
-    With `all_columns`, a file's columns beyond `COLUMNS` are kept in `Prompt.metadata`.
+    With `all_columns`, a file's columns beyond those of the prompt are kept in `Prompt.metadata`.
 
     Raises:
         InputError: a file is missing, empty or broken; the message names file, row and remedy.
@@ -35,209 +46,108 @@ def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Pr
     """
     if config.skip:
         whole = config.model_copy(update={"skip": 0, "limit": None})
-        everything = load_prompts(whole, all_columns=all_columns)
+        found = recognise_prompts(whole, all_columns=all_columns)
+        everything = found.prompts
         count = min(config.limit or len(everything), len(everything))
-        return [everything[(config.skip + place) % len(everything)] for place in range(count)]
+        chosen = [everything[(config.skip + place) % len(everything)] for place in range(count)]
+        return replace(found, prompts=chosen)
     if isinstance(config, FilePrompts):
         return _from_file(config, all_columns)
     if isinstance(config, ReasoningGymPrompts):
-        return _from_reasoning_gym(config)
-    return _from_running_totals(config)
+        return Recognised(reasoning_gym_prompts(config), None)
+    return Recognised(running_totals_prompts(config), None)
 
 
-def _from_file(config: FilePrompts, all_columns: bool) -> list[Prompt]:
+def _from_file(config: FilePrompts, all_columns: bool) -> Recognised:
     find_verifier(config.verifier)
+    roots = {path.partition(".")[0] for path in config.columns.values()} | set(config.columns.values())
+    wanted = None if all_columns else {*SHAPE_COLUMNS, *roots}
+    seen = _Seen()
     prompts: list[Prompt] = []
-    seen: dict[str, int] = {}
-    for number, row in islice(_rows(config.path, all_columns), config.limit):
-        prompt = _prompt_of(row, f"{config.path}, row {number}", config.verifier)
-        if all_columns:
-            further = {name: value for name, value in row.items() if name not in COLUMNS}
-            prompt = replace(prompt, metadata=further)
-        if prompt.prompt_id in seen:
-            what = f"has id {prompt.prompt_id!r}" if row.get("id") is not None else "holds the same prompt"
-            raise InputError(
-                f"{config.path}, row {number} {what} as row {seen[prompt.prompt_id]} does; "
-                "remove one of them, or give each row an `id` of its own"
-            )
-        seen[prompt.prompt_id] = number
-        prompts.append(prompt)
+    for number, row in islice(read_rows(config, wanted), config.limit):
+        where = f"{config.path}, row {number}"
+        shaped = shape_row(row, config.columns, where)
+        prompt = seen.note(_prompt_of(shaped, where, config.verifier), number, row, shaped)
+        further = {name: value for name, value in row.items() if name not in ROW_FIELDS}
+        prompts.append(replace(prompt, metadata=further) if all_columns else prompt)
     if not prompts:
         raise InputError(f"{config.path} has no prompts; give a file with at least one row")
-    return prompts
+    return Recognised(prompts, seen.sentence(config))
 
 
-def _rows(path: Path, all_columns: bool) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"{path} ends in {path.suffix!r}; prompts are read from .jsonl, .ndjson or .parquet files"
-        )
-    if not path.is_file():
-        raise InputError(f"no prompt file {path}; check the path")
-    try:
-        yield from reader(path, all_columns)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+class _Seen:
+    """What the rows so far had, for refusing one that comes twice and for saying what was recognised."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.shapes: Counter[str] = Counter()
+        self.sources: dict[str, str] = {}
+        self.columns: set[str] = set()
+        self.read: set[str] = set()
+        self.num_answered = 0
+
+    def note(self, prompt: Prompt, number: int, row: dict[str, Any], shaped: ShapedRow) -> Prompt:
+        if prompt.prompt_id in self.rows:
+            what = (
+                f"has id {prompt.prompt_id!r}"
+                if shaped.fields.get("id") is not None
+                else "holds the same prompt"
+            )
+            raise InputError(
+                f"{prompt.where} {what} as row {self.rows[prompt.prompt_id]} does; "
+                "remove one of them, or give each row an `id` of its own"
+            )
+        self.rows[prompt.prompt_id] = number
+        self.shapes[shaped.shape] += 1
+        self.sources |= shaped.sources
+        self.columns |= row.keys()
+        self.read |= shaped.read
+        self.num_answered += _is_answered(shaped.turns)
+        return prompt
+
+    def sentence(self, config: FilePrompts) -> str:
+        shapes = ", ".join(f"{_rows(count)} as {shape}" for shape, count in self.shapes.items())
+        parts = [f"{config.path} read as {kind_of(config.path)}: {shapes}"]
+        if self.sources:
+            parts.append(", ".join(f"{name} from {path}" for name, path in sorted(self.sources.items())))
+        if self.num_answered:
+            parts.append(f"the assistant's last turn left out of {_rows(self.num_answered)}")
+        unread = sorted(map(str, self.columns - self.read))
+        if unread:
+            parts.append(f"not read: {', '.join(unread[:12])}{' ...' if len(unread) > 12 else ''}")
+        return "; ".join(parts)
 
 
-def _jsonl_rows(path: Path, _: bool) -> Iterator[Row]:
-    """Rows by line number from 1, with all their keys; empty lines are skipped and counted."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise InputError(
-                    f"{path}, row {number} is not valid JSON ({error}); correct or remove it"
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}, row {number} is a {type(row).__name__}; write one JSON object with `prompt` or "
-                    "`messages` on each line"
-                )
-            yield number, row
-
-
-def _parquet_rows(path: Path, all_columns: bool) -> Iterator[Row]:
-    """Rows by position from 1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        there = file.schema_arrow.names
-        columns = [name for name in there if all_columns or name in COLUMNS]
-        if not {"prompt", "messages"} & set(columns):
-            raise InputError(f"{path} has columns {there}; it needs `prompt` or `messages`")
-        batches = (batch for batch in file.iter_batches(columns=columns))
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except pa.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read as Parquet ({reason}); write or copy it again") from error
-
-
-def _prompt_of(row: dict[str, Any], where: str, verifier: str) -> Prompt:
-    text, messages = row.get("prompt"), row.get("messages")
-    if text is None and messages is None:
-        raise InputError(
-            f"{where} has neither `prompt` nor `messages` (keys: {sorted(row)}); add one of them"
-        )
-    if text is not None and messages is not None:
-        raise InputError(f"{where} has both `prompt` and `messages`; keep one of them")
-    if text is not None and (not isinstance(text, str) or not text):
-        raise InputError(f"{where}: `prompt` is {_told(text)}; it must be text that is not empty")
-    turns = None if messages is None else _turns(messages, where)
-    answer = _answer(row.get("answer"), where)
+def _prompt_of(shaped: ShapedRow, where: str, verifier: str) -> Prompt:
+    turns = None if shaped.turns is None else _without_answer(shaped.turns, where)
+    fields = shaped.fields
+    answer = answer_text(fields.get("answer"), where)
+    tools, options = fields.get("tools"), fields.get("chat_template_kwargs") or {}
+    content = prompt_content_id(shaped.text, turns, tools, options)
     return Prompt(
-        prompt_id=_identifier(row.get("id"), where) or _content_id({"prompt": text, "messages": turns}),
+        prompt_id=identifier(fields.get("id"), where) or content,
         messages=turns,
-        text=text,
+        text=shaped.text,
         answer=answer,
-        domain=_text_or_none(row.get("domain"), f"{where}: `domain`"),
+        domain=text_or_none(fields.get("domain"), f"{where}: `domain`"),
         verifier=None if answer is None else verifier,
+        tools=tuple(tools) if tools else None,
+        template_options=options,
+        where=where,
     )
 
 
-def _turns(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(
-            f"{where}: `messages` is {_told(messages)}; it must be a list with at least one turn"
-        )
-    turns = []
-    for number, turn in enumerate(messages, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
-            raise InputError(
-                f"{where}: turn {number} of `messages` is {_told(turn)}; each turn needs `role` and `content`"
-            )
-        # Parquet gives every turn every key of the column's struct; an absent one is a null there.
-        turns.append({key: value for key, value in turn.items() if value is not None or key == "content"})
-    if turns[-1]["role"] == "assistant":
-        raise InputError(
-            f"{where}: the last turn of `messages` is the assistant's; remove it, the model is to answer"
-        )
-    return tuple(turns)
+def _rows(count: int) -> str:
+    return f"{count} {'row' if count == 1 else 'rows'}"
 
 
-def _answer(answer: Any, where: str) -> str | None:
-    """An answer as text; whole numbers lose `.0`, which tables with gaps add to integers."""
-    if answer is None or isinstance(answer, str):
-        return answer
-    number = not isinstance(answer, bool) and isinstance(answer, int | float | Decimal)
-    if not number or not math.isfinite(answer):
-        raise InputError(f"{where}: `answer` is {_told(answer)}; it must be text or a finite number")
-    return str(int(answer)) if answer == int(answer) else str(answer)
+def _is_answered(turns: Sequence[Turn] | None) -> bool:
+    return turns is not None and turns[-1]["role"] == "assistant"
 
 
-def _identifier(identifier: Any, where: str) -> str | None:
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int | None) or identifier == "":
-        raise InputError(f"{where}: `id` is {_told(identifier)}; it must be text or a whole number")
-    return None if identifier is None else str(identifier)
-
-
-def _text_or_none(value: Any, what: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise InputError(f"{what} is {_told(value)}; it must be text")
-
-
-def _told(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown[:60]}{'...' if len(shown) > 60 else ''} ({type(value).__name__})"
-
-
-def _content_id(content: dict[str, Any]) -> str:
-    """Prompt id of a prompt without an `id`: a hash of what the model is asked."""
-    if content.get("messages") is not None:
-        # Parquet can hold dates and decimals inside messages, which JSON cannot.
-        content = json.loads(json.dumps(content, default=str))
-    return canonical_hash(content)[:ID_CHARS]
-
-
-def _from_reasoning_gym(config: ReasoningGymPrompts) -> list[Prompt]:
-    """Generated tasks; each keeps its entry, with which reasoning-gym scores an answer.
-
-    An entry stays the Python object that was generated: JSON would turn its tuples into lists, and
-    some of reasoning-gym's scorers (`arc_agi`, `rearc`) then miss right answers.
-    """
-    dataset = reasoning_gym_dataset(config.task, config.count, config.seed, config.options)
-    count = min(config.count, config.limit or config.count)
-    prompts = []
-    for index in range(count):
-        entry = dataset[index]
-        key = {"task": config.task, "seed": config.seed, "index": index, "question": entry["question"]}
-        prompts.append(
-            Prompt(
-                prompt_id=_content_id(key),
-                messages=None,
-                text=entry["question"],
-                answer=entry["answer"],
-                domain=config.task,
-                verifier=f"reasoning_gym:{config.task}",
-                metadata={"entry": entry, "options": config.options},
-            )
-        )
-    return prompts
-
-
-def _from_running_totals(config: RunningTotalsPrompts) -> list[Prompt]:
-    from lightopd.rewards.running_totals import running_totals
-
-    try:
-        rows: Iterable[dict[str, str]] = running_totals(config.seed, config.count, config.split)
-    except ValueError as error:
-        raise ConfigError(f"running_totals: {error}") from error
-    return [
-        Prompt(
-            prompt_id=_content_id({"prompt": row["prompt"], "messages": None}),
-            messages=None,
-            text=row["prompt"],
-            answer=row["answer"],
-            domain="running_totals",
-            verifier="running_totals",
-        )
-        for row in islice(rows, config.limit)
-    ]
+def _without_answer(turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    """The turns before the assistant's last one: what a model is to answer."""
+    asked = turns[:-1] if _is_answered(turns) else turns
+    if not asked:
+        raise InputError(f"{where} has an assistant's turn alone; put a user's turn before it")
+    return asked

@@ -1,10 +1,12 @@
 """Text to token ids and back: the tokenizer, its end tokens, and how a prompt is rendered."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.fingerprint import fingerprint_tokenizer, model_folder, read_json
@@ -12,6 +14,8 @@ from lightopd.models.tokenizer import load_tokenizer
 from lightopd.schemas.configs import ModelConfig, PromptRendering
 from lightopd.schemas.manifest import TokenizerFingerprint
 from lightopd.schemas.records import Ids, Prompt
+
+DATED = "the chat template writes the date, so a prompt has other tokens on another day"
 
 
 def identified_tokenizer(model: ModelConfig) -> tuple[Any, TokenizerFingerprint]:
@@ -53,12 +57,17 @@ def stop_ids(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any, rendering: PromptRendering) -> Ids:
+def render_prompt(
+    prompt: Prompt, tokenizer: Any, rendering: PromptRendering, clock: datetime | None = None
+) -> Ids:
     """Token ids of a prompt, int32 [P] with P >= 1, ready for the model to answer.
 
     `chat` applies the tokenizer's chat template with the opening of the assistant's turn; a plain text
     becomes one user turn. `plain` encodes the text as the tokenizer itself does, with a start token
     where the model is used to one (Llama, Gemma) and none where it is not (Qwen, GPT-2).
+
+    Args:
+        clock: the time that a template which writes the date is shown; now where it is None.
 
     Raises:
         ConfigError: `chat` without a chat template.
@@ -67,9 +76,10 @@ def render_prompt(prompt: Prompt, tokenizer: Any, rendering: PromptRendering) ->
     if rendering.render == "plain":
         ids = tokenizer.encode(_plain_text(prompt))
     else:
-        ids = _apply_template(prompt, tokenizer, rendering.template_options)
+        turns = prompt.messages or ({"role": "user", "content": prompt.text},)
+        ids = apply_template(prompt, turns, tokenizer, rendering, clock)
     if len(ids) == 0:
-        raise InputError(f"prompt {prompt.prompt_id} has no tokens; remove it or give it text")
+        raise InputError(f"{prompt.place} has no tokens; remove it or give it text")
     return np.asarray(ids, dtype=np.int32)
 
 
@@ -94,25 +104,88 @@ def _decode(ids: Iterable[int], tokenizer: Any, skip_special_tokens: bool) -> st
 
 
 def _plain_text(prompt: Prompt) -> str:
-    if prompt.text is None:
-        raise InputError(
-            f"prompt {prompt.prompt_id} has messages, which need a chat template; set render: chat"
-        )
+    if prompt.text is None or prompt.tools or prompt.template_options:
+        has = "messages" if prompt.text is None else "tools" if prompt.tools else "chat_template_kwargs"
+        raise InputError(f"{prompt.place} has {has}, which need a chat template; set render: chat")
     return prompt.text
 
 
-def _apply_template(prompt: Prompt, tokenizer: Any, options: dict[str, Any]) -> list[int]:
+def apply_template(
+    prompt: Prompt,
+    turns: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    rendering: PromptRendering,
+    clock: datetime | None = None,
+    **how: Any,
+) -> Any:
+    """What the chat template makes of some turns under a prompt's tools and options.
+
+    Args:
+        how: settings of `apply_chat_template`; without any, ids with the opening of the assistant's turn.
+
+    Raises:
+        ConfigError: no chat template.
+        InputError: the template fails on a turn, which is named with its file and row.
+    """
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the student's tokenizer has no chat template; set render: plain, or add a chat_template.jinja "
             "to its folder"
         )
-    messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, **how}
+    variables = {**rendering.template_options, **prompt.template_options}
+    if prompt.tools:
+        variables["tools"] = list(prompt.tools)
+    if clock is not None:
+        variables["strftime_now"] = clock.strftime
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **options
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"prompt {prompt.prompt_id} does not fit the chat template: {reason}") from error
-    return ids
+        return tokenizer.apply_chat_template(list(turns), **settings, **variables)
+    except Exception as error:  # a template is a program of somebody else's, and fails in any way
+        raise InputError(
+            _template_fault(prompt, turns, tokenizer, {**settings, **variables}, error)
+        ) from error
+
+
+def _template_fault(
+    prompt: Prompt,
+    turns: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    settings: dict[str, Any],
+    error: Exception,
+) -> str:
+    """The first turn with which the template fails, and the template's own words if it has any."""
+    own_words = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
+    reason = f": {str(error).partition(chr(10))[0]}" if own_words else ""
+    for number in range(1, len(turns)):
+        try:
+            tokenizer.apply_chat_template(list(turns[:number]), **settings)
+        except Exception:  # noqa: BLE001 - as above
+            break
+    else:
+        number = len(turns)
+    turn = turns[number - 1]
+    keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in turn.items() if key != "role")
+    what = f"turn {number}, of role {turn['role']} with {keys}"
+    return (
+        f"{prompt.place} does not fit the chat template{reason} (at {what}); correct the turn or the template"
+    )
+
+
+def writes_the_date(tokenizer: Any) -> bool:
+    """Whether the chat template asks for today's date, so that a prompt has other ids tomorrow."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def template_clock(tokenizer: Any) -> datetime | None:
+    """The time that the tokenizer's chat template sees now, to the second; None where it asks for none."""
+    if not writes_the_date(tokenizer):
+        return None
+    turns = [{"role": "user", "content": ""}]
+    now = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
+    return datetime.fromisoformat(tokenizer.apply_chat_template(turns, chat_template=now, tokenize=False))
+
+
+def unread_by_template(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Those of some variables that the chat template never names."""
+    template = str(tokenizer.chat_template or "")
+    return sorted(name for name in set(names) if not re.search(rf"\b{re.escape(name)}\b", template))

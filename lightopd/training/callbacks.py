@@ -10,17 +10,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from pydantic import JsonValue
-from torch.distributed.fsdp import FSDPModule
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
-from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints, save_checkpoint
-from lightopd.training.checkpoints.save_sharded import save_sharded
-from lightopd.training.distributed.fsdp import gather_trained
+from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints
+from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.measures.best import is_over, updated_best
 from lightopd.training.measures.metrics_file import append_metrics
 from lightopd.training.module import StudentModule
-from lightopd.training.weight_files.tensor_shards import AVERAGE
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +84,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.folder, self.student, self.finetune, self.recipe = folder, student, finetune, recipe
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
-        """Save when one is due; the other ranks wait."""
+        """Save when one is due, on all ranks together."""
         is_last = module.step == self.finetune.steps or trainer.should_stop
         best_step = module.best.step if module.best else None
         is_due = module.step % self.finetune.checkpoint_every == 0
@@ -101,23 +98,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
             is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
             best=module.best,
         )
-        path = self._save(trainer, module, state)
+        optimizer = module.optimizers(use_pl_optimizer=False)
+        place = self.folder, module.student, optimizer, self.student, state
+        path = save_checkpoint(*place, module.kept_beside())
         if trainer.is_global_zero:
             prune_checkpoints(self.folder, self.finetune.keep_checkpoints, best_step)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()
-
-    def _save(self, trainer: Trainer, module: StudentModule, state: TrainerState) -> Path | None:
-        """Save on the first rank, or on all where each has a share of the student; None on the others."""
-        model, optimizer = module.student, module.optimizers(use_pl_optimizer=False)
-        average = module.average.tensors if module.average else {}
-        place = self.folder, model, optimizer, self.student, state
-        if isinstance(model, FSDPModule) and self.finetune.adapter is None:
-            return save_sharded(*place, {AVERAGE: average} if average else {})
-        gathered = gather_trained(model, optimizer, average, keep=trainer.is_global_zero)
-        if not trainer.is_global_zero:
-            return None
-        return save_checkpoint(*place, anchor=module.anchor, average=average, gathered=gathered)
 
 
 class Progress(Callback):  # type: ignore[misc]

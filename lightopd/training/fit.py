@@ -17,10 +17,11 @@ from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from lightopd.cache.store import Cache
-from lightopd.errors import CacheError, ConfigError, TrainingError
+from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
+from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import check_cache, warnings_of
 from lightopd.objectives.requirements import needs
@@ -35,7 +36,6 @@ from lightopd.training.checkpoints.checkpoint import (
     best_checkpoint,
     check_same_run,
     known_best,
-    load_anchor,
     newest_checkpoint,
     note_exported,
 )
@@ -47,6 +47,7 @@ from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import SelectedRollouts, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
 from lightopd.training.measures.best import is_over
@@ -155,8 +156,8 @@ def _fit(
 ) -> FitResult:
     needed = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
-    _check_jump(objective, finetune)
-    check_strategy(finetune, objective, asks_student=accuracy is not None)
+    check_jump(objective, finetune)
+    check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
     _check_origin(cache, needed)
     recipe = recipe_of(cache, student, finetune, objective, needed)
@@ -187,7 +188,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
     best = known_best(checkpoint.parent, state) if finetune.best else None
-    return Start(state.step, checkpoint, objective, load_anchor(checkpoint), best)
+    return Start(state.step, checkpoint, objective, best)
 
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
@@ -273,6 +274,7 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
+    check_attention(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
@@ -306,19 +308,6 @@ def _callbacks(run: _Run) -> list[Callback]:
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
     ]
-
-
-def _check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
-    if objective.jump is not None and finetune.adapter is not None:
-        raise ConfigError(
-            "the objective jumps along the update of whole matrices, and adapter trains factors of one; "
-            "leave out adapter, or objective.jump"
-        )
-    if objective.jump is not None and not finetune.held_out:
-        raise ConfigError(
-            "the objective jumps while a score on held-out rollouts improves, and held_out is 0; "
-            "set held_out to 50 or more"
-        )
 
 
 def _check_origin(cache: Cache, needed: Needs) -> None:

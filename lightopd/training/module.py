@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from lightopd.errors import LightopdError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.extrapolation_jumps import anchor_of, is_jump_step, jump
 from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
@@ -33,6 +32,7 @@ from lightopd.training.checkpoints.checkpoint import load_optimizer
 from lightopd.training.data.batches import Microbatch, Rows, collate, count_totals, index_in_response, show
 from lightopd.training.distributed.fsdp import count_broken, shard_student
 from lightopd.training.distributed.strategies import FSDP
+from lightopd.training.jumps import WeightJumps
 from lightopd.training.measures.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.measures.best import Best
 from lightopd.training.measures.held_out import HeldOut, held_out_loss
@@ -51,12 +51,13 @@ from lightopd.training.student.router_loss import (
     experts_per_token,
     step_load,
 )
+from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR
 
 log = logging.getLogger(__name__)
 
 STALE = "step %d: the cache is stale: %s; roll out again from the current student"
 NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
-"""MetricSums that are logged under another name, or not as means."""
+"""Sums that are logged under another name, or not as means."""
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 """How torch's CPU allocator says it, in a plain RuntimeError."""
 
@@ -71,8 +72,6 @@ class Start:
     """Folder whose optimiser state is loaded before the first step."""
     state: ObjectiveState = field(default_factory=ObjectiveState)
     """Of the objective."""
-    anchor: dict[str, Tensor] | None = None
-    """Weights that jumps start from; None for those of the student now."""
     best: Best | None = None
     """The best measurement so far."""
 
@@ -114,10 +113,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.accuracy = accuracy
         self.step = start.step
         self.state = start.state
-        self.anchor = start.anchor
         self.checkpoint = start.checkpoint
         self.best = start.best
         self.average: WeightAverage | None = None
+        self.jumps: WeightJumps | None = None
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self._held_out_rows: list[Rows] = []
@@ -145,8 +144,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             self._held_out_rows = self.held_out.rows(*place)
             if isinstance(self.student, FSDPModule):
                 self._idle_rows = self.held_out.idle_rows(*place)
-        if self.objective.jump is not None and self.anchor is None:
-            self.anchor = self._anchor()
+        if self.objective.jump is not None:
+            self.jumps = WeightJumps(self.objective.jump, self.student, self.checkpoint)
         self._step_began_s = time.monotonic()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -183,7 +182,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.step += 1
         means = {name: _mean(name, *pair) for name, pair in totals.items()}
         self.state = advance(self.objective, self.state, means)
-        jumped = self._jump()
+        jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
         drift = self._drift(means)
@@ -261,23 +260,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "tokens": (one * batch.num_tokens, one),
         }
 
-    def _jump(self) -> dict[str, float]:
-        """Jump along the update at the steps where the objective does, and say how far."""
-        if self.objective.jump is None:
-            return {}
-        if not is_jump_step(self.objective.jump, self.step):
-            return {"jump": 0}
-        assert self.anchor is not None
-        parameters = dict(self.student.named_parameters())
-        found = jump(self.objective.jump, parameters, self.anchor, lambda: -self._held_out_loss())
-        self.anchor = self._anchor()
-        return {"jump": found.accepted}
-
-    def _anchor(self) -> dict[str, Tensor]:
-        # On the host: it is read once in many steps, and is as large as most of the model.
-        return {
-            name: tensor.cpu() for name, tensor in anchor_of(dict(self.student.named_parameters())).items()
-        }
+    def kept_beside(self) -> dict[str, dict[str, Tensor]]:
+        """Sets of tensors that a checkpoint keeps beside weights and moments, by name."""
+        found = {AVERAGE: self.average.tensors} if self.average else {}
+        return found | ({JUMP_ANCHOR: self.jumps.anchor} if self.jumps else {})
 
     def _measure(self, *, is_last: bool) -> dict[str, float]:
         """Held-out loss and avg@k when they are due, NaN between; nothing where neither is requested."""

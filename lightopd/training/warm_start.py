@@ -12,10 +12,8 @@ from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.checkpoints.checkpoint import (
-    OPTIMIZER_FILE,
     TrainerState,
     exported_checkpoint,
-    load_anchor,
 )
 from lightopd.training.module import Start
 from lightopd.training.student.adapters import ADAPTER_CONFIG, trained_student
@@ -55,7 +53,7 @@ def optimizer_state_hash(run: Path, student: ModelConfig) -> str:
     if (checkpoint / OPTIMIZER).is_dir():
         tensors = StoredSet(checkpoint, OPTIMIZER).hashes()
     else:
-        tensors = hash_tensors([checkpoint / OPTIMIZER_FILE])
+        tensors = hash_tensors([checkpoint / f"{OPTIMIZER}.safetensors"])
     return canonical_hash([list(tensor) for tensor in tensors])
 
 
@@ -64,7 +62,7 @@ def start_after(run: Path | None) -> Start:
     if run is None:
         return Start()
     checkpoint, state = _exported(run)
-    return Start(0, checkpoint, ObjectiveState(**state.objective), load_anchor(checkpoint))  # type: ignore[arg-type]
+    return Start(0, checkpoint, ObjectiveState(**state.objective))  # type: ignore[arg-type]
 
 
 def _exported(run: Path) -> tuple[Path, TrainerState]:

@@ -18,8 +18,7 @@ from pydantic import JsonValue
 
 from lightopd.cache.index import build_index
 from lightopd.cache.reader import read_columns
-from lightopd.cache.row_checks import STUDENTS_OWN
-from lightopd.cache.shards import shard_path, valid_shard, write_shard
+from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache, rollouts_folder
 from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
@@ -27,7 +26,7 @@ from lightopd.pipelines.caches.join_plan import Part, Plan, plan_rows
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import writing
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import ROLLOUTS
+from lightopd.schemas.cache import ROLLOUTS, STUDENTS_OWN
 from lightopd.schemas.configs import Allowed
 from lightopd.schemas.manifest import CacheManifest, JoinedCache, Override
 
@@ -146,8 +145,8 @@ def _tables(caches: Sequence[Cache], parts: Sequence[Part], vocabulary_size: int
     """Rows of one shard, from wherever they lie; the teacher's without the columns of the student."""
     for part in parts:
         cache = caches[part.cache]
-        path = shard_path(rollouts_folder(cache.path), part.shard)
-        table = read_columns(path, ROLLOUTS, ROLLOUTS.names).take(pa.array(part.rows))
+        path = cache.file(part.shard)
+        table = read_columns(cache, part.shard, ROLLOUTS.names).take(pa.array(part.rows))
         largest = max(
             pc.max(pc.list_flatten(table.column(name))).as_py() for name in ("prompt_ids", "response_ids")
         )

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightopd.cache.reader import read_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.cache.store import Cache
 from lightopd.cache.tables import split_lists
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS
 from lightopd.schemas.records import Ids
 
 
@@ -85,8 +83,8 @@ def _rows(caches: Sequence[Cache]) -> Iterator[_Row]:
     columns = ("rollout_id", "prompt_id", "sample_index", "prompt_ids")
     for number, cache in enumerate(caches):
         for shard in cache.shards:
-            path = shard_path(rollouts_folder(cache.path), shard)
-            table = read_columns(path, ROLLOUTS, columns)
+            path = cache.file(shard)
+            table = read_columns(cache, shard, columns)
             plain = (table.column(name).to_pylist() for name in columns[:3])
             for place, (rollout, prompt, sample, ids) in enumerate(
                 zip(*plain, split_lists(table.column("prompt_ids")), strict=True)

@@ -13,6 +13,7 @@ from lightopd.schemas.manifest import Override, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.distributed.launch import must_start
 from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import check_loggers
 
 
@@ -23,7 +24,8 @@ def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks
         ConfigError: see the message.
     """
     must_start(finetune)
-    check_strategy(finetune, objective, asks_student=asks_student)
+    check_strategy(finetune, asks_student=asks_student)
+    check_jump(objective, finetune)
     check_loggers(finetune.loggers)
     if finetune.adapter is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")

@@ -1,14 +1,9 @@
 """Cached rollouts as the sequences that an engine scores."""
 
-import pyarrow.parquet as pq
-
 from lightopd.cache.contexts import Contexts
 from lightopd.cache.reader import read_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.cache.store import Cache
 from lightopd.cache.tables import split_lists
-from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.records import Ids, Sequence, Support
 
 COLUMNS = ["rollout_id", "prompt_id", "prompt_ids", "response_ids"]
@@ -23,13 +18,9 @@ def read_sequences(
     with `support`, it has the top-k ids of that signal.
 
     Raises:
-        CacheError: the file cannot be read or its pages fail their checksums.
+        CacheError: the file cannot be read or is not the one its marker speaks of.
     """
-    path = shard_path(rollouts_folder(cache.path), shard)
-    try:
-        table = pq.read_table(path, columns=COLUMNS, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: damaged ({error}); copy it again or make the rollouts again") from error
+    table = read_columns(cache, shard, COLUMNS)
     prompts, responses = split_lists(table.column("prompt_ids")), split_lists(table.column("response_ids"))
     if contexts is not None:
         prompts = [contexts[prompt_id] for prompt_id in table.column("prompt_id").to_pylist()]
@@ -45,9 +36,7 @@ def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:
     Raises:
         CacheError: the shard cannot be read.
     """
-    table = read_columns(
-        shard_path(signal_folder(cache.path, signal), shard), SIGNALS, ("topk_counts", "topk_ids")
-    )
+    table = read_columns(cache, shard, ("topk_counts", "topk_ids"), signal)
     columns = (split_lists(table.column(name)) for name in ("topk_counts", "topk_ids"))
     return [Support(c, i) for c, i in zip(*columns, strict=True) if c is not None and i is not None]
 
@@ -61,8 +50,7 @@ def read_prompts(cache: Cache) -> tuple[dict[str, Ids], dict[str, int]]:
     prompts: dict[str, Ids] = {}
     longest: dict[str, int] = {}
     for shard in cache.shards:
-        path = shard_path(rollouts_folder(cache.path), shard)
-        table = read_columns(path, ROLLOUTS, ("prompt_id", "prompt_ids", "response_ids"))
+        table = read_columns(cache, shard, ("prompt_id", "prompt_ids", "response_ids"))
         names = table.column("prompt_id").to_pylist()
         columns = (split_lists(table.column(name)) for name in ("prompt_ids", "response_ids"))
         for name, prompt, response in zip(names, *columns, strict=True):

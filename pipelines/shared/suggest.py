@@ -7,11 +7,9 @@ large batch keep that small (docs/decisions/0002-demo-objective.md).
 import numpy as np
 
 from lightopd.cache.reader import read_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.pipelines.shared.gap import SMALL_NATS
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.targets import LogRatioTarget
 
@@ -77,12 +75,10 @@ def measured_gap(cache: Cache, signal: str) -> float | None:
     places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
     total, count = 0.0, 0
     for shard in (cache.shards[place] for place in places):
-        rollouts = read_columns(
-            shard_path(rollouts_folder(cache.path), shard), ROLLOUTS, ["logprobs", "loss_mask"]
-        )
+        rollouts = read_columns(cache, shard, ["logprobs", "loss_mask"])
         if rollouts.column("logprobs").null_count:
             return None
-        scored = read_columns(shard_path(signal_folder(cache.path, signal), shard), SIGNALS, ["logprobs"])
+        scored = read_columns(cache, shard, ["logprobs"], signal)
         student_N, _ = flat_column(rollouts.column("logprobs"))
         signal_N, _ = flat_column(scored.column("logprobs"))
         loss_mask_N, _ = flat_column(rollouts.column("loss_mask"))

@@ -1,18 +1,23 @@
 """What the trainer reads is what was written, and damage is named."""
 
+import hashlib
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_cache, make_scores, write_rollouts, write_signal
 
-from lightopd.cache.reader import read_shard_columns
+from lightopd.cache.reader import TokenColumns, read_columns, read_shard_columns
 from lightopd.cache.shards import WRITE_OPTIONS, shard_path
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError
+from lightopd.schemas.cache import ROLLOUTS, TOKEN_COLUMNS, list_of, schema_of
+from lightopd.schemas.records import Floats
 
 SIGNALS = {
     "teacher": {},
@@ -97,6 +102,17 @@ def test_a_shard_of_no_rows_and_a_response_of_no_tokens_are_read(tmp_path):
     assert second.signals["teacher"].topk_offsets.tolist() == [0]
 
 
+def seal(path):
+    """Give a file that was changed a marker that speaks of it; the cache, opened again."""
+    marker = path.with_suffix(".json")
+    told = json.loads(marker.read_text()) | {
+        "size_bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    marker.write_text(json.dumps(told))
+    return open_cache(path.parents[1])
+
+
 def test_a_flipped_byte_in_any_page_of_a_column_is_found_while_reading(tmp_path):
     cache, _, _ = make_cache(tmp_path)
     path = shard_path(tmp_path / "signals" / "teacher", 0)
@@ -108,7 +124,7 @@ def test_a_flipped_byte_in_any_page_of_a_column_is_found_while_reading(tmp_path)
         if chunk.has_dictionary_page:
             place = chunk.dictionary_page_offset + chunk.total_compressed_size - 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-        with pytest.raises(CacheError, match=r"part-00000.parquet cannot be read"):
+        with pytest.raises(CacheError, match=r"part-00000.parquet has SHA-256 .*, its marker says"):
             read_shard_columns(cache, 0, ["teacher"])
 
 
@@ -116,19 +132,71 @@ def test_a_missing_file_and_a_file_that_is_no_parquet_are_named(tmp_path):
     cache, _, _ = make_cache(tmp_path)
     path = shard_path(tmp_path / "rollouts", 1)
     path.write_bytes(b"nothing")
+    sealed = seal(path)
     with pytest.raises(CacheError, match=r"part-00001.parquet cannot be read"):
-        read_shard_columns(cache, 1)
+        read_shard_columns(sealed, 1)
     path.unlink()
     with pytest.raises(CacheError, match=r"part-00001.parquet cannot be read"):
         read_shard_columns(cache, 1)
 
 
 def test_a_file_with_other_columns_is_named_with_the_column(tmp_path):
-    cache, _, _ = make_cache(tmp_path)
+    make_cache(tmp_path)
     path = shard_path(tmp_path / "rollouts", 0)
-    pq.write_table(pq.read_table(path).drop_columns(["turns"]), path)
-    with pytest.raises(CacheError, match="turns is missing"):
-        read_shard_columns(cache, 0)
+    table = pq.read_table(path)
+    turns = table.column("turns")
+    as_text = pa.array([str(row) for row in turns.to_pylist()])
+    for changed, what in (
+        (table.drop_columns(["turns"]), "turns is missing"),
+        (table.set_column(8, "turns", as_text), r"turns is string, not list"),
+        (table.append_column("more", turns), "than a cache has: more"),
+        (table.select(table.column_names[::-1]), "the order differs"),
+    ):
+        pq.write_table(changed, path)
+        with pytest.raises(CacheError, match=what):
+            read_shard_columns(seal(path), 0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "what"),
+    [
+        ({"lightopd.kind": "signals/teacher"}, "kind is 'signals/teacher', not 'rollouts'"),
+        ({"lightopd.fingerprint": "f"}, "fingerprint is 'f', not "),
+        ({"lightopd.schema_version": "9"}, "schema_version is '9', not '2'"),
+    ],
+)
+def test_a_file_that_belongs_elsewhere_is_refused(tmp_path, metadata, what):
+    make_cache(tmp_path)
+    path = shard_path(tmp_path / "rollouts", 0)
+    table = pq.read_table(path)
+    told = {key.encode(): value for key, value in metadata.items()}
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **told}), path)
+    with pytest.raises(CacheError, match=what):
+        read_shard_columns(seal(path), 0)
+
+
+@dataclass(frozen=True)
+class Later:
+    """A record that got a column in version 2."""
+
+    name: str
+    count: int
+    behaviour: Floats | None = field(default=None, metadata={"since": 2})
+
+
+def test_a_column_added_later_stands_last_and_is_null_in_older_files(tmp_path, monkeypatch):
+    assert schema_of(Later, 1).names == ["name", "count"]
+    assert schema_of(Later).field("behaviour") == pa.field("behaviour", list_of(pa.float32()))
+    cache, *_ = make_cache(tmp_path)
+    longer = ROLLOUTS.append(pa.field("behaviour", list_of(pa.float32())))
+    monkeypatch.setattr("lightopd.cache.shards.ROLLOUTS", longer)
+    found = read_columns(cache, 0, ["behaviour", "reward"])
+    assert found.column_names == ["behaviour", "reward"]
+    assert found.column("behaviour").null_count == 3
+
+
+def test_the_trainers_columns_are_those_of_the_rollouts():
+    assert tuple(one.name for one in fields(TokenColumns)) == tuple(f"{name}_N" for name in TOKEN_COLUMNS)
 
 
 def test_a_signal_whose_rows_are_in_another_order_is_refused_with_the_row(tmp_path):

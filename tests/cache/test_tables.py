@@ -9,15 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cache_cases import make_rollout, make_scores
+from cache_cases import make_rollout, make_scores, table_to_rollouts, table_to_scores
 
 from lightopd.cache.shards import shard_bytes
 from lightopd.cache.tables import (
     rollout_id,
     rollouts_to_table,
     scores_to_table,
-    table_to_rollouts,
-    table_to_scores,
 )
 from lightopd.errors import EngineError
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS

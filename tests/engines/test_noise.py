@@ -1,14 +1,15 @@
 import pytest
+import torch
 from engine_cases import random_sequences
 from fake_engine import FakeEngine
 from tiny_models import save_model
 
 from lightopd.config import load_stage
-from lightopd.engines.kinds import tail_of
-from lightopd.engines.noise import measure_noise, reference_logprobs, refuse_noise
+from lightopd.engines.kinds import load_engine
+from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import EngineError
 from lightopd.pipelines import precompute
-from lightopd.schemas.configs import HfEngine, ModelConfig, ServerEngine, VllmEngine
+from lightopd.schemas.configs import HfEngine, ModelConfig
 from lightopd.schemas.manifest import NoiseFloor
 
 SEQUENCES = random_sequences(0, [(3, 8), (5, 20), (2, 0), (4, 9)], 24)
@@ -24,9 +25,31 @@ def test_an_exact_engine_has_no_noise_and_a_noisy_one_about_what_it_was_given():
 
 def test_only_a_mean_above_the_limit_is_refused():
     found = NoiseFloor(mean_nats=0.04, max_nats=0.3, tokens=10)
-    refuse_noise(found, 0.04, "two scorings")
+    refuse_noise(found, 0.04, "two scorings", "bfloat16")
     with pytest.raises(EngineError, match=r"two scorings lie 0\.04 nats apart on average, 0\.3 at most"):
-        refuse_noise(found, 0.039, "two scorings")
+        refuse_noise(found, 0.039, "two scorings", "bfloat16")
+
+
+def test_a_wider_format_is_not_advised_where_there_is_none():
+    found = NoiseFloor(mean_nats=0.4, max_nats=0.5, tokens=10)
+    with pytest.raises(EngineError, match="wider number format than bfloat16"):
+        refuse_noise(found, 0.05, "two scorings", "bfloat16")
+    with pytest.raises(EngineError, match="attention to eager") as refused:
+        refuse_noise(found, 0.05, "two scorings", "float32")
+    assert "wider" not in str(refused.value)
+
+
+def test_the_reference_shares_nothing_with_the_engine(tmp_path, monkeypatch):
+    """A fault of the engine's own way to score shows in a cross-check."""
+    folder = save_model(tmp_path / "model", 0)
+    model = ModelConfig(path=str(folder))
+    engine = load_engine(HfEngine(device="cpu"), model)
+    monkeypatch.setattr("lightopd.models.head.Head.logits", lambda *_, **__: torch.zeros(()))
+    monkeypatch.setattr("lightopd.models.head.last_hidden", lambda *_, **__: torch.zeros(()))
+    reference = reference_logprobs(model, SEQUENCES)
+    monkeypatch.undo()
+    scored = [scores.logprobs for scores in engine.score(SEQUENCES, 0)]
+    assert compare(reference, scored).max_nats < 1e-5
 
 
 def test_the_reference_is_float32_whatever_the_model_is_run_in(tmp_path):
@@ -63,8 +86,3 @@ def test_an_engine_far_from_transformers_is_refused_by_the_cross_check(world, tm
     other = FakeEngine(vocabulary_size=24)
     with pytest.raises(EngineError, match="this engine and transformers in float32"):
         precompute.run(asked(world, tmp_path, cross_check=3), load=lambda *_: other)
-
-
-def test_only_transformers_sums_the_tail():
-    settings = (HfEngine(), VllmEngine(), ServerEngine(urls="http://a"))
-    assert [tail_of(each) for each in settings] == ["exact", "derived", "derived"]

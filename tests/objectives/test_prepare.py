@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from objective_cases import World, make_world, objective, recipe, view_of
+from objective_cases import World, make_columns, make_world, objective, recipe, signals_of, view_of
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
-from lightopd.objectives.base.rollout_table import CacheView
 from lightopd.objectives.parts.extrapolation_limit import critical_factor
 from lightopd.objectives.parts.selections import choose_by_lead, gaussian_weights
 from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
@@ -25,12 +25,12 @@ def cache(
     negative: list[float] | None = None,
     origins: list[str] | None = None,
     teacher_rewards: list[float] | None = None,
-) -> CacheView:
+) -> ShardColumns:
     """Rollouts of two tokens whose mean log T - log s at rollout is the score."""
     number = len(scores)
     teacher_N = np.repeat(np.array(scores, np.float32) - 10, 2) + np.tile([0.5, -0.5], number)
     other_N = teacher_N if negative is None else np.repeat(np.array(negative, np.float32) - 10, 2)
-    return CacheView(
+    return make_columns(
         rollout_ids=[f"r{place}" for place in range(number)],
         groups_R=np.array(groups),
         rewards_R=np.array(rewards, np.float32),
@@ -38,13 +38,13 @@ def cache(
         domains=[None] * number,
         offsets=np.arange(number + 1) * 2,
         loss_mask_N=np.ones(2 * number, bool),
-        ref_logprobs_N=np.full(2 * number, -10, np.float32),
-        logprobs_N={"teacher": teacher_N, "reference": other_N, "negative": other_N},
+        logprobs_N=np.full(2 * number, -10, np.float32),
+        signals={"teacher": teacher_N, "reference": other_N, "negative": other_N},
         teacher_rewards_R=None if teacher_rewards is None else np.array(teacher_rewards, np.float32),
     )
 
 
-def column(config: ObjectiveConfig, view: CacheView, name: str) -> list[float]:
+def column(config: ObjectiveConfig, view: ShardColumns, name: str) -> list[float]:
     return [float(value) for value in prepare_rollouts(config, [view]).columns[name]]
 
 
@@ -123,7 +123,7 @@ def test_a_mean_over_rows_scales_by_the_share_of_the_cache():
     assert column(config, view, "main/weight") == [4, 0, 0, 0]
 
 
-def kept(config: ObjectiveConfig, view: CacheView) -> list[int]:
+def kept(config: ObjectiveConfig, view: ShardColumns) -> list[int]:
     return np.flatnonzero(prepare_rollouts(config, [view]).keep_R).tolist()
 
 
@@ -241,11 +241,13 @@ def guarded(factor: float, action: str = "refuse") -> ObjectiveConfig:
     return objective(target=PLAIN, extrapolate={"factor": factor, "guard": guard})
 
 
-def deterministic(base: float) -> CacheView:
+def deterministic(base: float) -> ShardColumns:
     """Every token has probability 0.9993 under the teacher and `base` under the reference."""
     view = cache([0.0, 0.0], [1, 1], [1, 1])
     table = {"teacher": np.full(4, np.log(0.9993)), "reference": np.full(4, np.log(base))}
-    return replace(view, logprobs_N={name: values.astype(np.float32) for name, values in table.items()})
+    return replace(
+        view, signals=signals_of({name: values.astype(np.float32) for name, values in table.items()})
+    )
 
 
 def test_the_guard_refuses_a_factor_above_the_limit_and_passes_one_below():
@@ -260,12 +262,12 @@ def test_the_guard_refuses_a_factor_above_the_limit_and_passes_one_below():
 
 def test_a_value_that_is_not_finite_is_named_with_signal_rollout_and_token():
     view = cache([0.0] * 3, [1] * 3, [1] * 3)
-    broken = view.logprobs_N["teacher"].copy()
+    broken = view.signals["teacher"].logprobs_N.copy()
     broken[3] = np.nan
     with pytest.raises(
         CacheError, match=r"signal teacher: 1 values .* first is nan at token 1 of rollout r1"
     ):
-        prepare_rollouts(ObjectiveConfig(), [replace(view, logprobs_N={"teacher": broken})])
+        prepare_rollouts(ObjectiveConfig(), [replace(view, signals=signals_of({"teacher": broken}))])
 
 
 def test_missing_rewards_are_refused_where_they_are_read():
@@ -312,4 +314,4 @@ def test_an_empty_cache_is_refused():
 def test_prompts_that_are_no_pairs_are_refused():
     view = cache([0.0] * 4, [1] * 4, [1, 1, 2, 2], origins=["teacher", "student", "student", "student"])
     with pytest.raises(CacheError, match="1 of 2 prompts are no pair"):
-        prepare_rollouts(recipe("soda"), [replace(view, logprobs_N={"warmup": view.logprobs_N["teacher"]})])
+        prepare_rollouts(recipe("soda"), [replace(view, signals={"warmup": view.signals["teacher"]})])

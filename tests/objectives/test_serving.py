@@ -14,12 +14,13 @@ from cache_cases import (
 from objective_cases import METHODS, objective, recipe
 from pydantic import ValidationError
 
+from lightopd.cache.reader import group_number
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_signal, open_cache, signal_folder
 from lightopd.cache.tables import scores_to_table
 from lightopd.config import build
 from lightopd.errors import CacheError, ConfigError
-from lightopd.objectives.preparation.cache_tables import cache_views, group_number
+from lightopd.objectives.preparation.cache_tables import cache_views
 from lightopd.objectives.preparation.prepare import prepare_rollouts
 from lightopd.objectives.preparation.serving import CacheFacts, check_cache, missing, teachers_of, warnings_of
 from lightopd.objectives.requirements import needs
@@ -191,7 +192,7 @@ def test_a_view_holds_the_rows_of_its_shard(tmp_path):
         assert list(view.rollout_ids) == [one.rollout_id for one in shard]
         assert view.groups_R.tolist() == [group_number(one.prompt_id) for one in shard]
         np.testing.assert_array_equal(view.loss_mask_N, np.concatenate([one.loss_mask for one in shard]))
-        np.testing.assert_array_equal(view.ref_logprobs_N, np.concatenate([one.logprobs for one in shard]))
+        np.testing.assert_array_equal(view.logprobs_N, np.concatenate([one.logprobs for one in shard]))
         assert list(view.origins) == ["student"] * len(shard)
     assert prepare_rollouts(ObjectiveConfig(), views).keep_R.tolist() == [True] * 3
 
@@ -244,7 +245,7 @@ def test_the_table_of_methods_has_a_row_for_each():
     methods = list_methods(METHODS)
     lines = methods_table(methods).splitlines()
     assert len(lines) == len(methods) + 2
-    assert "| [vopd](docs/methods/vopd.md) | arXiv 2605.07865 |" in methods_table(methods)
+    assert "| [vopd](vopd.md) | arXiv 2605.07865 |" in methods_table(methods)
 
 
 def test_a_recipe_without_its_heading_is_refused(tmp_path):

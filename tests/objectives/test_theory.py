@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from objective_cases import METHODS, evaluate, make_world, objective, recipe, tail_of
+from objective_cases import evaluate, make_world, objective, recipe, tail_of
+from objective_references import REFERENCES
 from torch import Tensor
 
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
@@ -232,65 +233,9 @@ def test_offline_ascent_reaches_the_online_optimum_exactly_with_the_baseline():
     assert distance[False] > 0.01
 
 
-AT_REST = {
-    "teacher": (
-        "decoupling_lengths",
-        "decoupling_mix",
-        "decoupling_student_fkl",
-        "decoupling_student_rkl",
-        "decoupling_teacher_fkl",
-        "decoupling_teacher_rkl",
-        "effopd",
-        "f_alpha",
-        "f_forward_kl",
-        "f_jsd",
-        "f_reverse_kl",
-        "f_skew_kl",
-        "f_skew_reverse_kl",
-        "hy_embodied",
-        "lightning_opd",
-        "many_faces",
-        "many_faces_renormalised",
-        "prune_opd",
-        "recommended_baseline_ratio",
-        "recommended_topk_reverse_kl",
-        "renio",
-        "tcod",
-        "tip",
-        "tip_entropy",
-        "truncated_importance",
-        "uni_opd_mask",
-        "video_opd",
-        "vopd",
-    ),
-    "privileged": ("mgsd", "opsd", "opsd_sampled", "v_zero"),
-}
-MOVING = {
-    "g_opd": "needs a baseline",
-    "exopd": "needs a baseline",
-    "extrapolation_cliff": "needs a baseline",
-    "g_opd_baseline": "at rest at the extrapolated teacher",
-    "exopd_baseline": "at rest at the extrapolated teacher",
-    "aligndistil": "at rest at the extrapolated teacher",
-    "uni_opd": "shifted by the margin",
-    "scope": "maximum likelihood of the correct",
-    "scope_code": "maximum likelihood of the correct",
-    "sod": "reward",
-    "dgrpo": "reward",
-    "soda": "preference",
-    "raft": "maximum likelihood of refined answers",
-    "f_tv": "no derivative at its minimum",
-}
-
-
-def test_every_recipe_is_said_to_rest_at_its_teacher_or_why_not():
-    named = [*AT_REST["teacher"], *AT_REST["privileged"], *MOVING]
-    assert sorted(named) == sorted(path.stem for path in METHODS.glob("*.yaml"))
-
-
 @pytest.mark.parametrize("top_k", [3, 7])
 @pytest.mark.parametrize(
-    ("name", "signal"), [(name, signal) for signal, names in AT_REST.items() for name in names]
+    ("name", "signal"), [(name, one.rests_at) for name, one in REFERENCES.items() if not one.moves]
 )
 def test_gradient_vanishes_token_by_token_where_the_student_is_the_teacher(name, signal, top_k):
     world = make_world(1)

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from cache_cases import table_to_rollouts
 from tiny_models import save_model
 
 from lightopd.cache.index import query
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import open_cache
-from lightopd.cache.tables import table_to_rollouts
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, LineageError, OutputError

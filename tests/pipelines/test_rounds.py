@@ -14,7 +14,7 @@ from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, rollout, rounds, train
 from lightopd.pipelines import run as pipeline
-from lightopd.pipelines.shared.engine_pool import KeptEngines
+from lightopd.pipelines.rounds import KeptEngines
 from lightopd.prompts.load import load_prompts
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, OptimizerConfig, TrainConfig

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cache_cases import table_to_rollouts, table_to_scores
 from tiny_models import CHARACTERS, save_model, tokenizer
 
 from lightopd.cache.index import query
 from lightopd.cache.store import open_cache
-from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import ConfigError, InputError, LineageError, OutputError

@@ -185,12 +185,12 @@ def test_plain_prompts_have_no_system_turn(world, solved, tmp_path):
     score(tmp_path / "plain", world.teacher, solved)
 
 
-def test_a_turn_of_parts_is_refused_by_name(world, tmp_path):
+def test_a_turn_without_text_is_refused_by_name(world, tmp_path):
     tokenizer = load_tokenizer(ModelConfig(path=str(world.teacher)))
-    path = tmp_path / "parts.jsonl"
-    turn = {"role": "user", "content": ["1", "+"]}
-    path.write_text(json.dumps({"id": "p", "messages": [turn]}))
+    path = tmp_path / "calls.jsonl"
+    turns = [{"role": "user", "content": None, "tool_calls": []}]
+    path.write_text(json.dumps({"id": "p", "messages": turns}))
     config = ContextConfig(template=SHORT, prompts=str(path))
     own = render_prompt(load_prompts(config.prompts)[0], tokenizer, PromptRendering())
-    with pytest.raises(InputError, match=r"prompt 1 .* is no text"):
+    with pytest.raises(InputError, match=r"calls\.jsonl, row 1 .* is no text"):
         render_contexts(config, tokenizer, {}, {"p": own})

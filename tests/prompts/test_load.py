@@ -91,11 +91,11 @@ def test_an_answer_is_text_or_a_number(tmp_path, answer, expected):
         ({"messages": [{"role": "user", "content": "a"}, "b"]}, "row 7: turn 2 of `messages` is 'b'"),
         (
             {"messages": [{"role": "assistant", "content": "a"}]},
-            "row 7: the last turn .*assistant's; remove it",
+            "row 7 has an assistant's turn alone; put a user's turn before it",
         ),
         ({"prompt": "a", "answer": ["x"]}, "row 7: `answer` is .*text or a finite number"),
         ({"prompt": "a", "answer": True}, r"row 7: `answer` is True \(bool\)"),
-        ('{"prompt": "a", "answer": NaN}', r"row 7: `answer` is nan \(float\)"),
+        ('{"prompt": "a", "answer": NaN}', "row 7: `answer` holds nan, which is no number"),
         ({"prompt": "a", "id": 1.5}, r"row 7: `id` is 1\.5 \(float\)"),
         ({"prompt": "a", "id": ""}, "row 7: `id` is ''"),
         ({"prompt": "a", "domain": 3}, r"row 7: `domain` is 3 \(int\)"),
@@ -126,7 +126,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
         ("gone.jsonl", None, r"no prompt file .*gone\.jsonl"),
         ("empty.jsonl", b"", r"empty\.jsonl has no prompts"),
         ("blank.jsonl", b"\n\n", r"blank\.jsonl has no prompts"),
-        ("p.csv", b"prompt\na\n", r"p\.csv ends in '\.csv'; prompts are read from \.jsonl"),
+        ("p.txt", b"prompt\na\n", r"p\.txt ends in '\.txt'; prompts are read from \.jsonl"),
         ("p.parquet", b"not parquet at all", r"p\.parquet cannot be read as Parquet"),
         ("empty.parquet", b"", r"empty\.parquet cannot be read as Parquet"),
     ],
@@ -173,7 +173,7 @@ def test_parquet_rows_are_counted_over_batches_and_decimals_are_numbers(tmp_path
 
 def test_parquet_without_a_prompt_column_names_its_columns(tmp_path):
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "p.parquet")
-    with pytest.raises(InputError, match=r"has columns \['question'\]; it needs `prompt` or `messages`"):
+    with pytest.raises(InputError, match=r"keys: \['question'\]\); .* such as --map prompt=question"):
         load(tmp_path / "p.parquet")
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import REVERSE_KL, assert_close, assert_same_bits, rows_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import rollouts_folder, signal_folder
-from lightopd.cache.tables import table_to_rollouts, table_to_scores
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
 from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.checkpoints.checkpoint import newest_checkpoint

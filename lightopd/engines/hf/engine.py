@@ -1,14 +1,18 @@
 """The engine that runs a model with transformers in this process."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
 from lightopd.engines.base import check_prompts, check_sequences
 from lightopd.engines.hf import generate as hf_generate
 from lightopd.engines.hf import score as hf_score
+from lightopd.engines.hf.probe import check_engine
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
+from lightopd.errors import EngineError
 from lightopd.models.head import check_head, head_of
 from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
 from lightopd.schemas import records
@@ -64,10 +68,25 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
     """
     device = choose_device(engine.device)
     loaded = load_model(model, device)
-    check_head(loaded)
+    with _told_as_unfit(loaded):
+        check_head(loaded)
     head = head_of(loaded)
     if device.type == "cpu":
         # A CPU multiplies in float32: converted once here, or else for every batch.
         head = replace(head, weight_VD=head.weight_VD.float())
     everything = LoadedModel(loaded, head, device, context_length_of(loaded))
+    with _told_as_unfit(loaded):
+        check_engine(everything)
     return TransformersEngine(everything, engine)
+
+
+@contextlib.contextmanager
+def _told_as_unfit(model: PreTrainedModel) -> Iterator[None]:
+    """What the code of a model raises when it is run as the engine runs it, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise EngineError(
+            f"{type(model).__name__} cannot be run by engine hf ({reason}); use engine vllm"
+        ) from error

@@ -155,6 +155,22 @@ def _prefill(loaded: LoadedModel, prompts: Sequence[Ids]) -> State:
     return state
 
 
+def forced_hidden(loaded: LoadedModel, rows: Sequence[Ids], num_forced: int) -> Tensor:
+    """Hidden states [rows, num_forced + 1, D] of the last tokens of rows, as generation runs them.
+
+    Args:
+        rows: int32, all longer than `num_forced`; their last `num_forced` tokens are run one at a time, what
+            comes before them is a prompt.
+    """
+    state = _prefill(loaded, [row[:-num_forced] for row in rows])
+    found = [state.hidden_BD]
+    for place in range(-num_forced, 0):
+        ids_B = torch.tensor([int(row[place]) for row in rows], device=loaded.device)
+        _step(loaded, state, ids_B)
+        found.append(state.hidden_BD)
+    return torch.stack(found, 1)
+
+
 def _step(loaded: LoadedModel, state: State, drawn_B: Tensor) -> None:
     state.mask_BT = torch.cat([state.mask_BT, state.mask_BT.new_ones((len(drawn_B), 1))], 1)
     _forward(loaded, state, drawn_B[:, None])

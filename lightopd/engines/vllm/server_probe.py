@@ -74,6 +74,12 @@ async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> S
     card = await served_model(pool, engine)
     limits = model_limits(model)
     _check_card(card, model, limits.context_length)
+    if limits.rope_switch is not None and card.max_model_len > limits.rope_switch:
+        raise EngineError(
+            f"the server's {card.name} has a context of {card.max_model_len} tokens, and beyond "
+            f"{limits.rope_switch} vLLM takes the long factors of its positions for every length; start it "
+            f"with --max-model-len {limits.rope_switch}"
+        )
     tokenizer = load_tokenizer(model)
     for url in pool.urls:
         await _check_tokenizer(pool, url, card.name, tokenizer)

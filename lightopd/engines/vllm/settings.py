@@ -74,7 +74,11 @@ def limits_of(engine: VllmEngine, model: ModelLimits) -> ModelLimits:
             f"engine.max_model_len is {engine.max_model_len}, the model's context is {model.context_length}; "
             f"set that or less"
         )
-    return ModelLimits(model.vocabulary_size, engine.max_model_len or model.context_length)
+    context_length = engine.max_model_len or model.context_length
+    if model.rope_switch is not None:
+        # vLLM takes the long factors for every length once its limit, one token more, is above the switch.
+        context_length = min(context_length, model.rope_switch - 1)
+    return ModelLimits(model.vocabulary_size, context_length)
 
 
 def check_head_size(model: ModelConfig) -> None:

@@ -128,7 +128,7 @@ class Part:
     column: Callable[..., Any] | None = None
     """(config, term, table, is_seen_R) -> a column over the whole cache, made by `prepare`."""
     measures: Callable[..., Any] | None = None
-    """(config, term) -> what `column` needs per rollout: name -> function of a `CacheView`."""
+    """(config, term) -> what `column` needs per rollout: name -> function of a `ShardColumns`."""
     check: Callable[..., list[str]] | None = None
     """(config, term, table) -> lines for the report; raises where the cache cannot serve the part."""
     step_sums: Callable[..., Any] | None = None

@@ -10,37 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.schemas.objectives.objective import TermConfig
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """Rollouts of a cache, one shard or all, with the columns of their sampled tokens."""
-
-    rollout_ids: Sequence[str]
-    """R long."""
-    groups_R: NDArray[np.int64]
-    """Rollouts of one prompt share a number, unique over the cache."""
-    rewards_R: NDArray[np.float32]
-    """NaN where there is none."""
-    origins: Sequence[str]
-    """Who wrote the response, R long: `student`, `teacher` or `imported`."""
-    domains: Sequence[str | None]
-    """R long."""
-    offsets: NDArray[np.int64]
-    """[R + 1], where each rollout's tokens begin; the last entry is N."""
-    loss_mask_N: NDArray[np.bool_]
-    """The loss mask."""
-    ref_logprobs_N: NDArray[np.float32] | None
-    """Student at rollout."""
-    logprobs_N: Mapping[str, NDArray[np.float32]]
-    """Each signal that `needs(config).signals` names."""
-    teacher_rewards_R: NDArray[np.float32] | None = None
-    """Mean reward of the teacher's own answers to the rollout's prompt, NaN where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +37,11 @@ class RolloutTable:
     """What the parts asked for, [R] each."""
 
 
-Measure = Callable[[CacheView], Floats]
+Measure = Callable[[ShardColumns], Floats]
 
 
 def summarise(
-    view: CacheView, measures: Mapping[str, Measure], correct_at: float, wanted: Needs
+    view: ShardColumns, measures: Mapping[str, Measure], correct_at: float, wanted: Needs
 ) -> RolloutTable:
     """One row per rollout of a shard.
 
@@ -120,31 +95,31 @@ def subset(table: RolloutTable, keep_R: NDArray[np.bool_]) -> RolloutTable:
     return replace(table, measures=measures, **kept)
 
 
-def sums(view: CacheView, values_N: NDArray[Any]) -> Floats:
+def sums(view: ShardColumns, values_N: NDArray[Any]) -> Floats:
     """Sum over the trained tokens of each rollout, float64 [R]."""
     counted_N = np.where(view.loss_mask_N, values_N, 0).astype(np.float64)
     return np.diff(np.concatenate([[0.0], np.cumsum(counted_N)])[view.offsets])
 
 
-def means(view: CacheView, values_N: NDArray[Any]) -> Floats:
+def means(view: ShardColumns, values_N: NDArray[Any]) -> Floats:
     """Mean over the trained tokens of each rollout, float64 [R]; 0 where there are none."""
     return sums(view, values_N) / np.maximum(sums(view, view.loss_mask_N), 1)
 
 
-def mean_ref_logprob(view: CacheView) -> Floats:
+def mean_ref_logprob(view: ShardColumns) -> Floats:
     """Mean log-probability of a rollout under the student that sampled it, [R]."""
-    assert view.ref_logprobs_N is not None, "a part does not declare the column ref_logprobs"
-    return means(view, view.ref_logprobs_N)
+    assert view.logprobs_N is not None, "a part does not declare the column ref_logprobs"
+    return means(view, view.logprobs_N)
 
 
-def teacher_logprobs(term: TermConfig, view: CacheView) -> NDArray[np.float32]:
+def teacher_logprobs(term: TermConfig, view: ShardColumns) -> NDArray[np.float32]:
     """Log-probabilities of the sampled tokens under the term's teacher, routed by domain, [N]."""
-    logprobs_N = view.logprobs_N[term.signal]
+    logprobs_N = view.signals[term.signal].logprobs_N
     if term.router is None:
         return logprobs_N
     domains_N = np.repeat(np.asarray([domain or "" for domain in view.domains]), np.diff(view.offsets))
     for domain, signal in term.router.signals.items():
-        logprobs_N = np.where(domains_N == domain, view.logprobs_N[signal], logprobs_N)
+        logprobs_N = np.where(domains_N == domain, view.signals[signal].logprobs_N, logprobs_N)
     return logprobs_N
 
 
@@ -153,12 +128,13 @@ def group_numbers(table: RolloutTable) -> NDArray[np.int64]:
     return np.unique(table.groups_R, return_inverse=True)[1].astype(np.int64)
 
 
-def _check_finite(view: CacheView, wanted: Needs) -> None:
+def _check_finite(view: ShardColumns, wanted: Needs) -> None:
     columns: dict[str, NDArray[np.float32] | None] = {
-        f"signal {name}": view.logprobs_N.get(name) for name in wanted.signals
+        f"signal {name}": view.signals[name].logprobs_N if name in view.signals else None
+        for name in wanted.signals
     }
     if "ref_logprobs" in wanted.columns:
-        columns["rollout-time log-probabilities"] = view.ref_logprobs_N
+        columns["rollout-time log-probabilities"] = view.logprobs_N
     for name, values_N in columns.items():
         if values_N is None:
             raise CacheError(f"{name} is missing in the cache, and this objective reads it")

@@ -7,9 +7,9 @@ R = rollouts, N = their response tokens laid end to end, G = groups; numpy float
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     Floats,
     Measure,
     RolloutTable,
@@ -124,8 +124,8 @@ def contrast_measures(config: ContrastWeight, term: TermConfig) -> dict[str, Mea
     """Mean of the positive and of the negative part of log T with the evidence minus log T without."""
 
     def part(sign: float) -> Measure:
-        def measure(view: CacheView) -> Floats:
-            gap_N = teacher_logprobs(term, view) - view.logprobs_N[config.negative]
+        def measure(view: ShardColumns) -> Floats:
+            gap_N = teacher_logprobs(term, view) - view.signals[config.negative].logprobs_N
             return means(view, np.maximum(sign * gap_N, 0))
 
         return measure

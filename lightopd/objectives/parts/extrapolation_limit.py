@@ -6,9 +6,9 @@ R = rollouts, N = tokens; numpy.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     Floats,
     Measure,
     RolloutTable,
@@ -48,12 +48,12 @@ def guard_measures(config: ConstantExtrapolation, term: TermConfig) -> dict[str,
     if guard is None:
         return {}
 
-    def near(view: CacheView) -> NDArray[np.bool_]:
+    def near(view: ShardColumns) -> NDArray[np.bool_]:
         return np.asarray(np.exp(teacher_logprobs(term, view).astype(np.float64)) >= guard.min_probability)
 
-    def unsafe(view: CacheView) -> NDArray[np.bool_]:
+    def unsafe(view: ShardColumns) -> NDArray[np.bool_]:
         p_N = np.exp(teacher_logprobs(term, view).astype(np.float64)).clip(1e-12, 1 - 1e-12)
-        b_N = np.exp(view.logprobs_N[config.reference].astype(np.float64)).clip(1e-12, 1 - 1e-12)
+        b_N = np.exp(view.signals[config.reference].logprobs_N.astype(np.float64)).clip(1e-12, 1 - 1e-12)
         return np.asarray(near(view) & (critical_factor(p_N, b_N, guard.ratio_clip) < config.factor))
 
     return {

@@ -68,7 +68,7 @@ def margin_selection_measures(config: MarginSelection, term: TermConfig | None) 
     """Mean log T and mean log s at rollout."""
     return {
         "mean ref": mean_ref_logprob,
-        f"mean {config.signal}": lambda view: means(view, view.logprobs_N[config.signal]),
+        f"mean {config.signal}": lambda view: means(view, view.signals[config.signal].logprobs_N),
     }
 
 

@@ -3,27 +3,23 @@
 R = rollouts, N = their response tokens laid end to end; numpy.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, open_cache, rollouts_folder
+from lightopd.cache.store import Cache, open_cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.base.rollout_table import CacheView
-from lightopd.schemas.cache import ROLLOUTS
 
 
 def cache_views(
     cache: Cache, wanted: Needs, shards: Iterable[ShardColumns] | None = None
-) -> Iterator[CacheView]:
-    """One view per shard, in order; rows in the order of the shard.
+) -> Iterator[ShardColumns]:
+    """The columns of every shard, in order, with the rewards of the teacher's answers where they are wanted.
 
     Args:
         cache: complete, with the signals that `wanted` names.
@@ -38,20 +34,10 @@ def cache_views(
         shards = (read_shard_columns(cache, n, wanted.signals, topk=wanted.topk) for n in cache.shards)
     for shard, columns in zip(cache.shards, shards, strict=True):
         _check_topk(columns, shard)
-        prompts = columns.prompt_ids_by_user
-        scores_R = np.array([teacher.get(prompt, np.nan) for prompt in prompts], np.float32)
-        yield CacheView(
-            rollout_ids=columns.rollout_ids,
-            groups_R=np.array([group_number(prompt) for prompt in prompts], np.int64),
-            rewards_R=columns.rewards_R,
-            origins=columns.origins,
-            domains=columns.domains,
-            offsets=columns.offsets,
-            loss_mask_N=columns.loss_mask_N,
-            ref_logprobs_N=columns.logprobs_N,
-            logprobs_N={name: signal.logprobs_N for name, signal in columns.signals.items()},
-            teacher_rewards_R=scores_R if wanted.answers else None,
-        )
+        if wanted.answers:
+            scores = [teacher.get(prompt, np.nan) for prompt in columns.prompt_ids_by_user]
+            columns = replace(columns, teacher_rewards_R=np.array(scores, np.float32))
+        yield columns
 
 
 def _check_topk(columns: ShardColumns, shard: int) -> None:
@@ -65,20 +51,13 @@ def _check_topk(columns: ShardColumns, shard: int) -> None:
                 )
 
 
-@lru_cache(maxsize=4096)
-def group_number(prompt_id: str) -> int:
-    """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
-    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1
-
-
 def mean_rewards(answers: tuple[Path, ...]) -> Mapping[str, float]:
     """Mean reward of each prompt over caches of answers; prompts without a reward are left out."""
     sums: dict[str, list[float]] = {}
     for path in answers:
         cache = open_cache(path, signals=())
         for shard in cache.shards:
-            file = shard_path(rollouts_folder(cache.path), shard)
-            table = read_columns(file, ROLLOUTS, ["prompt_id", "reward"])
+            table = read_columns(cache, shard, ["prompt_id", "reward"])
             rewards: NDArray[np.float64] = table.column("reward").to_numpy().astype(np.float64)
             for prompt, reward in zip(table.column("prompt_id").to_pylist(), rewards, strict=True):
                 if np.isfinite(reward):

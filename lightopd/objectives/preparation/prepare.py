@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.reader import ShardColumns
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.rollout_table import (
-    CacheView,
     RolloutTable,
     concatenate,
     subset,
@@ -37,7 +37,7 @@ class PreparedRollouts:
     """Lines for the stage's report: what was dropped, and warnings."""
 
 
-def prepare_rollouts(config: ObjectiveConfig, views: Iterable[CacheView]) -> PreparedRollouts:
+def prepare_rollouts(config: ObjectiveConfig, views: Iterable[ShardColumns]) -> PreparedRollouts:
     """Selects rollouts and makes the columns that the objective reads from the whole cache.
 
     Args:
@@ -64,8 +64,8 @@ def prepare_rollouts(config: ObjectiveConfig, views: Iterable[CacheView]) -> Pre
     return PreparedRollouts(keep_R, columns, tuple(notes))
 
 
-def _measures(config: ObjectiveConfig) -> dict[str, Callable[[CacheView], NDArray[np.float64]]]:
-    measures: dict[str, Callable[[CacheView], NDArray[np.float64]]] = {}
+def _measures(config: ObjectiveConfig) -> dict[str, Callable[[ShardColumns], NDArray[np.float64]]]:
+    measures: dict[str, Callable[[ShardColumns], NDArray[np.float64]]] = {}
     for selection in config.select:
         of = PARTS[type(selection)].measures
         measures |= of(selection, None) if of else {}

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from lightopd.cache.reader import read_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import needs
-from lightopd.schemas.cache import ROLLOUTS
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, CustomTarget, LogRatioTarget
 from lightopd.schemas.objectives.weights import DriftFadeWeight
@@ -61,9 +59,7 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
 def _has(cache: Cache, name: str) -> bool:
     column = COLUMN_SOURCES[name][0]
     for shard in cache.shards:
-        values = read_columns(shard_path(rollouts_folder(cache.path), shard), ROLLOUTS, [column]).column(
-            column
-        )
+        values = read_columns(cache, shard, [column]).column(column)
         if name == "turns":
             if (pc.max(pc.list_flatten(values)).as_py() or 0) > 0:
                 return True

@@ -8,39 +8,26 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, JsonValue, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import nn
 
 from lightopd.errors import TrainingError
-from lightopd.files import json_bytes, output_error, put_folder, write_atomically
+from lightopd.files import json_bytes, put_folder, write_atomically
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.manifest import STUDENT_LINEAGE
-from lightopd.training.distributed.fsdp import Gathered, moments_of
 from lightopd.training.measures.best import Best
-from lightopd.training.student.adapters import save_student
-from lightopd.training.student.ema import AVERAGE_FILE
-from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, OPTIMIZER, StoredSet
+from lightopd.training.weight_files.tensor_shards import OPTIMIZER, StoredSet
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
-ANCHOR_FILE = "jump_anchor.safetensors"
 EXPORTED_FILE = "exported.txt"
 """Beside `checkpoints/`: name of the one that the student of a finished run was made of."""
-NOT_EXPORTED = (STATE_FILE, OPTIMIZER_FILE, ANCHOR_FILE, AVERAGE_FILE, MODEL, OPTIMIZER, AVERAGE)
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
 
 
 class TrainerState(StrictModel):
@@ -60,52 +47,6 @@ class TrainerState(StrictModel):
     """The best measurement so far, where the best student is exported in place of the last."""
     sizes_bytes: dict[str, int] = Field({})
     """Size of every other file of the folder; a folder that lacks one is not whole."""
-
-
-def save_checkpoint(
-    folder: Path,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    student: ModelConfig,
-    state: TrainerState,
-    *,
-    anchor: Mapping[str, Tensor] | None = None,
-    average: Mapping[str, Tensor] | None = None,
-    gathered: Gathered | None = None,
-) -> Path:
-    """Write `folder/step-NNNNNN` whole or not at all, and return it.
-
-    Args:
-        folder: the run's `checkpoints/`.
-        model: the student; its weights are stored in the number format they are trained in.
-        optimizer: over the parameters of `model`.
-        student: where tokenizer and generation settings are copied from.
-        state: step and identity of the run.
-        anchor: weights that the next jump starts from, where the objective jumps.
-        average: averaged weights, where an average is kept.
-        gathered: whole tensors of a sharded `model`, its `optimizer` and `average`.
-
-    Raises:
-        OutputError: no space or no permission; older checkpoints are untouched.
-    """
-    part, final = checkpoint_folders(folder, state.step)
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        copy_companions(student, part)
-        save_student(model, part, gathered.weights if gathered else None)
-        moments = gathered.moments if gathered else _optimizer_tensors(model, optimizer)
-        save_file(moments, part / OPTIMIZER_FILE)
-        if anchor is not None:
-            save_file(_on_host(anchor), part / ANCHOR_FILE)
-        if average:
-            save_file(_on_host(gathered.average if gathered else average), part / AVERAGE_FILE)
-        complete_checkpoint(part, final, state)
-    except (OSError, SafetensorError) as error:
-        raise output_error(error, final, size_bytes(model)) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return final
 
 
 def checkpoint_folders(folder: Path, step: int) -> tuple[Path, Path]:
@@ -220,12 +161,6 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
             }
 
 
-def load_anchor(path: Path) -> dict[str, Tensor] | None:
-    """The weights that jumps start from; None in a checkpoint without them."""
-    file = path / ANCHOR_FILE
-    return load_file(file) if file.is_file() else None
-
-
 def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonValue]) -> None:
     """Refuse to resume from a checkpoint of another run.
 
@@ -245,65 +180,6 @@ def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonVal
         )
 
 
-def export_student(
-    checkpoint: Path, student: Path, write_weights: Callable[[Path], None] | None = None
-) -> None:
-    """Copy a checkpoint's model to `student`, replacing what is there, whole or not at all.
-
-    Args:
-        checkpoint: a model's folder, or one with its weights in shares.
-        student: the folder to make.
-        write_weights: writes the weights into a folder, where those of the checkpoint are stored in shares.
-
-    Raises:
-        OutputError: no space or no permission; the checkpoint is untouched.
-    """
-    part = student.with_name(f".{student.name}.tmp")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        ignored = shutil.ignore_patterns(*NOT_EXPORTED)
-        shutil.copytree(checkpoint, part, ignore=ignored, copy_function=_copy)
-        if write_weights is not None:
-            write_weights(part)
-        put_folder(part, student)
-    except OSError as error:
-        raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _copy(source: str, target: str) -> str:
-    """For `shutil.copytree`, which would gather failures of the disk into a list without their numbers."""
-    try:
-        return shutil.copy2(source, target)
-    except OSError as error:
-        raise output_error(error, Path(target), Path(source).stat().st_size) from error
-
-
-def copy_companions(student: ModelConfig, folder: Path) -> None:
-    """Copy what lies beside config and weights: tokenizer, chat template, generation settings."""
-    source = Path(student.path).expanduser()
-    if not source.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(student.path, revision=student.revision)
-        tokenizer.save_pretrained(folder)
-        return
-    for file in sorted(source.iterdir()):
-        is_hidden = file.name.startswith(".")
-        if file.is_file() and not is_hidden and file.name not in NOT_COPIED:
-            if not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, folder / file.name)
-        elif file.name == "additional_chat_templates":
-            shutil.copytree(file, folder / file.name, copy_function=_copy)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return _on_host(moments_of(model, optimizer))
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _whole_state(path: Path) -> TrainerState | None:
     try:
         state = TrainerState.model_validate_json((path / STATE_FILE).read_bytes())
@@ -319,11 +195,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     found = [(FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     numbered = [(int(match.group(1)), path) for match, path in found if match]
     return [path for _, path in sorted(numbered)]
-
-
-def size_bytes(model: nn.Module) -> int:
-    """Trained weights and the two moments of Adam."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _short(value: Any) -> str:

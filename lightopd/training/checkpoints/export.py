@@ -1,20 +1,32 @@
 """The student that a run hands over, made from a checkpoint."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from lightopd.files import output_error
+from transformers import AutoTokenizer
+
+from lightopd.files import output_error, put_folder
 from lightopd.models.load import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.checkpoints.checkpoint import copy_companions, export_student
+from lightopd.schemas.manifest import STUDENT_LINEAGE
+from lightopd.training.checkpoints.checkpoint import STATE_FILE
 from lightopd.training.student.adapters import load_student, save_student
 from lightopd.training.student.ema import lay_average, load_average
 from lightopd.training.weight_files.consolidate import write_whole
-from lightopd.training.weight_files.tensor_shards import is_shared
+from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR, MODEL, OPTIMIZER, is_shared
+
+NOT_EXPORTED = (
+    STATE_FILE,
+    *(f"{name}{ending}" for name in (OPTIMIZER, AVERAGE, JUMP_ANCHOR) for ending in ("", ".safetensors")),
+    MODEL,
+)
+"""What a checkpoint has beside a model; in shares, sets of tensors are folders."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+NOT_COPIED = ("config.json", STUDENT_LINEAGE, STATE_FILE)
 
 
 def export(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, folder: Path) -> None:
@@ -22,7 +34,7 @@ def export(checkpoint: Path, student: ModelConfig, finetune: FinetuneConfig, fol
 
     Averaged weights, where the checkpoint has them, go before its own. An adapter stays an adapter unless
     `finetune.adapter.merge` makes one plain model of it. Weights that several processes stored in shares are
-    put together with one decoder layer in memory at a time.
+    put together with one file in memory at a time.
 
     Raises:
         OutputError: no space or no permission; the checkpoint is untouched.
@@ -62,6 +74,57 @@ def _merged(adapter: Path, student: ModelConfig, part: Path) -> Path:
         copy_companions(student, part)
         model.save_pretrained(part)
     return part
+
+
+def export_student(
+    checkpoint: Path, student: Path, write_weights: Callable[[Path], None] | None = None
+) -> None:
+    """Copy a checkpoint's model to `student`, replacing what is there, whole or not at all.
+
+    Args:
+        checkpoint: a model's folder, or one with its weights in shares.
+        student: the folder to make.
+        write_weights: writes the weights into a folder, where those of the checkpoint are stored in shares.
+
+    Raises:
+        OutputError: no space or no permission; the checkpoint is untouched.
+    """
+    part = student.with_name(f".{student.name}.tmp")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        ignored = shutil.ignore_patterns(*NOT_EXPORTED)
+        shutil.copytree(checkpoint, part, ignore=ignored, copy_function=_copy)
+        if write_weights is not None:
+            write_weights(part)
+        put_folder(part, student)
+    except OSError as error:
+        raise output_error(error, student, sum(f.stat().st_size for f in checkpoint.rglob("*"))) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _copy(source: str, target: str) -> str:
+    """For `shutil.copytree`, which would gather failures of the disk into a list without their numbers."""
+    try:
+        return shutil.copy2(source, target)
+    except OSError as error:
+        raise output_error(error, Path(target), Path(source).stat().st_size) from error
+
+
+def copy_companions(student: ModelConfig, folder: Path) -> None:
+    """Copy what lies beside config and weights: tokenizer, chat template, generation settings."""
+    source = Path(student.path).expanduser()
+    if not source.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(student.path, revision=student.revision)
+        tokenizer.save_pretrained(folder)
+        return
+    for file in sorted(source.iterdir()):
+        is_hidden = file.name.startswith(".")
+        if file.is_file() and not is_hidden and file.name not in NOT_COPIED:
+            if not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+        elif file.name == "additional_chat_templates":
+            shutil.copytree(file, folder / file.name, copy_function=_copy)
 
 
 @contextmanager

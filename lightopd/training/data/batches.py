@@ -9,7 +9,7 @@ as a whole.
 # N = their response tokens, K = widest support of a signal, C = support entries of all positions, end to end
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightopd.cache.reader import ShardColumns, SignalColumns
+from lightopd.cache.reader import ShardColumns, SignalColumns, TokenColumns
 from lightopd.errors import LightopdError
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens
+from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.plan import CacheIndex, TrainingPlan, make_plan
 from lightopd.training.data.row_layout import RowLayout, lay_out
@@ -44,8 +45,8 @@ class SignalRows:
     topk_logprobs_C: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows(TokenColumns):
     """A micro-batch as flat columns on the host."""
 
     rollout_ids: tuple[str, ...]
@@ -58,11 +59,6 @@ class Rows:
     rewards_R: NDArray[np.float32]
     is_truncated_R: NDArray[np.bool_]
     prompt_ids_P: NDArray[np.int32]
-    response_ids_N: NDArray[np.int32]
-    loss_mask_N: NDArray[np.bool_]
-    turns_N: NDArray[np.int32]
-    logprobs_N: NDArray[np.float32] | None
-    """Student at rollout."""
     signals: dict[str, SignalRows]
     prepared: dict[str, NDArray[np.float32]]
     """What the objective made of the whole cache, [R] each."""
@@ -112,6 +108,10 @@ def collect_rows(
     spans = [(shard, int(shard.offsets[row]), int(shard.offsets[row + 1])) for shard, row in places]
     # Log-probabilities of a teacher's own answers, or of nobody, say nothing about the student's drift.
     is_own = store.cache.manifest.origin == "student"
+    tokens: dict[str, Any] = {
+        f"{name}_N": _join(spans, f"{name}_N") if is_own or name not in STUDENTS_OWN else None
+        for name in TOKEN_COLUMNS
+    }
     return Rows(
         rollout_ids=tuple(shard.rollout_ids[row] for shard, row in places),
         domains=tuple(shard.domains[row] for shard, row in places),
@@ -123,10 +123,7 @@ def collect_rows(
         rewards_R=np.array([shard.rewards_R[row] for shard, row in places], dtype=np.float32),
         is_truncated_R=np.array([shard.is_truncated_R[row] for shard, row in places], dtype=np.bool_),
         prompt_ids_P=np.concatenate([_prompt(shard, row) for shard, row in places]),
-        response_ids_N=_join(spans, "response_ids_N"),
-        loss_mask_N=_join(spans, "loss_mask_N"),
-        turns_N=_join(spans, "turns_N"),
-        logprobs_N=_join(spans, "logprobs_N") if is_own else None,
+        **tokens,
         signals={name: _gather_signal(name, spans) for name in store.signals},
         prepared={name: values[entries] for name, values in index.columns.items()},
         totals=totals,
@@ -137,15 +134,17 @@ def collect_rows(
 def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
     """Cut every response to the prefix that a curriculum shows; totals are left as they are."""
     ends = np.cumsum(rows.responses_R)
+    tokens: dict[str, Any] = {
+        column.name: None if values is None else values[is_visible_N]
+        for column in fields(TokenColumns)
+        for values in (getattr(rows, column.name),)
+    }
     seen = np.concatenate([[0], np.cumsum(is_visible_N, dtype=np.int64)])
     return replace(
         rows,
         responses_R=seen[ends] - seen[ends - rows.responses_R],
-        response_ids_N=rows.response_ids_N[is_visible_N],
-        loss_mask_N=rows.loss_mask_N[is_visible_N],
-        turns_N=rows.turns_N[is_visible_N],
         signals={name: _show_signal(signal, is_visible_N) for name, signal in rows.signals.items()},
-        logprobs_N=None if rows.logprobs_N is None else rows.logprobs_N[is_visible_N],
+        **tokens,
     )
 
 

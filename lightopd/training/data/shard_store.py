@@ -2,7 +2,6 @@
 
 # P = trainable rollouts of the cache, S = shards, R = rollouts of one shard
 
-import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.cache.reader import ShardColumns, read_shard_columns
-from lightopd.cache.shards import shard_path
+from lightopd.cache.shards import read_content, shard_path
 from lightopd.cache.store import Cache, rollouts_folder, signal_folder
 from lightopd.errors import CacheError
-from lightopd.objectives.preparation.cache_tables import group_number
 from lightopd.objectives.preparation.prepare import PreparedRollouts
 from lightopd.schemas.manifest import ShardMarker
 from lightopd.training.data.plan import CacheIndex
@@ -98,8 +96,7 @@ def index_shard(cache: Cache, shard: int, columns: ShardColumns) -> IndexPart:
     )
     rows_R = np.arange(len(prompts_R))
     counts = (np.full(len(rows_R), shard), rows_R, prompts_R, np.diff(columns.offsets), trained_R)
-    groups = [group_number(prompt) for prompt in columns.prompt_ids_by_user]
-    return *(count_R.astype(np.int32) for count_R in counts), np.array(groups, dtype=np.int64)
+    return *(count_R.astype(np.int32) for count_R in counts), columns.groups_R
 
 
 @dataclass(slots=True)
@@ -242,20 +239,8 @@ def _checked_files(cache: Cache, shard: int, signals: Sequence[str]) -> Files:
 
 def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, Stamp]:
     """The bytes of a file that its marker speaks of, and the file's stamp."""
-    try:
-        stamp = _stamp(path)
-        with pa.OSFile(str(path)) as file:
-            content = file.read_buffer()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CacheError(f"{path} cannot be read ({reason}); copy the cache again") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != marker.sha256:
-        raise CacheError(
-            f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; copy the file again "
-            "from where it was made, or delete it with its marker and run the stage that made it again"
-        )
-    return content, stamp
+    stamp = _stamp(path) if path.exists() else (0, 0)
+    return read_content(path, marker), stamp
 
 
 def _files(cache: Cache, shard: int, signals: Sequence[str]) -> tuple[Path, ...]:

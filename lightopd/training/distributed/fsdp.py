@@ -6,7 +6,6 @@ loss reads the head's weight after the model has run.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -21,18 +20,6 @@ from lightopd.models.head import decoder_output
 
 FORWARD = "sharded_decoder_output"
 """Method of a sharded student that gathers its outer group and runs its decoder."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """What is trained of a sharded student, whole, on the host of the first rank; empty on the others."""
-
-    weights: dict[str, Tensor]
-    """By the names of the model's parameters."""
-    moments: dict[str, Tensor]
-    """State of the optimiser, `key/parameter`."""
-    average: dict[str, Tensor]
-    """Averaged weights, by the names of the parameters."""
 
 
 def shard_student(student: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -85,30 +72,11 @@ def count_broken(student: nn.Module) -> Tensor:
     return torch.stack([~share.isfinite().all() for share in shares]).sum()
 
 
-def gather_trained(
-    student: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor], *, keep: bool
-) -> Gathered | None:
-    """Collect what is trained of a sharded student; None when it is not sharded.
-
-    It suits an adapter, which is small. All ranks must call.
-
-    Args:
-        student: the same on every rank.
-        optimizer: over its trained parameters.
-        average: averaged weights, sharded like the student; empty where none are kept.
-        keep: whether this rank keeps what it gathers.
-    """
-    if not isinstance(student, FSDPModule):
-        return None
-    student.reshard()  # a pass without gradient leaves the outer group gathered
-    trained = {name: tensor for name, tensor in student.named_parameters() if tensor.requires_grad}
-    weights, moments, averaged = (
-        {name: _on_host(tensor, keep=keep) for name, tensor in tensors.items()}
-        for tensors in (trained, moments_of(student, optimizer), average)
-    )
-    return Gathered(weights, moments, averaged) if keep else Gathered({}, {}, {})
-
-
-def _on_host(tensor: Tensor, *, keep: bool) -> Tensor:
-    full = whole(tensor.detach())
-    return full.cpu().contiguous() if keep else full.new_empty(0)
+def on_host(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole copies of tensors on the host where `keep`, else nothing; all ranks must call for shared ones."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            gathered[name] = full.cpu().contiguous()
+    return gathered

@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from lightopd.errors import ConfigError
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 FSDP = "fsdp"
 """Name of the strategy that shards weights, gradients and moments over all devices."""
@@ -40,25 +39,20 @@ def environments() -> list[SLURMEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)]
 
 
-def check_strategy(
-    finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool = False
-) -> None:
+def check_strategy(finetune: FinetuneConfig, *, asks_student: bool = False) -> None:
     """Refuse what a strategy cannot do.
 
     Args:
         asks_student: whether the student answers prompts during training.
 
     Raises:
-        ConfigError: the objective jumps along whole weights, and no device has them; or the student has to
-            answer from shares of weights.
+        ConfigError: the student has to answer from shares of weights.
     """
     if finetune.strategy == FSDP and asks_student:
         raise ConfigError(
             "accuracy during training needs whole weights on a device; set strategy to ddp, or leave out "
             "accuracy and use lightopd eval"
         )
-    if finetune.strategy == FSDP and objective.jump is not None:
-        raise ConfigError("the objective jumps, which needs whole weights on a device; set strategy to ddp")
 
 
 def make_strategy(finetune: FinetuneConfig) -> str | Strategy:

@@ -67,7 +67,7 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
 
     `weights` stand for the model's own where those are sharded over devices.
     """
-    if not hasattr(model, "peft_config"):
+    if not is_adapted(model):
         model.save_pretrained(folder, state_dict=weights)
         return
     from peft import get_peft_model_state_dict  # type: ignore[import-not-found,unused-ignore]
@@ -80,6 +80,11 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     if not isinstance(config.target_modules, str):  # peft keeps a set, whose order changes from run to run
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether only an adapter is trained."""
+    return hasattr(model, "peft_config")
 
 
 def trained_student(student: ModelConfig, folder: Path) -> ModelConfig:

@@ -15,8 +15,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightopd.training.weight_files.tensor_shards import AVERAGE, StoredSet, has_set
 
-AVERAGE_FILE = f"{AVERAGE}.safetensors"
-
 
 class WeightAverage:
     """The average of the parameters that are trained, beside them and placed like them.
@@ -64,7 +62,7 @@ class WeightAverage:
 
 def load_average(checkpoint: Path) -> dict[str, Tensor]:
     """The averaged weights in a checkpoint; empty in one without them."""
-    file = checkpoint / AVERAGE_FILE
+    file = checkpoint / f"{AVERAGE}.safetensors"
     return load_file(file) if file.is_file() else {}
 
 

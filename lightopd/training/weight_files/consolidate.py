@@ -1,18 +1,16 @@
 """One plain Hugging Face folder made of weights that are stored in shares.
 
-Each file is written tensor by tensor, so that memory holds one decoder layer at a time. The names are those
-that transformers itself saves: a layer's fused experts, for one, are stored apart. Averaged weights, where
-the checkpoint has them, go before its own.
+Memory holds one file and one decoder layer at a time. The names are those that transformers itself saves: a
+layer's fused experts, for one, are stored apart. Averaged weights, where the checkpoint has them, go before
+its own.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,12 +18,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lightopd.files import json_bytes, write_atomically
 from lightopd.models.load import outline
-from lightopd.training.weight_files.tensor_files import TensorLayout, TensorWriter
 from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, StoredSet, has_set
 
 LAYER = re.compile(r".*?\.\d+\.")
 """What the names of one decoder layer's tensors begin with."""
-LARGEST_FILE = inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
+LARGEST_FILE = "5GB"
+"""Ten times smaller than what transformers writes, as it is how much of a model is held."""
 
 
 def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> None:
@@ -42,23 +40,25 @@ def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> N
     """
     model = outline(checkpoint, trust_remote_code=trust_remote_code)
     weights = _Weights(checkpoint, model)
-    layouts = {
-        name: TensorLayout(tensor.dtype, tuple(tensor.shape))
+    outlines = {
+        name: tensor.new_empty(tensor.shape)  # a part of a fused tensor counts with its own size
         for layer in weights.layers()
         for name, tensor in weights.converted(layer, StoredSet.outline)
     }
-    files = _divided(layouts)
-    with ExitStack() as stack:
-        writers: dict[str, TensorWriter] = {}
-        for file, names in files.items():
-            own = {name: layouts[name] for name in names}
-            writer = stack.enter_context(TensorWriter(folder / file, own, {"format": "pt"}))
-            writers |= dict.fromkeys(names, writer)
-        for layer in weights.layers():
-            for name, tensor in weights.converted(layer, StoredSet.whole):
-                writers[name].write(name, tensor)
-    if len(files) > 1:
-        _write_index(folder, files, layouts, model.num_parameters())
+    divided = split_torch_state_dict_into_shards(
+        outlines, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
+    )
+    left, found = dict(divided.filename_to_tensors), dict[str, Tensor]()
+    for layer in weights.layers():
+        found |= weights.converted(layer, StoredSet.whole)
+        for file in [file for file, names in left.items() if found.keys() >= {*names}]:
+            tensors = {name: found.pop(name).contiguous() for name in left.pop(file)}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    assert not left
+    if divided.is_sharded:
+        total = {"total_parameters": model.num_parameters(), **divided.metadata}
+        index = {"metadata": total, "weight_map": divided.tensor_to_filename}
+        write_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json_bytes(index))
 
 
 class _Weights:
@@ -90,23 +90,3 @@ class _Weights:
         tensors = {self._renamed[name]: read(self._sets[name], name) for name in layer}
         saved: dict[str, Tensor] = revert_weight_conversion(self._model, tensors)
         return saved.items()
-
-
-def _divided(layouts: dict[str, TensorLayout]) -> dict[str, list[str]]:
-    """Which tensors go into which file."""
-    empty = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in layouts.items()}
-    divided = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
-    )
-    return dict(divided.filename_to_tensors)
-
-
-def _write_index(
-    folder: Path, files: dict[str, list[str]], layouts: dict[str, TensorLayout], num_parameters: int
-) -> None:
-    total = sum(layout.size_bytes for layout in layouts.values())
-    index = {
-        "metadata": {"total_parameters": num_parameters, "total_size": total},
-        "weight_map": {name: file for file, names in files.items() for name in names},
-    }
-    write_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json_bytes(index))

@@ -3,9 +3,8 @@
     step-000050/model/rank-00000-of-00008.safetensors   step-000050/optimizer/rank-00000-of-00008.safetensors
 
 Every file is plain safetensors and says at which row its part of a tensor begins, in the words of torch's
-`HuggingFaceStorageReader`, which reads such a folder too. Torch's own writer of them is not used: it makes a
-whole file in memory first. A set that one process wrote is one file, and is read here in the same way, so
-that a run on any number of devices resumes from either.
+`HuggingFaceStorageReader`, which reads such a folder too (docs/decisions/0005). A set that one process wrote
+is one file, and is read here in the same way, so that a run on any number of devices resumes from either.
 """
 
 # D = rows of a whole tensor (its first axis), N = those of one file
@@ -19,21 +18,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightopd.errors import InputError
+from lightopd.files import flush
 from lightopd.lineage.tensor_hashes import TensorHash
-from lightopd.training.weight_files.tensor_files import TensorLayout, TensorWriter, bytes_of
 
-MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "average"
+MODEL, OPTIMIZER, AVERAGE, JUMP_ANCHOR = "model", "optimizer", "average", "jump_anchor"
 """Sets of a checkpoint; weights have the names of the model's state, moments `key/parameter`."""
 INFO = "DCP_SHARDING_INFO"
 """Where torch looks for the offsets, in a file's metadata."""
 
 
 def write_share(folder: Path, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> Path:
-    """Write this process's rows of every tensor of a set, tensor by tensor, and flush the file.
+    """Write this process's rows of every tensor of a set, and flush the file.
 
     Args:
         folder: of the set; made where it is missing.
@@ -42,24 +42,18 @@ def write_share(folder: Path, tensors: Mapping[str, Tensor], rank: int, world_si
         world_size: number of processes.
 
     Raises:
-        OSError: no space or no permission.
+        OSError, SafetensorError: no space or no permission.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name: own_rows(tensor) for name, tensor in tensors.items()}
-    own = {
-        name: (first, rows)
-        for name, (first, rows) in own.items()
-        if (len(rows) if isinstance(tensors[name], DTensor) else rank == 0)
-    }
-    offsets = {
-        name: {"saved_offsets": [first, *[0] * (rows.ndim - 1)][: rows.ndim]}
-        for name, (first, rows) in own.items()
-    }
-    layouts = {name: TensorLayout(rows.dtype, tuple(rows.shape)) for name, (_, rows) in own.items()}
+    offsets, own = {}, {}
+    for name, tensor in tensors.items():
+        first, rows = own_rows(tensor)
+        if len(rows) if isinstance(tensor, DTensor) else rank == 0:
+            offsets[name] = {"saved_offsets": [first, *[0] * (rows.ndim - 1)][: rows.ndim]}
+            own[name] = rows.cpu().contiguous()
     path = folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-    with TensorWriter(path, layouts, {"format": "pt", INFO: json.dumps(offsets, sort_keys=True)}) as file:
-        for name, (_, rows) in own.items():
-            file.write(name, rows)
+    save_file(own, path, metadata={INFO: json.dumps(offsets, sort_keys=True)})  # two keys come in any order
+    flush(path)
     return path
 
 
@@ -188,7 +182,7 @@ class StoredSet:
     def _digest(self, name: str) -> str:
         digest = hashlib.sha256()
         for piece in self._pieces[name]:
-            digest.update(bytes_of(piece.file.get_tensor(name)))
+            digest.update(_tensor(piece.file.get_tensor(name)).reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

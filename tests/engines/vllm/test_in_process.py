@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cache_cases import table_to_scores
 from engine_cases import random_sequences, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_models import write_prompts
@@ -17,7 +18,6 @@ from vllm_cases import RealServer, save_vllm_model, shared_engine, shared_server
 
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import open_cache, signal_folder
-from lightopd.cache.tables import table_to_scores
 from lightopd.config import load_stage
 from lightopd.engines.kinds import describe_engine, load_engine
 from lightopd.engines.noise import measure_noise

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightopd.cache.reader import ShardColumns, SignalColumns
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
-from lightopd.objectives.base.rollout_table import CacheView
 from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
 from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.objectives.requirements import needs
@@ -178,14 +178,34 @@ def places_of(world: World, rows: Sequence[int]) -> Tensor:
     return torch.cat([(world.row_N == row).nonzero()[:, 0] for row in rows])
 
 
-def view_of(world: World, rows: Sequence[int]) -> CacheView:
+def signals_of(logprobs_N: dict[str, np.ndarray]) -> dict[str, SignalColumns]:
+    """Signals of sampled tokens only."""
+    return {name: SignalColumns(values, None, None, None, None) for name, values in logprobs_N.items()}
+
+
+def make_columns(*, signals: dict[str, np.ndarray], **given: object) -> ShardColumns:
+    """Columns of rollouts; what no selection and no column reads is left empty."""
+    num_rollouts, num_tokens = len(given["rollout_ids"]), int(given["offsets"][-1])
+    unread = {
+        "prompt_ids_by_user": [""] * num_rollouts,
+        "prompt_offsets": np.zeros(num_rollouts + 1, np.int64),
+        "prompt_ids_P": np.zeros(0, np.int32),
+        "response_ids_N": np.zeros(num_tokens, np.int32),
+        "turns_N": np.zeros(num_tokens, np.int32),
+        "entropies_N": None,
+        "is_truncated_R": np.zeros(num_rollouts, bool),
+    }
+    return ShardColumns(**unread, **given, signals=signals_of(signals))
+
+
+def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
     """The cache with its rollouts in the given order."""
     places_N = places_of(world, rows)
     ids_N1 = world.ids_N[places_N][:, None]
     sampled = {
         name: table_NV[places_N].gather(1, ids_N1)[:, 0].numpy() for name, table_NV in world.tables.items()
     }
-    return CacheView(
+    return make_columns(
         rollout_ids=[world.names[row] for row in rows],
         groups_R=np.array([world.groups[row] for row in rows]),
         rewards_R=np.array([world.rewards[row] for row in rows], np.float32),
@@ -193,8 +213,8 @@ def view_of(world: World, rows: Sequence[int]) -> CacheView:
         domains=[world.domains[row] for row in rows],
         offsets=np.concatenate([[0], np.cumsum([world.lengths[row] for row in rows])]),
         loss_mask_N=world.loss_mask_N[places_N].numpy(),
-        ref_logprobs_N=sampled["rollout_student"],
-        logprobs_N=sampled,
+        logprobs_N=sampled["rollout_student"],
+        signals=sampled,
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
 

@@ -2,10 +2,11 @@
 
 Each function takes the world and the student's log-probabilities [N, V] and returns a scalar with gradient.
 Methods whose paper writes a clipped surrogate return that surrogate; their value differs from the trainer's
--A log s, their gradient does not (`SURROGATES`).
+-A log s, their gradient does not (`is_surrogate`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import torch
@@ -282,53 +283,66 @@ def raft(world: World, student_NV: Tensor) -> Tensor:
     return sft + batch_mean(world, tempered, student)
 
 
-REFERENCES: dict[str, Callable[[World, Tensor], Tensor]] = {
-    "lightning_opd": lightning_opd,
-    "effopd": opd,
-    "g_opd": extrapolated(0.8, baseline=False),
-    "g_opd_baseline": extrapolated(0.8, baseline=True),
-    "exopd": extrapolated(1.25, baseline=False),
-    "exopd_baseline": extrapolated(1.25, baseline=True),
-    "uni_opd": uni_opd,
-    "uni_opd_mask": uni_opd_mask,
-    "scope": scope(1.0),
-    "scope_code": scope(-1.0),
-    "vopd": vopd,
-    "f_forward_kl": full_divergence("forward_kl"),
-    "f_reverse_kl": full_divergence("reverse_kl"),
-    "f_jsd": full_divergence("jsd"),
-    "f_skew_kl": full_divergence("skew_kl"),
-    "f_skew_reverse_kl": full_divergence("skew_reverse_kl"),
-    "f_tv": full_divergence("tv"),
-    "f_alpha": full_divergence("alpha"),
-    "tcod": tcod,
-    "opsd": full_divergence("jsd", "privileged"),
-    "opsd_sampled": lambda world, student_NV: opd(world, student_NV, "privileged"),
-    "renio": renio,
-    "many_faces": many_faces,
-    "many_faces_renormalised": full_divergence("reverse_kl"),
-    "extrapolation_cliff": extrapolation_cliff,
-    "prune_opd": prune_opd,
-    "tip": tip("soft_or"),
-    "tip_entropy": tip("entropy"),
-    "sod": sod,
-    "dgrpo": dgrpo,
-    "soda": soda,
-    "video_opd": video_opd,
-    "aligndistil": aligndistil,
-    "mgsd": mgsd,
-    "v_zero": v_zero,
-    "raft": raft,
-    "decoupling_student_fkl": full_divergence("forward_kl", rows="student"),
-    "decoupling_student_rkl": full_divergence("reverse_kl", rows="student"),
-    "decoupling_teacher_fkl": full_divergence("forward_kl", rows="teacher"),
-    "decoupling_teacher_rkl": full_divergence("reverse_kl", rows="teacher"),
-    "decoupling_mix": full_divergence("mix"),
-    "decoupling_lengths": full_divergence("mix"),
-    "hy_embodied": full_divergence("forward_kl"),
-    "truncated_importance": truncated_importance,
-    "recommended_topk_reverse_kl": full_divergence("reverse_kl"),
-    "recommended_baseline_ratio": baseline_ratio,
-}
+@dataclass(frozen=True)
+class Reference:
+    """What a recipe is held to."""
 
-SURROGATES = {"uni_opd", "uni_opd_mask", "sod", "dgrpo", "mgsd", "v_zero"}
+    loss: Callable[[World, Tensor], Tensor]
+    rests_at: str = "teacher"
+    """Signal at which its gradient vanishes token by token."""
+    moves: str = ""
+    """Why it does not rest there, where it does not."""
+    is_surrogate: bool = False
+    """Its value is a clipped surrogate; only the gradient is the trainer's."""
+
+
+REFERENCES: dict[str, Reference] = {
+    "lightning_opd": Reference(lightning_opd),
+    "effopd": Reference(opd),
+    "g_opd": Reference(extrapolated(0.8, baseline=False), moves="needs a baseline"),
+    "g_opd_baseline": Reference(extrapolated(0.8, baseline=True), moves="rests past the teacher"),
+    "exopd": Reference(extrapolated(1.25, baseline=False), moves="needs a baseline"),
+    "exopd_baseline": Reference(extrapolated(1.25, baseline=True), moves="rests past the teacher"),
+    "uni_opd": Reference(uni_opd, moves="shifted by the margin", is_surrogate=True),
+    "uni_opd_mask": Reference(uni_opd_mask, is_surrogate=True),
+    "scope": Reference(scope(1.0), moves="maximum likelihood of the correct"),
+    "scope_code": Reference(scope(-1.0), moves="maximum likelihood of the correct"),
+    "vopd": Reference(vopd),
+    "f_forward_kl": Reference(full_divergence("forward_kl")),
+    "f_reverse_kl": Reference(full_divergence("reverse_kl")),
+    "f_jsd": Reference(full_divergence("jsd")),
+    "f_skew_kl": Reference(full_divergence("skew_kl")),
+    "f_skew_reverse_kl": Reference(full_divergence("skew_reverse_kl")),
+    "f_tv": Reference(full_divergence("tv"), moves="no derivative at its minimum"),
+    "f_alpha": Reference(full_divergence("alpha")),
+    "tcod": Reference(tcod),
+    "opsd": Reference(full_divergence("jsd", "privileged"), rests_at="privileged"),
+    "opsd_sampled": Reference(
+        lambda world, student_NV: opd(world, student_NV, "privileged"), rests_at="privileged"
+    ),
+    "renio": Reference(renio),
+    "many_faces": Reference(many_faces),
+    "many_faces_renormalised": Reference(full_divergence("reverse_kl")),
+    "extrapolation_cliff": Reference(extrapolation_cliff, moves="needs a baseline"),
+    "prune_opd": Reference(prune_opd),
+    "tip": Reference(tip("soft_or")),
+    "tip_entropy": Reference(tip("entropy")),
+    "sod": Reference(sod, moves="reward", is_surrogate=True),
+    "dgrpo": Reference(dgrpo, moves="reward", is_surrogate=True),
+    "soda": Reference(soda, moves="preference"),
+    "video_opd": Reference(video_opd),
+    "aligndistil": Reference(aligndistil, moves="rests past the teacher"),
+    "mgsd": Reference(mgsd, rests_at="privileged", is_surrogate=True),
+    "v_zero": Reference(v_zero, rests_at="privileged", is_surrogate=True),
+    "raft": Reference(raft, moves="maximum likelihood of refined answers"),
+    "decoupling_student_fkl": Reference(full_divergence("forward_kl", rows="student")),
+    "decoupling_student_rkl": Reference(full_divergence("reverse_kl", rows="student")),
+    "decoupling_teacher_fkl": Reference(full_divergence("forward_kl", rows="teacher")),
+    "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
+    "decoupling_mix": Reference(full_divergence("mix")),
+    "decoupling_lengths": Reference(full_divergence("mix")),
+    "hy_embodied": Reference(full_divergence("forward_kl")),
+    "truncated_importance": Reference(truncated_importance),
+    "recommended_topk_reverse_kl": Reference(full_divergence("reverse_kl")),
+    "recommended_baseline_ratio": Reference(baseline_ratio),
+}

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import (
@@ -14,8 +15,8 @@ from lightopd.cache.store import (
     rollouts_folder,
     signal_folder,
 )
-from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
-from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table, split_lists
+from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.manifest import (
     CacheManifest,
@@ -167,3 +168,20 @@ def make_cache(
         ]
         cache = write_signal(cache, name, rows, **changes)
     return cache, rollouts, written
+
+
+def table_to_rollouts(table: pa.Table) -> list[Rollout]:
+    """Rows of a `ROLLOUTS` table as records; arrays are read-only views into the table's buffers."""
+    columns = {
+        field.name: split_lists(table.column(field.name))
+        if pa.types.is_list(field.type)
+        else table.column(field.name).to_pylist()
+        for field in ROLLOUTS
+    }
+    return [Rollout(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def table_to_scores(table: pa.Table) -> list[Scores]:
+    """Rows of a `SIGNALS` table as records; arrays are read-only views into the table's buffers."""
+    columns = {name: split_lists(table.column(name)) for name in table.column_names if name != "rollout_id"}
+    return [Scores(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

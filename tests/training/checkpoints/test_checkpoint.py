@@ -24,11 +24,11 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.callbacks import Progress
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
-    export_student,
     load_optimizer,
     newest_checkpoint,
-    save_checkpoint,
 )
+from lightopd.training.checkpoints.export import export_student
+from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.optimizer import make_optimizer

@@ -28,7 +28,7 @@ from lightopd.errors import LightopdError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.checkpoints import save_sharded
+from lightopd.training.checkpoints import save
 from lightopd.training.fit import fit
 cache, student, out, settings, rank, how = sys.argv[1:]
 def fail(*_):
@@ -36,7 +36,7 @@ def fail(*_):
         os.kill(os.getpid(), 9)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 if os.environ.get("RANK") == rank:
-    save_sharded.write_share = fail
+    save.write_share = fail
 finetune = FinetuneConfig.model_validate_json(settings)
 try:
     fit(open_cache(Path(cache)), ModelConfig(path=student), Path(out), finetune, ObjectiveConfig())

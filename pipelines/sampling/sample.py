@@ -21,6 +21,7 @@ from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
@@ -63,6 +64,8 @@ class SamplingPlan:
     stops: tuple[int, ...]
     sampler: ModelFingerprint
     manifest: CacheManifest
+    notes: tuple[str, ...] = ()
+    """What the prompts were recognised as, for the report."""
 
     @property
     def prompts_per_shard(self) -> int:
@@ -76,7 +79,7 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
     Raises:
         InputError: unusable prompts, or a prompt that leaves no room for a response.
     """
-    rendered = render_prompts(job.prompts, job.model)
+    rendered = render_prompts(job.prompts, job.model, shown_time(job.cache))
     prompts, prompt_ids = rendered.prompts, rendered.prompt_ids
     pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
@@ -91,7 +94,8 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
         sft=job.sft,
         tokenizer=fingerprint_tokenizer(rendered.tokenizer, rendered.stops),
         vocabulary_size=rendered.limits.vocabulary_size,
-        rendering={"render": job.prompts.render, "template_options": job.prompts.template_options},
+        rendering=rendering_of(job.prompts, prompts),
+        rendered_at=rendered.clock.isoformat() if rendered.clock else None,
         sampling=job.sampling,
         prompts=canonical_hash([_content(prompt, ids) for prompt, ids in pairs] + [[job.keep_text]]),
         num_prompts=len(prompts),
@@ -100,7 +104,9 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
         engine=engine,
         overrides=job.overrides,
     )
-    return SamplingPlan(job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest)
+    return SamplingPlan(
+        job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest, rendered.notes
+    )
 
 
 def _content(prompt: Prompt, ids: Ids) -> list[Any]:
@@ -117,6 +123,7 @@ def missing_shards(plan: SamplingPlan) -> list[int]:
 def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
     job, manifest = plan.job, plan.manifest
+    refuse_another_day(job.cache, manifest, plan.tokenizer)
     create_cache(job.cache, manifest)
     folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
     missing = missing_shards(plan)
