@@ -1,8 +1,11 @@
 """`lightopd sql CACHE` without a query: a shell that needs no manual."""
 
+import contextlib
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,7 +135,7 @@ class Shell:
                 (path, format), self.out = self.out, None
                 self.say(f"{write_rows(reader, format, path):,} rows written to {path}")
             elif self.format == "table" and sys.stdout.isatty():
-                typer.echo_via_pager(_pages(table_lines(reader.schema.names, rows_of(reader))))
+                _page(table_lines(reader.schema.names, rows_of(reader)))
             else:
                 write_rows(reader, self.format, None)
 
@@ -237,6 +240,21 @@ def _prompt_session(opened: "OpenedCache") -> Any:
     return session
 
 
-def _pages(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        yield line + "\n"
+def _page(lines: Iterator[str]) -> None:
+    """Lines through $PAGER, as they come; `less` that leaves short results on the screen when it is not set."""
+    command = shlex.split(os.environ.get("PAGER") or "less -FRSX")
+    if shutil.which(command[0]) is None:
+        for line in lines:
+            typer.echo(line)
+        return
+    pager = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, encoding="utf-8")
+    assert pager.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # the pager was left before the end
+            for line in lines:
+                pager.stdin.write(line + "\n")
+            pager.stdin.flush()
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
