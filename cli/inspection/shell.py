@@ -222,7 +222,7 @@ def _prompt_session(opened: "OpenedCache") -> Any:
             "'lightopd[shell]', or give a query"
         ) from None
 
-    class Words(Completer):
+    class Words(Completer):  # type: ignore[misc]
         def get_completions(self, document: Any, complete_event: Any) -> Iterator[Any]:
             word = document.get_word_before_cursor(pattern=_WORD)
             for found in completions(opened, document.text_before_cursor):
@@ -241,7 +241,7 @@ def _prompt_session(opened: "OpenedCache") -> Any:
 
 
 def _page(lines: Iterator[str]) -> None:
-    """Lines through $PAGER, as they come; `less` that leaves short results on the screen when it is not set."""
+    """Lines through $PAGER, as they come; `less -FRSX` when it is not set."""
     command = shlex.split(os.environ.get("PAGER") or "less -FRSX")
     if shutil.which(command[0]) is None:
         for line in lines:

@@ -1,7 +1,7 @@
 """`lightopd report`: everything about a cache and its runs in one HTML file that loads nothing."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from lightopd.inspection.report.charts import Chart, accuracies, altair, bands, 
 from lightopd.inspection.report.page import drawing, render
 from lightopd.inspection.report.rollouts import Chosen, choose, pack
 from lightopd.inspection.runs import TrainedRun
+
+Group = tuple[str, str, list[Chart]]
+"""Anchor, name and drawings of a section."""
 
 OVERLAP_K = 8
 STEPS_DRAWN = 400
@@ -86,20 +89,25 @@ def report_page(opened: OpenedCache, settings: ReportSettings) -> str:
     chosen = choose(opened, cache, settings.rollouts, settings.tokens)
     data = pack(opened, cache, chosen, settings.top_k, settings.longest)
     findings = [str(finding) for finding in verify(opened.path)] if settings.check else None
-    return render(_page_facts(opened, cache, runs, chosen, findings), data)
+    groups = [chart_group(anchor, opened, cache, runs) for anchor in GROUPS]
+    return render(page_facts(opened, cache, runs, chosen, findings, groups), data)
 
 
-def _page_facts(
+def chart_group(anchor: str, opened: OpenedCache, cache: Cache, runs: list[TrainedRun]) -> Group:
+    """One section of charts, ready for the template: anchor, name, drawings."""
+    name, made = GROUPS[anchor]
+    return anchor, name, [replace(chart, svg=drawing(chart.svg)) for chart in made(opened, cache, runs)]
+
+
+def page_facts(
     opened: OpenedCache,
     cache: Cache,
     runs: list[TrainedRun],
     chosen: Chosen,
     findings: list[str] | None,
+    groups: Sequence[Group],
 ) -> dict[str, Any]:
-    groups = [
-        (anchor, name, [replace(chart, svg=drawing(chart.svg)) for chart in made(opened, cache, runs)])
-        for anchor, name, made in GROUPS
-    ]
+    """What the template names, but for the rollouts themselves."""
     columns, rows = _side_by_side(runs)
     anchors = [(anchor, name) for anchor, name, charts in groups if charts]
     if rows:
@@ -121,6 +129,7 @@ def _page_facts(
         "clip": _clip(runs),
         "texts_missing": opened.texts.missing,
         "version": __version__,
+        "pager": None,
     }
 
 
@@ -272,11 +281,11 @@ def _clip(runs: list[TrainedRun]) -> float:
 
 Made = Callable[[OpenedCache, Cache, list[TrainedRun]], list[Chart]]
 
-GROUPS: tuple[tuple[str, str, Made], ...] = (
-    ("evaluation", "Evaluation", _evaluation_charts),
-    ("distributions", "Distributions", _distribution_charts),
-    ("positions", "By position", _position_charts),
-    ("training", "Training", _training_charts),
-    ("cost", "Cost", _cost_charts),
-)
-"""Anchor, name and maker of each section of charts."""
+GROUPS: dict[str, tuple[str, Made]] = {
+    "evaluation": ("Evaluation", _evaluation_charts),
+    "distributions": ("Distributions", _distribution_charts),
+    "positions": ("By position", _position_charts),
+    "training": ("Training", _training_charts),
+    "cost": ("Cost", _cost_charts),
+}
+"""By anchor, the name and the maker of each section of charts."""

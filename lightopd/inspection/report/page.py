@@ -24,12 +24,26 @@ def render(facts: Mapping[str, Any], data: str, connect: str = "'none'") -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+        f"connect-src {connect}; base-uri 'none'; form-action {connect}"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_text("page.html.jinja"))
-    own = {"css": Markup(_text("page.css")), "script": Markup(script), "policy": policy, "data": data}
-    return template.render(**facts, **own)
+    groups = [Markup(render_group(group)) for group in facts["groups"]]
+    own = {
+        "groups": groups,
+        "css": Markup(_text("page.css")),
+        "script": Markup(script),
+        "policy": policy,
+        "data": data,
+    }
+    return template.render({**facts, **own})
+
+
+def render_group(group: tuple[str, str, list[Any]]) -> str:
+    """One section of charts alone, as it stands in the page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    anchor, name, charts = group
+    return environment.from_string(_text("group.html.jinja")).render(anchor=anchor, name=name, charts=charts)
 
 
 def drawing(svg: str) -> Markup:

@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightopd.cache.reader import ShardColumns, SignalColumns, read_columns, read_shard_columns
-from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache, rollouts_folder
+from lightopd.cache.store import Cache
 from lightopd.inspection.opened import OpenedCache
 from lightopd.inspection.token_texts import TokenTexts
-from lightopd.schemas.cache import ROLLOUTS
 
 UNITS_PER_NAT = 500
 """Log-probabilities travel as int16 in steps of 0.002 nats, down to -65.5."""
@@ -112,13 +110,12 @@ def _rollouts(
 ) -> Iterator[dict[str, Any]]:
     for shard in cache.shards:
         names = [name for name, signal in cache.signals.items() if shard in signal.shards]
-        path = shard_path(rollouts_folder(cache.path), shard)
-        ids = read_columns(path, ROLLOUTS, ["rollout_id"]).column("rollout_id").to_pylist()
+        ids = read_columns(cache, shard, ["rollout_id"]).column("rollout_id").to_pylist()
         rows = [row for row, rollout_id in enumerate(ids) if rollout_id in wanted]
         if not rows:
             continue
         columns = read_shard_columns(cache, shard, names)
-        facts = read_columns(path, ROLLOUTS, ["sample_index", "finish_reason", "answer"]).to_pylist()
+        facts = read_columns(cache, shard, ["sample_index", "finish_reason", "answer"]).to_pylist()
         for row in rows:
             yield _rollout(columns, row, facts[row], top_k, token_limit, texts)
 

@@ -232,6 +232,18 @@
     $("theme").onclick = () => { const root = document.documentElement, dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches; root.dataset.theme = dark ? "light" : "dark"; };
   }
 
+  // Served, the training charts are asked for again while a run goes on; they come from the page's own server.
+  async function follow() {
+    try {
+      const answer = await fetch("/training");
+      if (answer.status === 200) {
+        const old = $("training"), fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("section");
+        if (fresh && old) old.replaceWith(fresh); else if (fresh) document.querySelector("#rollouts").before(fresh);
+        document.body.dataset.followed = String(+(document.body.dataset.followed ?? 0) + 1);
+      }
+    } catch { document.body.dataset.lost = "true"; }
+  }
+
   async function load() {
     const stream = new Blob([bytes($("data").textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
@@ -248,6 +260,7 @@
     const distinct = (key) => [...new Set(all.map((r) => r[key] ?? ""))].sort().map((v) => ["=" + v, visible(v) || "none"]);
     options("domain", [["", "all"], ...distinct("domain")]); options("finish", [["", "all"], ...distinct("finish")]);
     measure(); scale(); listen(); filter();
+    if (document.body.dataset.live) setInterval(follow, 1000 * +document.body.dataset.live);
     document.body.dataset.ready = "true";
   }
 
