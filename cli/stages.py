@@ -52,10 +52,7 @@ def rollout(
     student: options.Student = None,
     prompts: options.Prompts = None,
     cache: options.Cache = None,
-    sft_teacher: Annotated[
-        str | None,
-        typer.Option("--sft-teacher", help="Teacher of a student made elsewhere: declared, not proven."),
-    ] = None,
+    sft_teacher: options.SftTeacher = None,
     n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
     engine: options.Engine = None,
     server: options.Server = None,
@@ -89,6 +86,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +121,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags["cross_check"] = cross_check
+    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
     shown = {"template": context, "prompts": prompts}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
