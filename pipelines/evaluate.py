@@ -12,10 +12,7 @@ from lightopd.cache.store import Cache
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import model_limits
-from lightopd.pipelines.shared.preflight import check_ids, check_one_width, check_reads
-from lightopd.pipelines.shared.reports import Report, finished_report, save_report
-from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sampling import (
+from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
     SamplingPlan,
@@ -24,6 +21,9 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.preflight import check_ids, check_one_width, check_reads
+from lightopd.pipelines.shared.reports import Report, finished_report, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import EvalConfig, HfEngine

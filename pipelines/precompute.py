@@ -34,14 +34,14 @@ from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits, precision_of
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
+from lightopd.pipelines.sampling.rendering import shown_time
+from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
-from lightopd.pipelines.shared.rendering import shown_time
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer

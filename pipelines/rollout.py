@@ -11,10 +11,8 @@ from dataclasses import replace
 
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import declared_teacher, fingerprint_model, read_student_lineage
-from lightopd.pipelines.shared.rendering import check_rendering
-from lightopd.pipelines.shared.reports import Report, override_notes, save_report
-from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sampling import (
+from lightopd.pipelines.sampling.rendering import check_rendering
+from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
     SamplingPlan,
@@ -22,6 +20,8 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.schemas.configs import RolloutConfig
 from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
 

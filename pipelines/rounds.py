@@ -24,8 +24,8 @@ from lightopd.errors import OutputError
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, train
+from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
-from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import (
     EngineConfig,

@@ -17,11 +17,8 @@ from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.models.tokenizer import load_tokenizer
-from lightopd.pipelines.shared.preflight import check_training
-from lightopd.pipelines.shared.rendering import taught_rendering
-from lightopd.pipelines.shared.reports import Report, save_report
-from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
-from lightopd.pipelines.shared.sampling import (
+from lightopd.pipelines.sampling.rendering import taught_rendering
+from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
     SamplingPlan,
@@ -29,6 +26,9 @@ from lightopd.pipelines.shared.sampling import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.preflight import check_training
+from lightopd.pipelines.shared.reports import Report, save_report
+from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import SftConfig

@@ -17,8 +17,8 @@ from lightopd.engines.kinds import load_engine
 from lightopd.engines.noise import compare, measure_noise
 from lightopd.errors import CacheError
 from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.reports import Report
-from lightopd.pipelines.shared.sampling import LoadEngine
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import NoiseFloor

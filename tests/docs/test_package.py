@@ -48,6 +48,7 @@ ROOMS = [
     "inspection",
     "pipelines",
     "pipelines.shared",
+    "pipelines.sampling",
     "pipelines.caches",
     "pipelines.stages",
     "pipelines.demos",

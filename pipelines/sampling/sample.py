@@ -21,8 +21,8 @@ from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.pipelines.shared.progress import StageProgress
-from lightopd.pipelines.shared.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
