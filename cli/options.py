@@ -30,3 +30,9 @@ Server = Annotated[
     list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]
+SftTeacher = Annotated[
+    str | None,
+    typer.Option(
+        "--sft-teacher", help="SFT teacher of a student made elsewhere: declared, not proven; or none."
+    ),
+]

@@ -1,7 +1,6 @@
 """The stages as commands: sft, rollout, precompute, train, eval, run."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,10 +52,7 @@ def rollout(
     student: options.Student = None,
     prompts: options.Prompts = None,
     cache: options.Cache = None,
-    sft_teacher: Annotated[
-        str | None,
-        typer.Option("--sft-teacher", help="Teacher of a student made elsewhere: declared, not proven."),
-    ] = None,
+    sft_teacher: options.SftTeacher = None,
     n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
     engine: options.Engine = None,
     server: options.Server = None,
@@ -90,6 +86,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +121,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags["cross_check"] = cross_check
+    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
     shown = {"template": context, "prompts": prompts}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
@@ -243,12 +240,3 @@ def _runner(stage: str) -> Callable[..., Any]:
     from lightopd.pipelines.run import RUNNERS
 
     return RUNNERS[stage]
-
-
-def existing(path: str) -> Path:
-    """A path that must exist; the user's words when it does not."""
-    from lightopd.errors import InputError
-
-    if not Path(path).exists():
-        raise InputError(f"{path} does not exist; check the path")
-    return Path(path)
