@@ -36,7 +36,7 @@ def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:
     Raises:
         CacheError: the shard cannot be read.
     """
-    opened = cache if signal in cache.signals else open_cache(cache.path, [signal])
+    opened = cache if signal in cache.signals else open_cache(cache.path, signals=[signal])
     table = read_columns(opened, shard, ("topk_counts", "topk_ids"), signal)
     columns = (split_lists(table.column(name)) for name in ("topk_counts", "topk_ids"))
     return [Support(c, i) for c, i in zip(*columns, strict=True) if c is not None and i is not None]
