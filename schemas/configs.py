@@ -64,6 +64,18 @@ RESERVED_TEMPLATE_OPTIONS = {
 ROW_FIELDS = ("prompt", "messages", "answer", "id", "domain", "tools", "chat_template_kwargs")
 """What is read of a row of prompts."""
 
+RESPONSE_FIELDS = (
+    "response",
+    "responses",
+    "completion",
+    "prompt_ids",
+    "response_ids",
+    "loss_mask",
+    "finish_reason",
+    "reward",
+)
+"""What is read beyond that of a row with responses."""
+
 
 class PromptRendering(StrictModel):
     """How a prompt becomes token ids; shared by every prompt source."""
@@ -107,7 +119,7 @@ class FilePrompts(PromptRendering):
     @field_validator("columns")
     @classmethod
     def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(columns.keys() - set(ROW_FIELDS))
+        unknown = sorted(columns.keys() - {*ROW_FIELDS, *RESPONSE_FIELDS})
         if unknown:
             raise ValueError(
                 f"{unknown[0]!r} is nothing that is read of a row; known are {', '.join(ROW_FIELDS)}"
@@ -264,6 +276,23 @@ class RolloutConfig(StageConfig):
     """Store prompt and response text beside the ids, for reading only."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+
+class ImportConfig(StageConfig):
+    """Responses that exist already become a cache."""
+
+    responses: FilePrompts
+    """File of prompts with responses: text, ids, or whole conversations."""
+    student: ModelConfig
+    """The student whose tokenizer makes the ids and whose log-probabilities are stored."""
+    cache: Path
+    """Cache folder that is created."""
+    sft_teacher: str | None = None
+    """Teacher behind the fine-tuning of a student made elsewhere (folder or name): declared, not proven."""
+    engine: EngineConfig = HfEngine()
+    """What runs the student."""
+    shard_rollouts: int = Field(256, ge=1)
+    """Most responses in one shard, the unit of work and of resume."""
 
 
 class PrecomputeConfig(StageConfig):
