@@ -127,7 +127,7 @@ class Case:
         return self.name or self.recipe
 
 
-SELF_TAUGHT = ("opsd", "opsd_sampled", "mgsd")
+SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),
     Case(

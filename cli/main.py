@@ -13,7 +13,7 @@ app = typer.Typer(
     name="lightopd",
     help="Offline on-policy distillation: score a student's rollouts once, train without a live teacher.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

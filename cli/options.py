@@ -39,7 +39,9 @@ Map = Annotated[
 ]
 SftTeacher = Annotated[
     str | None,
-    typer.Option("--sft-teacher", help="Teacher of a student made elsewhere: declared, not proven."),
+    typer.Option(
+        "--sft-teacher", help="SFT teacher of a student made elsewhere: declared, not proven; or none."
+    ),
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")

@@ -1,6 +1,8 @@
 """What a person sees: reports as aligned lines, tables, and JSON for programs."""
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,10 @@ import typer
 
 if TYPE_CHECKING:
     from lightopd.pipelines.shared.reports import Report
+
+
+SHORTEST = 12
+"""Characters to which a column may shrink."""
 
 
 def show_report(report: "Report", as_json: bool = False) -> None:
@@ -44,30 +50,29 @@ def number(value: Any) -> str:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as aligned columns; numbers to the right."""
-    cells = [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [
-        max(len(column), *(len(line[i]) for line in cells), 0) if cells else len(column)
-        for i, column in enumerate(columns)
-    ]
+    """Rows as aligned columns, numbers to the right; on a terminal the widest shrinks until all fit."""
+    cells = [list(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    while room and sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > SHORTEST:
+        widths[widths.index(max(widths))] -= 1
     is_number = [bool(rows) and all(isinstance(r[c], int | float | None) for r in rows) for c in columns]
-    for line in [list(columns), ["-" * width for width in widths], *cells]:
+    for line in [cells[0], ["-" * width for width in widths], *cells[1:]]:
         parts = [
-            cell.rjust(width) if right else cell.ljust(width)
+            _cut(cell, width).rjust(width) if right else _cut(cell, width).ljust(width)
             for cell, width, right in zip(line, widths, is_number, strict=True)
         ]
         typer.echo("  ".join(parts).rstrip())
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = (
-        value
-        if isinstance(value, str)
-        else json.dumps(value, default=str)
-        if isinstance(value, list | dict)
-        else str(value)
-    )
-    text = text.replace("\n", "\\n")
-    return "-" if value is None else text if len(text) <= 60 else text[:57] + "..."
+    text = json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)
+    return _cut(text.replace("\n", "\\n"), 60)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,7 +1,6 @@
 """The stages as commands: sft, rollout, precompute, train, eval, run."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -100,6 +99,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +135,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags["cross_check"] = cross_check
+    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
@@ -265,12 +265,3 @@ def _runner(stage: str) -> Callable[..., Any]:
     from lightopd.pipelines.run import RUNNERS
 
     return RUNNERS[stage]
-
-
-def existing(path: str) -> Path:
-    """A path that must exist; the user's words when it does not."""
-    from lightopd.errors import InputError
-
-    if not Path(path).exists():
-        raise InputError(f"{path} does not exist; check the path")
-    return Path(path)

@@ -1,9 +1,9 @@
 """Configs from YAML files, `--set a.b=1` and flags, in that order of weight; errors in the user's words."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -136,10 +136,27 @@ def build(model: type[Model], data: Mapping[str, Any]) -> Model:
         ConfigError: every problem in one message, each with its key, what was found, and close names.
     """
     try:
-        return model.model_validate(dict(data))
+        return model.model_validate(_without_tildes(dict(data)))
     except ValidationError as error:
         problems = [_problem(item, model) for item in error.errors(include_url=False)]
         raise ConfigError("config: " + "; ".join(dict.fromkeys(problems))) from error
+
+
+NOT_PATHS = ("template_options", "options", "stop")
+"""Settings whose texts are not paths, whatever they begin with."""
+
+
+def _without_tildes(value: Any) -> Any:
+    """Settings with `~/...` as the home folder's path, as a shell reads it: YAML and `--set` see no shell."""
+    if isinstance(value, Mapping):
+        return {k: v if k in NOT_PATHS else _without_tildes(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_tildes(each) for each in value)
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return str(Path(value).expanduser())
+    if isinstance(value, Path):
+        return value.expanduser()
+    return value
 
 
 def build_run(data: Mapping[str, Any]) -> RunConfig:
@@ -208,14 +225,47 @@ def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     location: Sequence[Any] = item["loc"]
     key = ".".join(str(part) for part in location) or "the whole"
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _field_names(model, location[:-1]), n=2)
-        return f"unknown key {key}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+        return f"unknown key {key}{_hint(model, location)}"
     if item["type"] == "missing":
         return f"{key} is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message if key == "the whole" else f"{key}: {message}"
     return f"{key}: {message[:1].lower()}{message[1:]}, found {item['input']!r}"
+
+
+OTHER_NAMES = {
+    "batch_size": "batch_sequences",
+    "learning_rate": "lr",
+    "max_new_tokens": "max_tokens",
+    "max_steps": "steps",
+    "num_generations": "n",
+    "num_steps": "steps",
+    "per_device_train_batch_size": "batch_sequences",
+}
+"""What other trainers call a setting of ours."""
+
+
+def _hint(model: type[BaseModel], location: Sequence[Any]) -> str:
+    """What an unknown key may have meant: a near name beside it, or where in the config the name is known."""
+    name = str(location[-1])
+    if len(location) == 1 and name in STAGES and model is STAGES[name]:
+        return f" (settings of {name} are written without `{name}.` here)"
+    beside = _field_names(model, location[:-1])
+    ours = OTHER_NAMES.get(name, name)
+    close = [ours] if ours in beside else difflib.get_close_matches(name, beside, n=2)
+    if not close:
+        sections = {"": model} | ({f"{n}.": m for n, m in STAGES.items()} if model is RunConfig else {})
+        paths = [path for prefix, one in sections.items() for path in _paths(one, prefix)]
+        close = list(dict.fromkeys(path for path in paths if path.rpartition(".")[2] == ours))[:3]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for nested in _models_in(field.annotation):
+            yield from _paths(nested, f"{prefix}{name}.")
 
 
 def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
@@ -235,7 +285,7 @@ def _field_names(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+    return [m for part in get_args(annotation) for m in _models_in(part)]
 
 
 def as_yaml(config: StrictModel) -> str:
@@ -246,7 +296,10 @@ def as_yaml(config: StrictModel) -> str:
 
 
 def describe(model: type[BaseModel], prefix: str = "") -> str:
-    """Every key a config can have, one block each: key, type, default, meaning; unions list each kind."""
+    """Every key a config can have, one block each: key, default, values to choose from, meaning.
+
+    Where a setting is of one of several kinds, the fields of each kind follow its name.
+    """
     lines = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -255,10 +308,28 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
             if field.is_required()
             else f"default {_shown(field.get_default(call_default_factory=True))}"
         )
-        lines += [f"{key}  ({default})", f"    {field.description}"]
-        for nested in _models_in(field.annotation):
+        values = _values_of(field.annotation)
+        choice = f"; one of {', '.join(values)}" if len(values) > 1 else ""
+        lines += [f"{key}  ({default}{choice})", f"    {field.description}"]
+        kinds = _models_in(field.annotation)
+        for nested in kinds:
+            if len(kinds) > 1:
+                sentence = (nested.__doc__ or "").strip().partition("\n")[0]
+                lines.append(f"{key} of kind {_kind_of(nested)}: {sentence}")
             lines.append(describe(nested, f"{key}."))
     return "\n".join(lines)
+
+
+def _kind_of(model: type[BaseModel]) -> str:
+    values = _values_of(model.model_fields["kind"].annotation) if "kind" in model.model_fields else []
+    return ", ".join(values) or model.__name__
+
+
+def _values_of(annotation: Any) -> list[str]:
+    """The values of an enumeration, inside lists and options too."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [value for part in get_args(annotation) for value in _values_of(part)]
 
 
 def _shown(value: Any) -> str:

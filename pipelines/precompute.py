@@ -39,6 +39,7 @@ from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
+from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
@@ -90,9 +91,11 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         )
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
+    declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
     overrides = cache.manifest.overrides
     if config.role == "teacher":
-        overrides += check_teacher(cache.manifest.sft, teacher, config.allow, "precompute")
+        sft = declared or cache.manifest.sft
+        overrides += check_teacher(sft, teacher, config.allow, "precompute")
     elif config.role == "self":
         overrides += check_student(cache.manifest.sampler, teacher, config.allow, "precompute")
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
@@ -107,6 +110,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         model=teacher,
         precision=precision,
         tokenizer=found,
+        sft_declared=declared,
         context=context,
         support=support,
         top_k=widest,

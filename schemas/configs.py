@@ -1,18 +1,27 @@
 """What a user can set: one frozen model per stage. Defaults live here and nowhere else."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.contexts import SHIPPED_TEMPLATES
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
+from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
+from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
+from lightopd.schemas.prompts import ContextConfig as ContextConfig
+from lightopd.schemas.prompts import FilePrompts as FilePrompts
+from lightopd.schemas.prompts import PromptRendering as PromptRendering
+from lightopd.schemas.prompts import PromptsConfig as PromptsConfig
+from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
+from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
+from lightopd.schemas.prompts import as_prompts as as_prompts
 
 Allowed = Literal[
     "teacher-mismatch",
@@ -43,152 +52,6 @@ class ModelConfig(StrictModel):
     @classmethod
     def _a_plain_string_is_a_path(cls, value: Any) -> Any:
         return {"path": str(value)} if isinstance(value, str | Path) else value
-
-
-RESERVED_TEMPLATE_OPTIONS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "max_length",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-}
-"""Settings of apply_chat_template that decide what a rendered prompt is; they are not a user's to set."""
-
-ROW_FIELDS = ("prompt", "messages", "answer", "id", "domain", "tools", "chat_template_kwargs")
-"""What is read of a row of prompts."""
-
-RESPONSE_FIELDS = (
-    "response",
-    "responses",
-    "completion",
-    "prompt_ids",
-    "response_ids",
-    "loss_mask",
-    "finish_reason",
-    "reward",
-)
-"""What is read beyond that of a row with responses."""
-
-
-class PromptRendering(StrictModel):
-    """How a prompt becomes token ids; shared by every prompt source."""
-
-    render: Literal["chat", "plain"] = "chat"
-    """`chat` applies the student's chat template; `plain` encodes the text as it is."""
-    template_options: dict[str, JsonValue] = {}
-    """Variables handed to the chat template, such as `enable_thinking: false`."""
-    limit: int | None = Field(None, ge=1)
-    """Use only so many prompts."""
-    skip: int = Field(0, ge=0)
-    """Leave out the first so many prompts; past the end it continues at the first, as rounds do."""
-
-    @field_validator("template_options")
-    @classmethod
-    def _options_are_the_templates_own(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        reserved = sorted(options.keys() & RESERVED_TEMPLATE_OPTIONS)
-        if reserved:
-            raise ValueError(f"{', '.join(reserved)} cannot be set here; give variables of the template only")
-        return options
-
-
-class FilePrompts(PromptRendering):
-    """Prompts from a file, a folder of Hugging Face `datasets`, or a dataset of the hub."""
-
-    kind: Literal["file"] = "file"
-    """Prompts come from a file or a dataset."""
-    path: Path
-    """JSON lines, JSON, CSV, Parquet, a `datasets` folder, a hub id; text, turns, ShareGPT or Alpaca."""
-    columns: dict[str, str] = {}
-    """Columns of other names, by what they hold: `{prompt: question}`; `a.b` reaches inside."""
-    split: str | None = None
-    """Split of a dataset; `train` where none is named. A file has none."""
-    subset: str | None = None
-    """Configuration of a hub dataset, such as `main` of openai/gsm8k."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub dataset."""
-    verifier: str = "exact"
-    """How a response is judged: `exact`, `last_number`, `math_verify`, or a function `pkg.mod:function`."""
-
-    @field_validator("columns")
-    @classmethod
-    def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(columns.keys() - {*ROW_FIELDS, *RESPONSE_FIELDS})
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is nothing that is read of a row; known are {', '.join(ROW_FIELDS)}"
-            )
-        return columns
-
-
-class ReasoningGymPrompts(PromptRendering):
-    """Tasks generated by reasoning-gym, scored by its own verifier."""
-
-    kind: Literal["reasoning_gym"]
-    """Prompts are generated by reasoning-gym (extra `tasks`)."""
-    task: str
-    """Name of the reasoning-gym dataset, such as `basic_arithmetic`."""
-    count: int = Field(1000, ge=1)
-    """Number of tasks."""
-    seed: int = 0
-    """Seed of the generator; another seed gives other tasks."""
-    options: dict[str, JsonValue] = {}
-    """Settings of the reasoning-gym dataset, such as `max_digits: 2`."""
-
-
-class RunningTotalsPrompts(PromptRendering):
-    """The built-in demo task: running totals of a short sum."""
-
-    kind: Literal["running_totals"]
-    """Prompts are sums whose running totals are the answer."""
-    count: int = Field(1000, ge=1)
-    """Number of prompts."""
-    seed: int = 0
-    """Seed of the generator."""
-    split: Literal["train", "heldout"] = "train"
-    """The two splits share no prompt, whatever their seeds."""
-
-
-def as_prompts(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        return {"kind": "file", "path": value}
-    if isinstance(value, dict) and "kind" not in value:
-        return {"kind": "file", **value}
-    return value
-
-
-PromptsConfig = Annotated[
-    FilePrompts | ReasoningGymPrompts | RunningTotalsPrompts, Field(discriminator="kind")
-]
-
-
-class ContextConfig(StrictModel):
-    """Another prompt for the scoring model, over the same response ids."""
-
-    template: str
-    """A shipped template (`privileged`, `answer`, `hint`, `state`, `evidence`) or Jinja text of your own."""
-    prompts: PromptsConfig
-    """Where the rollouts' prompts came from, with the further columns that the template names."""
-    turn: Literal["user", "system"] = "user"
-    """`user` replaces the last user turn; `system` is put in as the first turn of the conversation."""
-
-    _prompts = field_validator("prompts", mode="before")(as_prompts)
-
-    @field_validator("template")
-    @classmethod
-    def _template_is_known_or_jinja(cls, template: str) -> str:
-        if template not in SHIPPED_TEMPLATES and "{{" not in template:
-            raise ValueError(
-                f"no template {template!r}; shipped are {', '.join(SHIPPED_TEMPLATES)}, and a text of your "
-                "own names at least one variable, such as {{ solution }}"
-            )
-        return template
 
 
 class SamplingConfig(StrictModel):
@@ -265,7 +128,8 @@ class RolloutConfig(StageConfig):
     cache: Path
     """Cache folder that is created; `precompute` adds the teacher's signals to it."""
     sft_teacher: str | None = None
-    """Teacher behind the fine-tuning of a student made elsewhere (folder or name): declared, not proven."""
+    """Teacher behind the fine-tuning of a student made elsewhere (folder or name): declared, not proven;
+    `none` claims no such teacher."""
     engine: EngineConfig = HfEngine()
     """What runs the student."""
     sampling: SamplingConfig = SamplingConfig()
@@ -304,6 +168,8 @@ class PrecomputeConfig(StageConfig):
     """Cache folder to take the rollouts from, when it is another; they are copied and checked."""
     teacher: ModelConfig
     """The model that scores; refused unless it is what `role` says."""
+    sft_teacher: str | None = None
+    """Of rollouts that do not say who taught their student, said now, for this signal: as at `rollout`."""
     signal: str = Field("teacher", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the signal; several signals live side by side in one cache."""
     role: Literal["teacher", "self", "reference"] = "teacher"

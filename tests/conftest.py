@@ -1,10 +1,15 @@
 """Shared worlds: tiny models on disk, and a pipeline run once over them."""
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if os.environ.get("LIGHTOPD_TEST_GPU") != "1":
+    # Before torch is imported: the same tests on every machine, and Triton's kernels in its interpreter.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 import pytest
 import torch

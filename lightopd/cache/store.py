@@ -241,7 +241,11 @@ def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
         write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
         return
     existing = read_manifest(path, type(manifest))
-    if existing.fingerprint() != manifest.fingerprint():
+    if existing.fingerprint() == manifest.fingerprint():
+        return
+    if not any(path.parent.rglob("part-*.parquet")):  # of a start that failed: nothing in it is paid for
+        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+    else:
         raise OutputError(
             f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "
             "name another folder, or set these back"

@@ -105,7 +105,7 @@ def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterat
     overridden = {override.allowed for override in signal.overrides}
     try:
         if signal.role == "teacher":
-            check_teacher(manifest.sft, signal.model, overridden, "verify")
+            check_teacher(signal.sft_declared or manifest.sft, signal.model, overridden, "verify")
         if signal.role == "self" and signal.model is not None:
             check_student(manifest.sampler, signal.model, overridden, "verify")
         if signal.tokenizer is not None:

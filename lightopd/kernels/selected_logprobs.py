@@ -8,6 +8,8 @@ The backward pass recomputes the logits tile by tile, so memory beyond the gradi
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
 # M = ids requested per position, S = tail sets, U = slots for the distinct ids among the M (so U = M)
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,22 +17,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.vocabulary_walk import (
-    FLOOR,
-    Inputs,
-    LogitGradient,
-    VocabularySums,
-    Walk,
-    propagate,
-    vocabulary_sums,
-)
+from lightopd.kernels.tile_types import FLOOR, Inputs, LogitGradient, VocabularySums, Walk
+from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
 PADDING_ID = -1
 # Positions and vocabulary entries per tile. On CPU the two buffers of this size stay in the last-level cache
 # between operations, and products this large run at full speed; half or twice a size is within 5 percent.
 CPU_TILE = (1024, 2048)
-# A GPU wants few launches of large products.
-CUDA_TILE = (2048, 16384)
+# A float32 tile of 32 MiB, or of 16 for few positions, fits into the second-level cache of a large GPU, and
+# the product that makes it has enough blocks for every processor.
+CUDA_TILE = (2048, 4096)
+FEW_POSITIONS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,7 @@ def selected_logprobs(
     own_top_k: int = 0,
     chunk_tokens: int | None = None,
     tile_vocab: int | None = None,
+    fused: bool | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of chosen ids, and of the mass outside sets of them, without full logits.
 
@@ -83,18 +81,22 @@ def selected_logprobs(
         own_top_k: how many of the student's own most likely tokens to return, 0 to V.
         chunk_tokens: positions per tile; changes speed and memory, not results.
         tile_vocab: vocabulary entries per tile; changes speed and memory, not results.
+        fused: read each tile once, in a kernel of Triton's, and not in several of torch's; None does so on a
+            GPU where Triton is installed. Not for float64.
 
     Raises:
         ValueError: shapes or dtypes do not fit, a number is out of range, or an id lies outside the
-            vocabulary (the message names its position).
+            vocabulary (the message names its position). A GPU would have to be waited for to know: there
+            the log-probability of such an id is minus infinity.
     """
     if member_NSM is None:
         member_NSM = ids_NM.new_zeros((*ids_NM.shape[:1], 0, *ids_NM.shape[1:]), dtype=torch.bool)
     _check_shapes(hidden_ND, head_VD, ids_NM, member_NSM, bias_V)
-    _check_ids(ids_NM, num_vocab=head_VD.shape[0])
+    if ids_NM.device.type == "cpu":
+        _check_ids(ids_NM, num_vocab=head_VD.shape[0])
     _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
     inputs = Inputs(hidden_ND, head_VD, bias_V)
-    walk = _plan(inputs, softcap, temperature, chunk_tokens, tile_vocab)
+    walk = _plan(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
     requested = _distinct(ids_NM, member_NSM)
     outputs = _SelectedLogprobs.apply(*inputs, walk, requested, own_top_k)  # type: ignore[no-untyped-call]
     logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK = cast(tuple[Tensor, ...], outputs)
@@ -237,9 +239,12 @@ def _plan(
     temperature: float,
     chunk_tokens: int | None,
     tile_vocab: int | None,
+    fused: bool | None,
 ) -> Walk:
     is_cuda = inputs.hidden_ND.is_cuda
     default_chunk, default_tile = CUDA_TILE if is_cuda else CPU_TILE
+    if is_cuda and len(inputs.hidden_ND) <= FEW_POSITIONS:
+        default_chunk //= 2
     dtypes = {tensor.dtype for tensor in inputs if tensor is not None}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     walk = Walk(
@@ -249,6 +254,7 @@ def _plan(
         tile_vocab=default_tile if tile_vocab is None else tile_vocab,
         dtype=dtype,
         operand_dtype=torch.bfloat16 if is_cuda and dtypes == {torch.bfloat16} else dtype,
+        is_fused=dtype == torch.float32 and (is_cuda and has_triton() if fused is None else fused),
     )
     _check_range("chunk_tokens", walk.chunk_tokens, 1)
     _check_range("tile_vocab", walk.tile_vocab, 1)
@@ -256,6 +262,12 @@ def _plan(
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, found {value}")
     return walk
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch for CUDA brings it on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check_range(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -1,10 +1,11 @@
 """Walks [N, V] logits in tiles of [C, T], forward and backward, and never holds more than a few tiles.
 
-The tokens requested at a position are kept apart from all others, and running sums cover the others only. The
+The requested tokens of a position are kept apart from all others, and running sums cover the others only. The
 mass outside a set of requested tokens is then a sum of positive terms and never `1 - sum`, so a tail of 1e-12
 is as exact as one of 0.5. The vocabulary is the outer loop and the positions are the inner one: a tile of the
-head is read and converted once per pass, and its gradient is complete, in float32, before the next tile
-begins.
+head is read and converted once per pass, and its gradient is complete, in float32, before the next begins.
+
+What is done with one tile stands twice, in `plain_tiles` and, for a GPU, in `fused_tiles`.
 """
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
@@ -12,73 +13,15 @@ begins.
 # C = positions in one chunk, T = tokens in one tile
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Stand-ins for minus infinity that stay finite, so that 0 * value is 0 and not NaN. Inside a tile the logits
-# of requested tokens are sunk to SUNK; a running maximum starts at FLOOR, so exp(SUNK - maximum) is 0 even
-# where every token was requested.
-SUNK = -1e30
-FLOOR = -1e20
+from lightopd.kernels import plain_tiles
+from lightopd.kernels.tile_types import FLOOR, Gradients, Inputs, LogitGradient, VocabularySums, Walk
 
-
-class Inputs(NamedTuple):
-    """What the logits are made of."""
-
-    hidden_ND: Tensor
-    weight_VD: Tensor
-    bias_V: Tensor | None
-
-
-class Walk(NamedTuple):
-    """How the logits are made, and in which pieces.
-
-    logits = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature, in `dtype`; the factors of
-    each matrix product are held in `operand_dtype`.
-    """
-
-    softcap: float | None
-    temperature: float
-    chunk_tokens: int
-    tile_vocab: int
-    dtype: torch.dtype
-    operand_dtype: torch.dtype
-
-
-class VocabularySums(NamedTuple):
-    """Sums over the tokens that were not requested, and the logits of those that were.
-
-    sum_N adds up exp(z - max_N) and moment_N adds up exp(z - max_N) * (z - max_N). An empty sum leaves max_N
-    at FLOOR. requested_NU is minus infinity in slots without a token.
-    """
-
-    max_N: Tensor
-    sum_N: Tensor
-    moment_N: Tensor
-    requested_NU: Tensor
-    top_ids_NK: Tensor
-    top_logits_NK: Tensor
-
-
-class LogitGradient(NamedTuple):
-    """Gradient of the loss by every logit, in closed form.
-
-    It is scale_N * exp(z - max_N) for a token that was not requested and requested_NU for one that was.
-    """
-
-    max_N: Tensor
-    scale_N: Tensor
-    requested_NU: Tensor
-
-
-class Gradients(NamedTuple):
-    """Gradients by the three inputs; None where nobody needs one."""
-
-    hidden_ND: Tensor | None
-    weight_VD: Tensor | None
-    bias_V: Tensor | None
+ROUNDED_AT_ONCE = 1 << 21
+"""Sums that are rounded together."""
 
 
 def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
@@ -90,21 +33,20 @@ def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) 
         walk: form of the logits and size of the pieces.
         own_top_k: how many of the largest logits to keep at each position, 0 for none.
     """
-    sums = _empty_sums(inputs.hidden_ND, ids_NU, walk, own_top_k)
-    logits_buffer, exp_buffer = _tile_buffer(inputs, walk), _tile_buffer(inputs, walk)
-    for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
-        weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
-        for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens):
-            logits_CT = _tile_logits(inputs.hidden_ND[rows], weight_TD, bias_T, walk, logits_buffer)
-            part = VocabularySums(*(field[rows] for field in sums))
-            if own_top_k:
-                _merge_top_k(part, logits_CT, tile.start)
-            column_CU, is_inside_CU = _locate(ids_NU[rows], tile)
-            torch.where(
-                is_inside_CU, logits_CT.gather(1, column_CU), part.requested_NU, out=part.requested_NU
-            )
-            _sink(logits_CT, column_CU, is_inside_CU)
-            _absorb(part, logits_CT, exp_buffer)
+    ids_NU = ids_NU.contiguous()
+    sums = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k)
+    buffer = _tile_buffer(inputs, walk)
+    exp_buffer = None if walk.is_fused else _tile_buffer(inputs, walk)
+    chunks = [
+        (inputs.hidden_ND[rows], ids_NU[rows], VocabularySums(*(field[rows] for field in sums)))
+        for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
+    ]
+    with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
+        for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
+            weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
+            for hidden_CD, ids_CU, part in chunks:
+                products_CT = _products(hidden_CD, weight_TD, walk, buffer)
+                _absorb(part, products_CT, bias_T, ids_CU, tile.start, walk, exp_buffer)
     return sums
 
 
@@ -122,21 +64,60 @@ def propagate(
 
     Sums over positions and over the vocabulary are kept in `walk.dtype` and rounded once, at the end.
     """
+    ids_NU = ids_NU.contiguous()
     totals = _empty_gradients(inputs, walk, wanted)
     buffer = _tile_buffer(inputs, walk)
-    for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
-        weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
-        sums = _tile_sums(totals, tile, walk)
-        for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens):
-            hidden_CD = inputs.hidden_ND[rows]
-            grad_CT = _tile_logits(hidden_CD, weight_TD, bias_T, walk, buffer)
-            part = LogitGradient(*(field[rows] for field in gradient))
-            _turn_into_gradient(grad_CT, part, walk, *_locate(ids_NU[rows], tile))
-            _add_products(sums, grad_CT, hidden_CD, weight_TD, rows, walk)
-        _store_tile(totals, sums, tile)
+    chunks = [
+        (rows, inputs.hidden_ND[rows], ids_NU[rows], LogitGradient(*(field[rows] for field in gradient)))
+        for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
+    ]
+    with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
+        for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
+            weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
+            sums = _tile_sums(totals, tile, walk)
+            for rows, hidden_CD, ids_CU, part in chunks:
+                products_CT = _products(hidden_CD, weight_TD, walk, buffer)
+                grad_CT = _gradient(products_CT, bias_T, part, ids_CU, tile.start, walk)
+                _add_products(sums, grad_CT, hidden_CD, weight_TD, rows, walk)
+            _store_tile(totals, sums, tile)
+            del sums  # before the next tile's are made
     if totals.hidden_ND is None:
         return totals
-    return totals._replace(hidden_ND=totals.hidden_ND.to(inputs.hidden_ND.dtype))
+    return totals._replace(hidden_ND=_rounded(totals.hidden_ND, inputs.hidden_ND.dtype))
+
+
+def _absorb(
+    part: VocabularySums,
+    products_CT: Tensor,
+    bias_T: Tensor | None,
+    ids_CU: Tensor,
+    start: int,
+    walk: Walk,
+    exp_buffer: Tensor | None,
+) -> None:
+    own_top_k = part.top_logits_NK.shape[1]
+    if own_top_k or exp_buffer is not None:
+        plain_tiles.finish_logits(products_CT, bias_T, walk)
+        bias_T, walk = None, walk._replace(softcap=None, temperature=1.0)
+    if own_top_k:
+        plain_tiles.merge_top_k(part, products_CT, start)
+    if exp_buffer is not None:
+        plain_tiles.absorb(part, products_CT, ids_CU, start, exp_buffer)
+        return
+    from lightopd.kernels import fused_tiles
+
+    fused_tiles.absorb(part, products_CT, bias_T, ids_CU, start, walk)
+
+
+def _gradient(
+    products_CT: Tensor, bias_T: Tensor | None, part: LogitGradient, ids_CU: Tensor, start: int, walk: Walk
+) -> Tensor:
+    if not walk.is_fused:
+        plain_tiles.finish_logits(products_CT, bias_T, walk)
+        return plain_tiles.turn_into_gradient(products_CT, part, ids_CU, start, walk)
+    from lightopd.kernels import fused_tiles
+
+    return fused_tiles.turn_into_gradient(products_CT, bias_T, part, ids_CU, start, walk)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -151,11 +132,7 @@ def _tile_buffer(inputs: Inputs, walk: Walk) -> Tensor:
     return inputs.hidden_ND.new_empty(num_rows * num_columns, dtype=walk.dtype)
 
 
-def _view_of(buffer: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    return buffer[: num_rows * num_columns].view(num_rows, num_columns)
-
-
-def _empty_sums(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
+def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
     num_positions = hidden_ND.shape[0]
 
     def filled(value: float, *shape: int) -> Tensor:
@@ -172,25 +149,19 @@ def _empty_sums(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -
 
 
 def _tile_of_head(inputs: Inputs, tile: slice, walk: Walk) -> tuple[Tensor, Tensor | None]:
-    bias_T = None if inputs.bias_V is None else inputs.bias_V[tile]
+    bias_T = None if inputs.bias_V is None else inputs.bias_V[tile].contiguous()
     return inputs.weight_VD[tile].to(walk.operand_dtype), bias_T
 
 
-def _tile_logits(
-    hidden_CD: Tensor, weight_TD: Tensor, bias_T: Tensor | None, walk: Walk, buffer: Tensor
-) -> Tensor:
-    logits_CT = _view_of(buffer, hidden_CD.shape[0], weight_TD.shape[0])
+def _products(hidden_CD: Tensor, weight_TD: Tensor, walk: Walk, buffer: Tensor) -> Tensor:
+    """hidden @ weight.T in `walk.dtype`, in the buffer."""
+    shape = (hidden_CD.shape[0], weight_TD.shape[0])
+    products_CT = buffer[: shape[0] * shape[1]].view(shape)
     if walk.operand_dtype == walk.dtype:
-        torch.mm(hidden_CD.to(walk.dtype), weight_TD.t(), out=logits_CT)
+        torch.mm(hidden_CD.to(walk.dtype), weight_TD.t(), out=products_CT)
     else:
-        logits_CT.copy_(torch.mm(hidden_CD, weight_TD.t(), out_dtype=walk.dtype))
-    if bias_T is not None:
-        logits_CT.add_(bias_T)
-    if walk.softcap is not None:
-        logits_CT.div_(walk.softcap).tanh_().mul_(walk.softcap)
-    if walk.temperature != 1.0:
-        logits_CT.div_(walk.temperature)
-    return logits_CT
+        torch.mm(hidden_CD, weight_TD.t(), out_dtype=walk.dtype, out=products_CT)
+    return products_CT
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor, walk: Walk) -> None:
@@ -199,63 +170,16 @@ def _add_product(sums: Tensor, left: Tensor, right: Tensor, walk: Walk) -> None:
     if walk.operand_dtype == walk.dtype:
         sums.addmm_(left, right)
     else:
-        sums.add_(torch.mm(left, right, out_dtype=walk.dtype))
-
-
-def _locate(ids_CU: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """Column of each id within the tile, or some valid column with False where it lies elsewhere."""
-    is_inside_CU = (ids_CU >= tile.start) & (ids_CU < tile.stop)
-    return (ids_CU - tile.start).clamp_(0, tile.stop - tile.start - 1), is_inside_CU
-
-
-def _sink(logits_CT: Tensor, column_CU: Tensor, is_inside_CU: Tensor) -> None:
-    """Take requested tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
-    logits_CT.scatter_add_(1, column_CU, is_inside_CU.to(logits_CT.dtype) * SUNK)
-
-
-def _absorb(part: VocabularySums, logits_CT: Tensor, exp_buffer: Tensor) -> None:
-    """Add a tile to the running sums of its rows; the tile is spent afterwards."""
-    max_C = torch.maximum(part.max_N, logits_CT.amax(1))
-    logits_CT.sub_(max_C[:, None])
-    exp_CT = torch.exp(logits_CT, out=_view_of(exp_buffer, *logits_CT.shape))
-    shift_C = part.max_N - max_C
-    scale_C = shift_C.exp()
-    part.moment_N.addcmul_(part.sum_N, shift_C).mul_(scale_C).add_(torch.linalg.vecdot(exp_CT, logits_CT))
-    part.sum_N.mul_(scale_C).add_(exp_CT.sum(1))
-    part.max_N.copy_(max_C)
-
-
-def _merge_top_k(part: VocabularySums, logits_CT: Tensor, start: int) -> None:
-    own_top_k = part.top_logits_NK.shape[1]
-    logits_CK, column_CK = logits_CT.topk(min(own_top_k, logits_CT.shape[1]))
-    candidates = torch.cat([part.top_logits_NK, logits_CK], dim=1)
-    candidate_ids = torch.cat([part.top_ids_NK, column_CK + start], dim=1)
-    best, place = candidates.topk(own_top_k)
-    part.top_logits_NK.copy_(best)
-    part.top_ids_NK.copy_(candidate_ids.gather(1, place))
-
-
-def _turn_into_gradient(
-    logits_CT: Tensor, part: LogitGradient, walk: Walk, column_CU: Tensor, is_inside_CU: Tensor
-) -> None:
-    """Overwrite a tile's logits with the loss gradient by hidden @ weight.T + bias."""
-    slope_CT = None
-    if walk.softcap is not None:
-        slope_CT = 1 - (logits_CT * (walk.temperature / walk.softcap)).square_()
-    _sink(logits_CT, column_CU, is_inside_CU)
-    logits_CT.sub_(part.max_N[:, None]).exp_().mul_(part.scale_N[:, None])
-    logits_CT.scatter_add_(1, column_CU, torch.where(is_inside_CU, part.requested_NU, 0.0))
-    if slope_CT is not None:
-        logits_CT.mul_(slope_CT)
-    if walk.temperature != 1.0:
-        logits_CT.div_(walk.temperature)
+        torch.addmm(sums, left, right, out_dtype=walk.dtype, out=sums)
 
 
 def _empty_gradients(inputs: Inputs, walk: Walk, wanted: tuple[bool, bool, bool]) -> Gradients:
     """Sums for hidden, which grow with every tile; uninitialised room for the others, stored tile by tile."""
     hidden_ND, weight_VD, bias_V = inputs
     return Gradients(
-        hidden_ND=torch.zeros_like(hidden_ND, dtype=walk.dtype) if wanted[0] else None,
+        hidden_ND=torch.zeros(hidden_ND.shape, dtype=walk.dtype, device=hidden_ND.device)
+        if wanted[0]
+        else None,
         weight_VD=torch.empty_like(weight_VD) if wanted[1] else None,
         bias_V=torch.empty_like(bias_V) if wanted[2] and bias_V is not None else None,
     )
@@ -282,7 +206,7 @@ def _add_products(
     if sums.weight_VD is not None:
         _add_product(sums.weight_VD, grad_CT.t(), hidden_CD, walk)
     if sums.bias_V is not None:
-        sums.bias_V.add_(grad_CT.sum(0))
+        sums.bias_V.add_(grad_CT.sum(0, dtype=walk.dtype))
 
 
 def _store_tile(totals: Gradients, sums: Gradients, tile: slice) -> None:
@@ -290,3 +214,14 @@ def _store_tile(totals: Gradients, sums: Gradients, tile: slice) -> None:
     for total, part in ((totals.weight_VD, sums.weight_VD), (totals.bias_V, sums.bias_V)):
         if total is not None and part is not None and total.dtype != part.dtype:
             total[tile] = part
+
+
+def _rounded(sums_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums in a narrower dtype, in the front of their own memory: a second tensor would be the peak."""
+    if sums_ND.dtype == dtype:
+        return sums_ND
+    wide = sums_ND.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    for piece in _slices(len(wide), ROUNDED_AT_ONCE):
+        narrow[piece] = wide[piece].to(dtype)
+    return narrow.view(sums_ND.shape)

@@ -33,8 +33,8 @@ def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str
     Args:
         config: the objective.
         state: before the step.
-        metrics: reduced over the whole step: `entropy` (mean token entropy of the student, nats; of held-out
-            rollouts where they are measured) and `TERM/loss` of each term.
+        metrics: reduced over the whole step: `entropy` (mean token entropy of the student on the
+            trained tokens, nats) and `TERM/loss` of each term.
     """
     steps = state.steps + 1
     rung, since = state.rung, state.rung_since

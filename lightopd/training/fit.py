@@ -56,9 +56,9 @@ from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
-from lightopd.training.student.forward import prepare_student
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
+from lightopd.training.student.training_mode import prepare_student
 from lightopd.training.trainer import quiet_libraries, run_trainer
 from lightopd.training.warm_start import optimizer_state_hash, start_after
 

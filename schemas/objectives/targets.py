@@ -140,7 +140,8 @@ class DivergenceTarget(TargetConfig):
     temperature: float = Field(1.0, gt=0)
     """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
     element_clip: float | None = Field(None, gt=0)
-    """Largest contribution of one outcome, in nats."""
+    """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the minimum
+    would lie away from the teacher."""
     route: Literal["loss", "advantage"] = "loss"
     """`advantage` is refused: a divergence over a support is no score of the sampled token."""
 

@@ -174,7 +174,7 @@ class MarginSelection(StrictModel):
     delta: float = 0.4
     """Wanted gap in nats per token."""
     min_kept: float = Field(0.25, gt=0, le=1)
-    """Share of a group that is always kept."""
+    """Share of each outcome of a group that is always kept, rounded down, and one rollout at least."""
 
 
 class OutcomeBalanceSelection(StrictModel):
@@ -248,7 +248,8 @@ class LengthCurriculum(StrictModel):
     every: int = Field(25, ge=1)
     """Steps on a rung before the next is considered."""
     min_entropy: float = Field(0.0, ge=0)
-    """The next rung needs at least this mean token entropy in nats; the paper's value is not known."""
+    """The next rung needs at least this mean token entropy in nats on the step's trained tokens; the paper reads
+    held-out rollouts, and its value is not known."""
 
     @model_validator(mode="after")
     def _rising(self) -> "LengthCurriculum":

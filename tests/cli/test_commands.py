@@ -17,6 +17,7 @@ import typer
 from tiny_models import save_model
 
 from lightopd.cli.main import app
+from lightopd.cli.output import show_table
 from lightopd.errors import OutputError
 from lightopd.pipelines.shared.run_folder import writing
 from lightopd.stopping import Terminated, sigterm_raises
@@ -256,3 +257,40 @@ def test_a_student_of_another_run_is_refused_with_exit_code_4(lightopd, world, t
     code, _, err = lightopd("train", "--cache", world.cache, "--student", other, "--out", tmp_path / "o")
     assert code == 4
     assert "--allow student-mismatch" in err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_answers_to_h(lightopd, command):
+    code, out, _ = lightopd(*command.split(), "-h")
+    assert code == 0
+    assert "-h, --help" in out
+
+
+def test_completion_can_be_installed(lightopd):
+    assert "--install-completion" in lightopd("--help")[1]
+
+
+def test_a_table_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "50")
+    show_table(["id", "text", "n"], [{"id": "a" * 40, "text": "b" * 55, "n": 3}])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 50
+    assert lines[-1].endswith("3")
+
+
+def test_python_started_in_a_clone_finds_all_four_folders(tmp_path):
+    shutil.copytree(ROOT / "lightopd", tmp_path / "lightopd", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("schemas", "cli", "pipelines"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    code = "import lightopd.cli.main, lightopd.schemas; print(lightopd.schemas.__file__)"
+    packages = [path for path in sys.path if "site-packages" in path]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {packages!r}; {code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(tmp_path / "schemas" / "__init__.py"), done.stderr

@@ -39,7 +39,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "absolute_gap", *fil
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The source as a repository has it, importable as `lightopd` from its root."""
-    ignored = shutil.ignore_patterns("__pycache__", "models")
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
     for folder in (*FOLDERS, "docs", *TESTED):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for folder in ("schemas", "pipelines"):

@@ -2,147 +2,26 @@
 
 # N = positions, D = hidden size, V = vocabulary, M = ids requested per position, S = tail sets, K = own top-k
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
+from kernel_cases import (
+    LargestTensor,
+    Outcome,
+    assert_agrees,
+    dense_logprobs,
+    dense_selected,
+    kernel_selected,
+    make_case,
+    ours,
+    outcome,
+    reference,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lightopd.kernels.selected_logprobs import TokenLogprobs, selected_logprobs
-from lightopd.kernels.vocabulary_walk import Inputs, LogitGradient, Walk, propagate, vocabulary_sums
+from lightopd.kernels.tile_types import Inputs, LogitGradient, Walk
+from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
-
-class Case(NamedTuple):
-    hidden_ND: Tensor
-    head_VD: Tensor
-    ids_NM: Tensor
-    member_NSM: Tensor
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    temperature: float = 1.0
-
-
-class Outcome(NamedTuple):
-    """Values in float64, then gradients of one fixed weighted sum of log-probabilities and tails."""
-
-    logprobs_NM: Tensor
-    tail_logprobs_NS: Tensor
-    logsumexp_N: Tensor
-    entropy_N: Tensor
-    grad_hidden_ND: Tensor
-    grad_head_VD: Tensor
-    grad_bias_V: Tensor
-
-
-def make_case(
-    seed: int = 0,
-    shape: tuple[int, int, int, int, int] = (13, 8, 37, 5, 2),
-    dtype: torch.dtype = torch.float32,
-    with_bias: bool = False,
-    **options: Any,
-) -> Case:
-    """Ids repeat often (at most eight distinct ones a row) and about one in eight is padding."""
-    num_positions, num_hidden, num_vocab, num_requested, num_sets = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
-
-    start_N1 = torch.randint(0, num_vocab, (num_positions, 1), generator=generator)
-    ids_NM = torch.randint(0, 8, (num_positions, num_requested), generator=generator) + start_N1
-    ids_NM = ids_NM.remainder(num_vocab)
-    ids_NM[torch.rand(num_positions, num_requested, generator=generator) < 0.125] = -1
-    member_NSM = torch.rand(num_positions, num_sets, num_requested, generator=generator) < 0.5
-    bias_V = normal(num_vocab) if with_bias else None
-    return Case(
-        normal(num_positions, num_hidden) / 2,
-        normal(num_vocab, num_hidden),
-        ids_NM,
-        member_NSM,
-        bias_V,
-        **options,
-    )
-
-
-def dense_logprobs(case: Case) -> tuple[Tensor, Tensor]:
-    """Log-softmax over the whole vocabulary, and the logits it came from."""
-    logits_NV = case.hidden_ND @ case.head_VD.T
-    if case.bias_V is not None:
-        logits_NV = logits_NV + case.bias_V
-    if case.softcap is not None:
-        logits_NV = case.softcap * torch.tanh(logits_NV / case.softcap)
-    logits_NV = logits_NV / case.temperature
-    return logits_NV.log_softmax(-1), logits_NV
-
-
-def dense_selected(case: Case) -> TokenLogprobs:
-    logprobs_NV, logits_NV = dense_logprobs(case)
-    is_padding_NM = case.ids_NM < 0
-    logprobs_NM = logprobs_NV.gather(1, case.ids_NM.clamp(min=0)).masked_fill(is_padding_NM, 0.0)
-    in_set_NSV = torch.zeros(*case.member_NSM.shape[:2], logits_NV.shape[1], dtype=torch.bool)
-    for n, s, m in case.member_NSM.nonzero().tolist():
-        if case.ids_NM[n, m] >= 0:
-            in_set_NSV[n, s, case.ids_NM[n, m]] = True
-    tail_NS = logprobs_NV[:, None].expand(in_set_NSV.shape).masked_fill(in_set_NSV, -torch.inf).logsumexp(-1)
-    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return TokenLogprobs(logprobs_NM, tail_NS, logits_NV.logsumexp(-1), entropy_N, None, None)
-
-
-def kernel_selected(case: Case, **sizes: int) -> TokenLogprobs:
-    hidden_ND, head_VD, ids_NM, *options = case
-    names = ("member_NSM", "bias_V", "softcap", "temperature")
-    return selected_logprobs(hidden_ND, head_VD, ids_NM, **dict(zip(names, options, strict=True)), **sizes)
-
-
-def outcome(case: Case, compute: Any, **sizes: int) -> Outcome:
-    """Run `compute` on fresh leaves and differentiate it with weights that depend on the shapes only."""
-    leaves = [t.detach().clone().requires_grad_() for t in (case.hidden_ND, case.head_VD)]
-    bias_V = torch.zeros_like(leaves[1][:, 0]) if case.bias_V is None else case.bias_V.detach().clone()
-    leaves.append(bias_V.requires_grad_())
-    live = case._replace(hidden_ND=leaves[0], head_VD=leaves[1], bias_V=leaves[2])
-    selected = compute(live, **sizes)
-    generator = torch.Generator().manual_seed(99)
-    loss = leaves[0].sum() * 0
-    for value in (selected.logprobs_NM, selected.tail_logprobs_NS):
-        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (value * weight.to(value.dtype)).sum()
-    grads = torch.autograd.grad(loss, leaves)
-    values = (selected.logprobs_NM, selected.tail_logprobs_NS, selected.logsumexp_N, selected.entropy_N)
-    return Outcome(*(tensor.detach().double() for tensor in (*values, *grads)))
-
-
-def reference(case: Case) -> Outcome:
-    doubled = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case]
-    return outcome(Case(*doubled), dense_selected)
-
-
-def assert_agrees(ours: Outcome, wanted: Outcome, tolerance: float) -> None:
-    """Every error is below the tolerance times the largest value of its tensor, or times 1 if more."""
-    for name, found, expected in zip(Outcome._fields, ours, wanted, strict=True):
-        assert found.shape == expected.shape, name
-        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-        torch.testing.assert_close(
-            found, expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation: the most elements in any result, and the number of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_elements = 0
-        self.num_products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.num_elements = max(self.num_elements, *sizes, 0)
-        self.num_products += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
-        return result
-
+pytestmark = pytest.mark.usefixtures("path")
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 SHAPES = [
@@ -171,8 +50,8 @@ def test_values_and_gradients_equal_the_dense_reference(shape, dtype, sizes):
 def test_bias_softcap_and_temperature_equal_the_dense_reference(with_bias, softcap, temperature, dtype):
     options = {"softcap": softcap, "temperature": temperature}
     case = make_case(seed=1, dtype=dtype, with_bias=with_bias, **options)
-    ours = outcome(case, kernel_selected, chunk_tokens=5, tile_vocab=16)
-    assert_agrees(ours, reference(case), TOLERANCE[dtype])
+    found = outcome(case, kernel_selected, chunk_tokens=5, tile_vocab=16)
+    assert_agrees(found, reference(case), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 13, 1000])
@@ -201,7 +80,7 @@ def test_hand_computed_values():
     head_VD = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()[:, None].requires_grad_()
     ids_NM = torch.tensor([[3, 1, 3]])
     member_NSM = torch.tensor([[[True, True, True], [False, True, False]]])
-    selected = selected_logprobs(torch.ones(1, 1), head_VD, ids_NM, member_NSM=member_NSM)
+    selected = ours(torch.ones(1, 1), head_VD, ids_NM, member_NSM=member_NSM)
     torch.testing.assert_close(selected.logprobs_NM.exp(), torch.tensor([[0.4, 0.2, 0.4]]))
     torch.testing.assert_close(selected.tail_logprobs_NS.exp(), torch.tensor([[0.4, 0.8]]))
     torch.testing.assert_close(selected.logsumexp_N, torch.tensor([10.0]).log())
@@ -218,7 +97,7 @@ def test_padding_is_zero_with_zero_gradient_and_in_no_set():
     assert (padded.logprobs_NM[:, 3:] == 0).all()
     assert torch.equal(padded.tail_logprobs_NS, kernel_selected(case).tail_logprobs_NS)
     hidden_ND = case.hidden_ND.clone().requires_grad_()
-    selected_logprobs(hidden_ND, case.head_VD, padded_NM).logprobs_NM[:, 3:].sum().backward()
+    ours(hidden_ND, case.head_VD, padded_NM).logprobs_NM[:, 3:].sum().backward()
     assert (hidden_ND.grad == 0).all()
 
 
@@ -233,10 +112,10 @@ def test_tiny_tails_keep_their_value_and_gradient(gap):
     case.head_VD[:] *= 0.1
     for n, token in enumerate(case.ids_NM[:, 0].tolist()):
         case.head_VD[token, n] += gap + 5.0
-    ours, wanted = outcome(case, kernel_selected, tile_vocab=8), reference(case)
+    found, wanted = outcome(case, kernel_selected, tile_vocab=8), reference(case)
     assert wanted.tail_logprobs_NS.max() < -gap
-    assert_agrees(ours, wanted, 1e-6)
-    torch.testing.assert_close(ours.tail_logprobs_NS, wanted.tail_logprobs_NS, rtol=1e-6, atol=0)
+    assert_agrees(found, wanted, 1e-6)
+    torch.testing.assert_close(found.tail_logprobs_NS, wanted.tail_logprobs_NS, rtol=1e-6, atol=0)
 
 
 def test_a_set_that_holds_the_whole_vocabulary_has_no_tail_and_no_gradient():
@@ -245,7 +124,7 @@ def test_a_set_that_holds_the_whole_vocabulary_has_no_tail_and_no_gradient():
     ids_NM = torch.arange(9).flip(0).expand(2, 9)
     member_NSM = torch.ones(2, 1, 9, dtype=torch.bool)
     member_NSM[1, 0, 4] = False
-    selected = selected_logprobs(hidden_ND, head_VD, ids_NM, member_NSM=member_NSM, tile_vocab=4)
+    selected = ours(hidden_ND, head_VD, ids_NM, member_NSM=member_NSM, tile_vocab=4)
     assert selected.tail_logprobs_NS[0, 0] == -torch.inf
     torch.testing.assert_close(selected.tail_logprobs_NS[1, 0], selected.logprobs_NM[1, 4])
     torch.testing.assert_close(selected.logprobs_NM.exp().sum(1), torch.ones(2))
@@ -262,9 +141,9 @@ def test_large_logits_lose_nothing_to_the_size_of_the_normaliser():
     # Multiples of 1/8 below 2048 are exact in float32, so an error could only come from the normaliser.
     case = make_case(seed=8)._replace(bias_V=torch.full((37,), 1024.0))
     raised = case._replace(hidden_ND=(case.hidden_ND * 8).round() / 8, head_VD=(case.head_VD * 2).round())
-    ours, wanted = outcome(raised, kernel_selected, tile_vocab=8), reference(raised)
+    found, wanted = outcome(raised, kernel_selected, tile_vocab=8), reference(raised)
     assert wanted.logsumexp_N.min() > 1024
-    assert_agrees(ours._replace(logsumexp_N=wanted.logsumexp_N), wanted, 1e-6)
+    assert_agrees(found._replace(logsumexp_N=wanted.logsumexp_N), wanted, 1e-6)
 
 
 def test_inputs_need_not_be_contiguous():
@@ -290,18 +169,18 @@ def test_a_tied_head_receives_both_gradients():
 def test_half_precision_inputs_cost_only_the_rounding_of_the_gradients(dtype, half_ulp):
     # Products are float32 products of the rounded inputs, so values are as exact as for float32 inputs.
     case = make_case(seed=10, shape=(64, 32, 200, 9, 2), dtype=dtype, with_bias=True)
-    ours, wanted = outcome(case, kernel_selected, chunk_tokens=16, tile_vocab=64), reference(case)
-    assert_agrees(Outcome(*ours[:4], *wanted[4:]), wanted, 1e-6)
-    for found, expected in zip(ours[4:], wanted[4:], strict=True):
-        torch.testing.assert_close(found, expected, rtol=half_ulp, atol=1e-5)
+    found, wanted = outcome(case, kernel_selected, chunk_tokens=16, tile_vocab=64), reference(case)
+    assert_agrees(Outcome(*found[:4], *wanted[4:]), wanted, 1e-6)
+    for gradient, expected in zip(found[4:], wanted[4:], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=half_ulp, atol=1e-5)
 
 
 def test_autocast_changes_nothing():
     case = make_case(seed=11)
     wanted = outcome(case, kernel_selected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = outcome(case, kernel_selected)
-    assert_agrees(ours, wanted, 0.0)
+        found = outcome(case, kernel_selected)
+    assert_agrees(found, wanted, 0.0)
 
 
 @pytest.mark.parametrize("own_top_k", [1, 5, 37])

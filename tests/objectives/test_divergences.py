@@ -180,8 +180,17 @@ def test_an_element_clip_bounds_each_outcome_and_stops_its_gradient():
     outcomes = on_support(teacher_NV, student_NV, 11)
     terms_V = outcomes.teacher_NM.exp() * (outcomes.teacher_NM - outcomes.student_NM)
     found = token_divergence(target("forward_kl", element_clip=0.05), outcomes)
-    assert found.item() == pytest.approx(terms_V.clamp(max=0.05).sum().item(), abs=1e-12)
+    assert found.item() == pytest.approx(terms_V.clamp(0, 0.05).sum().item(), abs=1e-12)
     assert (terms_V > 0.05).any()
+
+
+def test_an_element_clip_is_least_at_the_teacher():
+    teacher_NV = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+    config = target("forward_kl", element_clip=0.05)
+    students = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.99, 0.01], [0.5, 0.5]], dtype=torch.float64).log()
+    found = [token_divergence(config, on_support(teacher_NV, one[None], 2)).item() for one in students]
+    assert found[0] == pytest.approx(0, abs=1e-12)
+    assert min(found[1:]) > 0.01
 
 
 def test_a_teacher_tail_lost_to_rounding_leaves_value_and_gradient_finite():

@@ -98,6 +98,34 @@ def test_perplexity_weights_have_mean_one_and_favour_the_side_asked_for():
         assert found[2] == 0
 
 
+EMPTY = (
+    ({"advantage": [{"kind": "margin", "delta": 0.4}]}, "main/margin"),
+    ({"rollout_weights": [{"kind": "perplexity", "of": "teacher"}]}, "main/weight"),
+    ({"rollout_weights": [{"kind": "contrast"}]}, "main/weight"),
+    ({"rollout_weights": [{"kind": "perplexity"}], "rows": "correct", "average_over": "rows"}, "main/weight"),
+)
+
+
+@pytest.mark.parametrize(("keys", "name"), EMPTY)
+def test_a_rollout_without_a_trained_token_does_not_enter_group_statistics(keys, name):
+    view = cache([0.1, 0.3, -2.0, 0.2], [1, 0, 1, 1], [1] * 4, negative=[0.0, 0.1, 0.2, 0.3])
+    mask_N = view.loss_mask_N.copy()
+    mask_N[4:6] = False
+    without = cache([0.1, 0.3, 0.2], [1, 0, 1], [1] * 3, negative=[0.0, 0.1, 0.3])
+    config = objective(target=PLAIN, **keys)
+    found = column(config, replace(view, loss_mask_N=mask_N), name)
+    assert [found[row] for row in (0, 1, 3)] == pytest.approx(column(config, without, name), abs=1e-6)
+    assert found[2] == 0
+
+
+def test_the_greedy_mask_does_not_compare_rollouts_without_a_trained_token():
+    view = cache([0.0, 1.0, 0.9, 0.2, -9.0], [1, 1, 0, 0, 1], [1] * 5)
+    mask_N = view.loss_mask_N.copy()
+    mask_N[8:10] = False
+    config = objective(target=PLAIN, select=[{"kind": "margin", "delta": 0.4}])
+    assert kept(config, replace(view, loss_mask_N=mask_N)) == [1, 2, 3, 4]
+
+
 def test_perplexity_weights_are_equal_at_a_large_tau():
     config = objective(target=PLAIN, rollout_weights=[{"kind": "perplexity", "of": "teacher", "tau": 1e9}])
     assert column(config, cache([0.0, -3.0], [1, 1], [1, 1]), "main/weight") == pytest.approx([1, 1])
@@ -135,11 +163,13 @@ def test_the_greedy_mask_drops_what_opens_the_gap_most_until_it_is_there():
         assert kept(objective(target=PLAIN, select=[selection]), view) == rows
 
 
-def test_the_greedy_mask_keeps_its_share_and_one_rollout_of_each_outcome():
-    view = cache([0.0, 0.1, 0.9, 0.8], [1, 1, 0, 0], [1] * 4)
-    for least, rows in ((0.75, [0, 1, 3]), (0.25, [1, 3])):
-        selection = {"kind": "margin", "delta": 5.0, "min_kept": least}
-        assert len(kept(objective(target=PLAIN, select=[selection]), view)) == len(rows)
+@pytest.mark.parametrize(("least", "numbers"), [(0.25, (1, 1)), (0.5, (3, 1)), (0.99, (5, 1))])
+def test_the_greedy_mask_keeps_its_share_of_each_outcome_and_one_rollout(least, numbers):
+    """max(1, floor(min_kept n)) of six correct and two incorrect rollouts."""
+    view = cache([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 0.8], [1] * 6 + [0] * 2, [1] * 8)
+    selection = {"kind": "margin", "delta": 5.0, "min_kept": least}
+    rows = kept(objective(target=PLAIN, select=[selection]), view)
+    assert (sum(row < 6 for row in rows), sum(row >= 6 for row in rows)) == numbers
 
 
 def test_balance_drops_the_excess_by_id_whatever_the_order():

@@ -143,9 +143,10 @@ def test_a_cache_with_everything_lacks_nothing():
         assert missing(method.objective, facts(everything, *columns)) == []
 
 
-def test_a_factor_without_a_baseline_warns_with_the_reason():
-    (line,) = warnings_of(recipe("exopd"))
-    assert "add baseline: expected" in line
+def test_a_factor_without_a_baseline_or_a_ratio_warns_with_the_reason():
+    (line,) = warnings_of(recipe("exopd", token_weights=[]))
+    assert "add baseline: expected, or token weight ratio" in line
+    assert warnings_of(recipe("exopd")) == []
     assert warnings_of(recipe("exopd_baseline")) == []
     assert warnings_of(ObjectiveConfig()) == []
 
@@ -236,7 +237,7 @@ def test_methods_are_listed_shown_and_checked():
     assert (exopd.title, exopd.paper) == ("ExOPD", "arXiv 2602.12125")
     assert "signal reference on the sampled tokens" in needs_lines(exopd.needs)
     lacking, warned = check_method(exopd, facts({"teacher": 4}, "ref_logprobs"))
-    assert (len(lacking), len(warned)) == (1, 1)
+    assert (len(lacking), len(warned)) == (1, 0)
     with pytest.raises(ConfigError, match=r"no method exodp; there are: aligndistil"):
         find_method(METHODS, "exodp")
 

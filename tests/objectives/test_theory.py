@@ -160,6 +160,18 @@ def test_offline_an_extrapolated_optimum_is_stationary_exactly_with_the_baseline
     assert (gradient_V.abs().max() < 1e-12) == baseline
 
 
+@pytest.mark.parametrize(("cap", "rests"), [(1e9, True), (0.5, False)])
+def test_a_ratio_keeps_the_extrapolated_optimum_while_its_cap_does_not_bind(cap, rests):
+    """E_s0[(s / s0) log Z grad log s] = log Z E_s[grad log s] = 0."""
+    at = context(6)
+    optimum_V = (1.5 * at.tables["teacher"] - 0.5 * at.tables["reference"]).log_softmax(0)
+    target = {"kind": "log_ratio", "clip": None}
+    weights = [{"kind": "ratio", "cap": cap}]
+    config = objective(target=target, extrapolate={"factor": 1.5}, token_weights=weights)
+    gradient_V = expected_gradient(config, Context(optimum_V, at.rollout_V, at.tables))
+    assert (gradient_V.abs().max() < 1e-12) == rests
+
+
 @pytest.mark.parametrize("top_k", [3, V])
 def test_a_baseline_leaves_the_on_policy_gradient_as_it_is(top_k):
     at = context(7)

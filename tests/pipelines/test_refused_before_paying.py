@@ -6,7 +6,7 @@ import pytest
 from tiny_models import save_model
 
 from lightopd.config import build, load_stage
-from lightopd.errors import ConfigError, InputError, LineageError, OutputError
+from lightopd.errors import ConfigError, EngineError, InputError, LineageError, OutputError
 from lightopd.pipelines import evaluate, precompute, rollout, sft
 from lightopd.schemas.configs import EvalConfig, TrainConfig
 
@@ -115,3 +115,16 @@ def test_whatever_of_a_prompt_decides_a_row_makes_another_cache(world, tmp_path,
     prompts.write_text('{"prompt": "1+1=", ' + changed + "}\n")
     with pytest.raises(OutputError, match="prompts: is"):
         rollout.run(load_stage("rollout", [], sets, asked), load=no_engine)
+
+
+def test_a_failed_start_leaves_nothing_that_blocks_the_next(world, tmp_path):
+    def broken(*_):
+        raise EngineError("this model cannot be run so")
+
+    asked = {"student": world.base, "prompts": world.root / "prompts.jsonl", "cache": tmp_path / "cache"}
+    short = ["sampling.max_tokens=4", "prompts.limit=2"]
+    with pytest.raises(EngineError):
+        rollout.run(load_stage("rollout", [], ["sampling.max_tokens=5"], asked), load=broken)
+    rollout.run(load_stage("rollout", [], short, asked))
+    with pytest.raises(OutputError, match="max_tokens"):
+        rollout.run(load_stage("rollout", [], ["sampling.max_tokens=5", "prompts.limit=2"], asked))

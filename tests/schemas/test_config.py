@@ -6,8 +6,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightopd.config import as_yaml, build, describe, load_run, load_stage, merged, parse_set, read_yaml
+from lightopd.config import (
+    as_yaml,
+    build,
+    build_run,
+    describe,
+    load_run,
+    load_stage,
+    merged,
+    parse_set,
+    read_yaml,
+)
 from lightopd.errors import ConfigError
+from lightopd.pipelines import RECIPES
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import PrecomputeConfig, TrainConfig
 from lightopd.schemas.run import STAGES, RunConfig
@@ -223,3 +234,50 @@ def test_an_optimiser_that_torch_would_refuse_is_refused_as_a_setting(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ConfigError, match=rf"optimizer\.{name}"):
         load_stage("train", [], [f"optimizer.{name}={value}"], TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("stage", "assignment", "hint"),
+    [
+        ("train", "learning_rate=1", "did you mean optimizer.lr?"),
+        ("train", "lr=1", "did you mean optimizer.lr?"),
+        ("train", "train.steps=1", "settings of train are written without `train.` here"),
+        ("rollout", "sampling.max_new_tokens=1", "did you mean max_tokens?"),
+        ("rollout", "temperature=1", "did you mean sampling.temperature?"),
+    ],
+)
+def test_an_unknown_key_is_told_where_it_belongs(stage, assignment, hint):
+    with pytest.raises(ConfigError, match=re.escape(f"({hint})")):
+        load_stage(stage, [], [assignment], {})
+
+
+def test_a_stages_setting_at_the_top_of_a_run_file_is_told_its_section():
+    with pytest.raises(ConfigError, match=r"unknown key learning_rate \(did you mean .*train.optimizer.lr"):
+        build_run({"out": "o", "teacher": "t", "student": "s", "prompts": "p", "learning_rate": 1})
+
+
+def test_describe_lists_every_kind_of_a_union_and_every_value_of_an_enumeration():
+    text = describe(TrainConfig)
+    for kind in ("log_ratio", "reward", "mle", "estimator", "divergence", "preference", "custom"):
+        assert re.search(rf"^objective.*target of kind {kind}: .", text, re.MULTILINE), kind
+    assert "optimizer.schedule  (default constant; one of constant, " in text
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("cache: ~/c\nprompts: {path: ~/p.jsonl, template_options: {a: ~/b}}\n")
+    found = load_stage("rollout", [str(tmp_path / "c.yaml")], ["student.path=~/s"], {"sft_teacher": "~/t"})
+    assert found.cache == tmp_path / "c"
+    assert found.prompts.path == tmp_path / "p.jsonl"
+    assert (found.student.path, found.sft_teacher) == (f"{tmp_path}/s", f"{tmp_path}/t")
+    assert found.prompts.template_options == {"a": "~/b"}
+
+
+@pytest.mark.parametrize("files", [["qwen3_8b"], ["qwen3_8b", "qwen3_8b_8gpu"], ["demo"], ["smollm2"]])
+def test_every_shipped_run_file_is_right_and_its_refusals_have_been_heard(files):
+    sets = ["out=o", "teacher=t", "student=s"] if files[0] in ("demo", "smollm2") else []
+    config = load_run(files, sets, {}, RECIPES)
+    stages = {name: build(STAGES[stage], settings) for name, stage, settings in config.pipeline()}
+    if files[-1] == "qwen3_8b_8gpu":
+        assert (stages["train"].devices, stages["train"].adapter) == (8, None)
+        assert stages["sft"].finetune.batch_sequences % 8 == 0

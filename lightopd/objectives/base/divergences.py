@@ -35,7 +35,7 @@ def token_divergence(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
     kl = _kl_terms if config.element_clip is None else _plain_kl_terms
     terms_NM = _DIVERGENCES[config.divergence](kl, outcomes, config.parameter)
     if config.element_clip is not None:
-        terms_NM = terms_NM.clamp(max=config.element_clip)
+        terms_NM = terms_NM.clamp(0, config.element_clip)
     return terms_NM.sum(-1) * config.temperature**2
 
 
@@ -159,7 +159,7 @@ def _stop_gradient_reverse_kl(config: DivergenceTarget, outcomes: Outcomes) -> T
     student_NK, teacher_NK = outcomes.student_NM[:, :-1], outcomes.teacher_NM[:, :-1]
     terms_NK = student_NK.exp() * (student_NK - teacher_NK).detach() * outcomes.is_real_NM[:, :-1]
     if config.element_clip is not None:
-        terms_NK = terms_NK.clamp(max=config.element_clip)
+        terms_NK = terms_NK.clamp(0, config.element_clip)
     return terms_NK.sum(-1)
 
 

@@ -31,32 +31,31 @@ def select_margin(config: MarginSelection, table: RolloutTable) -> Bools:
     """Greedy mask: drops from each prompt until correct outscore incorrect rollouts by delta.
 
     At each turn the rollout goes whose removal opens the gap most: the lowest correct or the highest
-    incorrect one. It stops when an outcome is down to one rollout or `min_kept` of the group is left. Groups
-    with one outcome stay whole. Source: arXiv 2605.03677 (order of the removals inferred).
+    incorrect one. Of each outcome max(1, floor(min_kept n)) of its n rollouts stay. Groups with one outcome
+    stay whole. Source: arXiv 2605.03677 (order of the removals inferred).
     """
     score_R = table.measures[f"mean {config.signal}"] - table.measures["mean ref"]
     keep_R, group_R = np.ones(len(score_R), bool), group_numbers(table)
     by_group = np.argsort(group_R, kind="stable")
     for members in np.split(by_group, np.cumsum(np.bincount(group_R))[:-1]):
+        members = members[table.lengths_R[members] > 0]
         correct = sorted(members[table.is_correct_R[members]], key=lambda row: score_R[row])
         incorrect = sorted(members[table.is_incorrect_R[members]], key=lambda row: -score_R[row])
         if correct and incorrect:
-            keep_R[_dropped(config, score_R, correct, incorrect, len(members))] = False
+            keep_R[_dropped(config, score_R, correct, incorrect)] = False
     return keep_R
 
 
-def _dropped(
-    config: MarginSelection, score_R: Floats, correct: list[int], incorrect: list[int], size: int
-) -> list[int]:
+def _dropped(config: MarginSelection, score_R: Floats, correct: list[int], incorrect: list[int]) -> list[int]:
     dropped: list[int] = []
-    least = int(np.ceil(config.min_kept * size - 1e-9))
-    while size - len(dropped) > least:
+    least = [max(1, int(config.min_kept * len(outcome))) for outcome in (correct, incorrect)]
+    while True:
         means = score_R[correct].mean(), score_R[incorrect].mean()
         if means[0] - means[1] >= config.delta:
             break
         gains = [
-            (score_R[correct[1:]].mean() - means[0]) if len(correct) > 1 else 0.0,
-            (means[1] - score_R[incorrect[1:]].mean()) if len(incorrect) > 1 else 0.0,
+            (score_R[correct[1:]].mean() - means[0]) if len(correct) > least[0] else 0.0,
+            (means[1] - score_R[incorrect[1:]].mean()) if len(incorrect) > least[1] else 0.0,
         ]
         if max(gains) <= 0:
             break

@@ -109,7 +109,7 @@ def _columns(term: TermConfig, table: RolloutTable) -> dict[str, NDArray[np.floa
             f"{len(is_seen_R)} rollouts match rows: {term.rows}); nothing would be trained"
         )
     if term.average_over == "rows":
-        size_R = table.lengths_R if term.reduce == "token_mean" else np.ones(len(is_seen_R))
+        size_R = table.lengths_R if term.reduce == "token_mean" else table.lengths_R > 0
         weight_R = weight_R * (size_R.sum() / size_R[is_seen_R].sum())
     return {**columns, "weight": weight_R} if has_weight(term) else columns
 
@@ -124,11 +124,13 @@ def has_weight(term: TermConfig) -> bool:
 
 
 def _seen(term: TermConfig, table: RolloutTable) -> NDArray[np.bool_]:
+    """Rollouts of the term that have a trained token; others have no mean log-probability to compare."""
+    has_tokens_R = table.lengths_R > 0
     if term.rows == "all":
-        return np.ones(len(table.rollout_ids), bool)
+        return has_tokens_R
     if term.rows in ("student", "teacher"):
-        return np.asarray(table.origins_R == term.rows)
-    return table.is_correct_R if term.rows == "correct" else table.is_incorrect_R
+        return np.asarray(table.origins_R == term.rows) & has_tokens_R
+    return (table.is_correct_R if term.rows == "correct" else table.is_incorrect_R) & has_tokens_R
 
 
 def _checks(term: TermConfig, table: RolloutTable) -> list[str]:

@@ -148,10 +148,11 @@ def warnings_of(config: ObjectiveConfig) -> list[str]:
 def _term_warnings(term: TermConfig) -> list[str]:
     lines = []
     extrapolates = isinstance(term.extrapolate, ConstantExtrapolation) and term.extrapolate.factor != 1
-    if extrapolates and isinstance(term.target, LogRatioTarget) and term.baseline is None:
+    has_ratio = any(weight.kind == "ratio" for weight in term.token_weights)
+    if extrapolates and isinstance(term.target, LogRatioTarget) and term.baseline is None and not has_ratio:
         lines.append(
-            f"term {term.name}: a factor other than 1 without a baseline leaves a constant advantage at the "
-            f"optimum, which moves an offline student past it; add baseline: expected"
+            f"term {term.name}: a factor other than 1 leaves a constant advantage at the optimum, which "
+            f"moves an offline student past it; add baseline: expected, or token weight ratio"
         )
     if isinstance(term.target, LogRatioTarget) and term.target.student == "rollout":
         lines.append(f"term {term.name}: a frozen advantage is not stationary at the teacher; keep steps few")

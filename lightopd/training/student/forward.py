@@ -20,24 +20,6 @@ from lightopd.training.student.packed_rows import decoder_inputs
 from lightopd.training.student.router_loss import Routers
 
 
-def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Put a loaded student into the state it is trained in.
-
-    Dropout is switched off: w and the advantage compare this student with log-probabilities that were
-    measured without it.
-    """
-    student.train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    if gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    return student
-
-
 def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
     """What the student says now about every response token, with gradients."""
     output = output_of(student, use_cache=False, **decoder_inputs(student, batch))

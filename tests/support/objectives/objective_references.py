@@ -32,11 +32,18 @@ from objective_equations import (
 from torch import Tensor
 
 
-def scope(sign: float) -> Callable[[World, Tensor], Tensor]:
-    """u ~ PPL_s0^(1/tau) over correct, v ~ PPL_T^(-1/tau) over incorrect rollouts of a group, mean one."""
+def scope(sign: float, *, code: bool) -> Callable[[World, Tensor], Tensor]:
+    """u ~ PPL_s0^(1/tau) over correct, v ~ PPL_T^(-1/tau) over incorrect rollouts of a group, mean one.
+
+    Sums over tokens, then a mean over rollouts; in the code the likelihood is a mean over the tokens of
+    correct rollouts, and the distillation one over all tokens.
+    """
 
     def reference(world: World, student_NV: Tensor) -> Tensor:
         advantage = log_ratio(world, student_NV)
+        tokens = [len(world.tokens(row)) for row in range(world.size)]
+        correct = sum(tokens[row] for row in range(world.size) if world.rewards[row] >= 0.5)
+        over = (correct, sum(tokens)) if code else (world.size, world.size)
         total = torch.zeros((), dtype=torch.float64)
         for group in set(world.groups):
             members = [row for row in range(world.size) if world.groups[row] == group]
@@ -45,12 +52,12 @@ def scope(sign: float) -> Callable[[World, Tensor], Tensor]:
             for row in right:
                 scale = mean_one([perplexity(world, "rollout_student", r) ** sign for r in right])
                 nll = -sum(sampled(world, student_NV, n) for n in world.tokens(row))
-                total = total + scale[right.index(row)] * nll
+                total = total + scale[right.index(row)] * nll / over[0]
             for row in wrong:
                 scale = mean_one([1 / perplexity(world, "teacher", r) for r in wrong])
                 opd_sum = -sum(advantage(n) * sampled(world, student_NV, n) for n in world.tokens(row))
-                total = total + scale[wrong.index(row)] * opd_sum
-        return total / world.size
+                total = total + scale[wrong.index(row)] * opd_sum / over[1]
+        return total
 
     return reference
 
@@ -102,7 +109,17 @@ def tcod(world: World, student_NV: Tensor) -> Tensor:
     return torch.stack(total).mean()
 
 
-def renio(world: World, student_NV: Tensor) -> Tensor:
+def opsd_code(world: World, student_NV: Tensor) -> Tensor:
+    """JSD of both distributions divided by 1.1 in the logits, mean over tokens."""
+    table_NV = world.tables["privileged"]
+    return token_mean(world, lambda n: jsd(*tempered_pair(table_NV[n], student_NV[n], 1.1)))
+
+
+def tempered_pair(t_V: Tensor, s_V: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return (t_V / temperature).log_softmax(-1), (s_V / temperature).log_softmax(-1)
+
+
+def renio(world: World, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """Element-clipped forward KL times sg[w]: pivots l >= 0.8 of l = min(log s - log T, 2.5)."""
     table_NV = world.tables["teacher"]
     raw = []
@@ -116,7 +133,8 @@ def renio(world: World, student_NV: Tensor) -> Tensor:
     weights = [min(weight / fmean(raw), 10.0) for weight in raw]
 
     def loss(n: int) -> Tensor:
-        return (table_NV[n].exp() * (table_NV[n] - student_NV[n])).clamp(max=0.05).sum()
+        t_V, s_V = tempered_pair(table_NV[n], student_NV[n], temperature)
+        return (t_V.exp() * (t_V - s_V)).clamp(0, 0.05).sum()
 
     return torch.stack([w * value for w, value in zip(weights, means(world, loss), strict=True)]).mean()
 
@@ -196,7 +214,7 @@ def sod(world: World, student_NV: Tensor) -> Tensor:
 
     def loss(n: int) -> Tensor:
         total = reward[int(world.row_N[n])] + scale[n] * advantage(n)
-        return ppo(ratio(world, student_NV, n), total, 0.2, 0.28)
+        return ppo(ratio(world, student_NV, n), total, 0.2, 0.28, 3.0)
 
     return token_mean(world, loss)
 
@@ -265,7 +283,7 @@ def v_zero(world: World, student_NV: Tensor) -> Tensor:
         a = (score[row] - own.mean()) / (own.std(correction=0) + 1e-6)
         weights.append((1 + 0.5 * a).clamp(0, 2))
     per_rollout = means(
-        world, lambda n: ppo(ratio(world, student_NV, n), advantage(n).clamp(-10, 10), 0.2, 0.2)
+        world, lambda n: ppo(ratio(world, student_NV, n), advantage(n).clamp(-10, 10), 0.2, 0.2, 3.0)
     )
     return torch.stack([w * value for w, value in zip(weights, per_rollout, strict=True)]).mean()
 
@@ -299,14 +317,14 @@ class Reference:
 REFERENCES: dict[str, Reference] = {
     "lightning_opd": Reference(lightning_opd),
     "effopd": Reference(opd),
-    "g_opd": Reference(extrapolated(0.8, baseline=False), moves="needs a baseline"),
+    "g_opd": Reference(extrapolated(0.8, baseline=False), moves="rests in expectation alone"),
     "g_opd_baseline": Reference(extrapolated(0.8, baseline=True), moves="rests past the teacher"),
-    "exopd": Reference(extrapolated(1.25, baseline=False), moves="needs a baseline"),
+    "exopd": Reference(extrapolated(1.25, baseline=False), moves="rests in expectation alone"),
     "exopd_baseline": Reference(extrapolated(1.25, baseline=True), moves="rests past the teacher"),
     "uni_opd": Reference(uni_opd, moves="shifted by the margin", is_surrogate=True),
     "uni_opd_mask": Reference(uni_opd_mask, is_surrogate=True),
-    "scope": Reference(scope(1.0), moves="maximum likelihood of the correct"),
-    "scope_code": Reference(scope(-1.0), moves="maximum likelihood of the correct"),
+    "scope": Reference(scope(1.0, code=False), moves="maximum likelihood of the correct"),
+    "scope_code": Reference(scope(-1.0, code=True), moves="maximum likelihood of the correct"),
     "vopd": Reference(vopd),
     "f_forward_kl": Reference(full_divergence("forward_kl")),
     "f_reverse_kl": Reference(full_divergence("reverse_kl")),
@@ -320,10 +338,14 @@ REFERENCES: dict[str, Reference] = {
     "opsd_sampled": Reference(
         lambda world, student_NV: opd(world, student_NV, "privileged"), rests_at="privileged"
     ),
-    "renio": Reference(renio),
+    "opsd_code": Reference(opsd_code, rests_at="privileged"),
+    "renio_code": Reference(
+        lambda world, s_NV: renio(world, s_NV, 1.1), moves="no derivative at its minimum"
+    ),
+    "renio": Reference(renio, moves="no derivative at its minimum"),
     "many_faces": Reference(many_faces),
     "many_faces_renormalised": Reference(full_divergence("reverse_kl")),
-    "extrapolation_cliff": Reference(extrapolation_cliff, moves="needs a baseline"),
+    "extrapolation_cliff": Reference(extrapolation_cliff, moves="rests in expectation alone"),
     "prune_opd": Reference(prune_opd),
     "tip": Reference(tip("soft_or")),
     "tip_entropy": Reference(tip("entropy")),
