@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import build_index
+from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import (
     Cache,
@@ -180,6 +181,7 @@ def _score(
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
         return None
+    check_rollouts(cache)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     engine = load(config.engine, config.teacher)
