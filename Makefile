@@ -13,11 +13,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-<<<<<<< HEAD
-.PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
-=======
-.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-all lint types bench bench-vllm bench-methods clean
->>>>>>> main
+.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -96,11 +96,6 @@ def join_(
 
 
 def import_(
-<<<<<<< HEAD
-    source: Annotated[Path, typer.Argument(help="Parquet file of the official Lightning-OPD code.")],
-    cache: Annotated[Path, typer.Option("--cache", help="Cache folder that is created.")],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Model folder whose tokenizer made the ids.")],
-=======
     source: Annotated[Path, typer.Argument(help="File with the responses.")],
     cache: options.Cache = None,
     format: Annotated[
@@ -114,7 +109,6 @@ def import_(
     columns: options.Map = None,
     sets: options.Sets = None,
     engine: options.Engine = None,
->>>>>>> main
     as_json: options.AsJson = False,
 ) -> None:
     """Make a cache of responses that exist already, or of an official Lightning-OPD Parquet file.
@@ -144,11 +138,7 @@ def import_(
         raise ConfigError("--format official needs --cache and --tokenizer")
     from lightopd.pipelines.caches.import_official import import_official
 
-<<<<<<< HEAD
-    show_report(import_official(source, cache, tokenizer), as_json)
-=======
     show_report(import_official(source, Path(cache), tokenizer), as_json)
->>>>>>> main
 
 
 def export(
