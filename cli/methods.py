@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ def show(name: Name, as_json: options.Json = False) -> None:
 
     method = find_method(RECIPES / "methods", name)
     if as_json:
-        facts = {"method": method.name, "title": method.title, "paper": method.paper}
+        facts: dict[str, Any] = {"method": method.name, "title": method.title, "paper": method.paper}
         facts |= {"sentence": method.sentence, "needs": list(needs_lines(method.needs))}
         typer.echo(json.dumps({**facts, "recipe": method.path.read_text(encoding="utf-8")}))
         return
