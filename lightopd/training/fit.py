@@ -38,6 +38,7 @@ from lightopd.training.checkpoints.checkpoint import (
     known_best,
     newest_checkpoint,
     note_exported,
+    remove_leftovers,
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
@@ -253,6 +254,7 @@ def _make_room(out: Path, done: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.csv", done)
+        remove_leftovers(out / "checkpoints")
     except OSError as error:
         raise output_error(error, out / "metrics.csv") from error
 
