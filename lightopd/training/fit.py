@@ -30,7 +30,14 @@ from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
+from lightopd.training.callbacks import (
+    Checkpoints,
+    KeepBest,
+    MetricsFile,
+    Progress,
+    StepDone,
+    StopWhenStale,
+)
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     best_checkpoint,
@@ -309,6 +316,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
+        StepDone(),
     ]
 
 
