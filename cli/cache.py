@@ -1,5 +1,6 @@
 """Commands on a cache folder: verify, index, join, import, export."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Where the teacher is now, if it moved.")
     ] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check every byte and number of a cache; one line a finding, exit code 5 when there is one.
 
@@ -47,16 +49,18 @@ def verify(
         from lightopd.pipelines.caches.rescore import rescore as again
 
         report, agrees = again(cache, signal, rescore, teacher)
-        show_report(report)
+        if not as_json:
+            show_report(report)
         findings += [] if agrees else list(report.notes)
-    for line in findings:
-        typer.echo(line)
+    if as_json:
+        typer.echo(json.dumps({"cache": str(cache), "is_whole": not findings, "findings": findings}))
+    else:
+        typer.echo("\n".join(findings) if findings else f"{cache} is whole")
     if findings:
         raise typer.Exit(5)
-    typer.echo(f"{cache} is whole")
 
 
-def index(cache: CacheFolder) -> None:
+def index(cache: CacheFolder, as_json: options.Json = False) -> None:
     """Rebuild index.duckdb, the views for DuckDB's own tools, from the Parquet shards.
 
     Example: lightopd index runs/cache
@@ -67,7 +71,8 @@ def index(cache: CacheFolder) -> None:
 
     opened = open_cache(cache, incomplete=True)
     with writing(cache):
-        typer.echo(str(build_index(opened)))
+        path = str(build_index(opened))
+    typer.echo(json.dumps({"index": path}) if as_json else path)
 
 
 def join_(
@@ -94,22 +99,55 @@ def join_(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="Parquet file of the official Lightning-OPD code.")],
-    cache: Annotated[Path, typer.Option("--cache", help="Cache folder that is created.")],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Model folder whose tokenizer made the ids.")],
+    source: Annotated[Path, typer.Argument(help="File with the responses.")],
+    cache: options.Cache = None,
+    format: Annotated[
+        str, typer.Option("--format", help="official (Lightning-OPD's Parquet) or responses.")
+    ] = "official",
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="official: model folder whose tokenizer made the ids.")
+    ] = None,
+    student: options.Student = None,
+    sft_teacher: options.SftTeacher = None,
+    columns: options.Map = None,
+    sets: options.Sets = None,
+    engine: options.Engine = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Turn an official Lightning-OPD Parquet file into a cache whose lineage is marked unknown.
+    """Make a cache of responses that exist already, or of an official Lightning-OPD Parquet file.
 
-    Example: lightopd import lightning_opd.parquet --cache runs/imported --tokenizer STUDENT
+    Example: lightopd import responses.jsonl --format responses --student STUDENT --cache runs/cache
     """
+    from lightopd.config import build, laid_over
+    from lightopd.errors import ConfigError
+    from lightopd.schemas.configs import ImportConfig
+
+    if format == "responses":
+        from lightopd.pipelines.caches.import_responses import import_responses
+
+        flags = {
+            "responses": {"path": str(source), "columns": options.columns_of(columns)},
+            "student": student,
+            "cache": cache,
+            "sft_teacher": sft_teacher,
+            "engine": {"kind": engine} if engine else None,
+        }
+        config = build(ImportConfig, laid_over({}, sets or [], options.given(flags)))
+        show_report(import_responses(config), as_json)
+        return
+    if format != "official":
+        raise ConfigError(f"--format {format} is not known; use official or responses")
+    if tokenizer is None or cache is None:
+        raise ConfigError("--format official needs --cache and --tokenizer")
     from lightopd.pipelines.caches.import_official import import_official
 
-    show_report(import_official(source, cache, tokenizer))
+    show_report(import_official(source, Path(cache), tokenizer), as_json)
 
 
 def export(
     cache: CacheFolder,
     out: Annotated[Path, typer.Argument(help="Folder that is created.")],
+    as_json: options.Json = False,
 ) -> None:
     """Write rollouts and signals as a dataset that `datasets.load_dataset("parquet", ...)` loads.
 
@@ -118,5 +156,5 @@ def export(
     from lightopd.cache.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
-    for path in export_dataset(open_cache(cache), out):
-        typer.echo(str(path))
+    paths = [str(path) for path in export_dataset(open_cache(cache), out)]
+    typer.echo(json.dumps({"files": paths}) if as_json else "\n".join(paths))
