@@ -7,6 +7,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
+from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.output import show_report
 
 
@@ -209,7 +210,10 @@ def run(
 
     flags = {"out": out, "teacher": teacher, "student": student, "prompts": prompts, "allow": allow or None}
     loaded = load_run(config or [], sets or [], flags, RECIPES)
-    report = pipeline.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
+    with never_silent("run"):
+        report = pipeline.run(
+            loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each)
+        )
     show_report(report, as_json)
 
 
@@ -228,15 +232,12 @@ def _run_stage(
 ) -> None:
     from lightopd.config import load_stage
     from lightopd.pipelines import RECIPES
+    from lightopd.pipelines.run import RUNNERS
 
     # The kind comes before the settings of that kind, which would be lost when it changed after them.
     chosen = flags.get("engine") or {}
     kind = [f"engine.kind={chosen['kind']}"] if chosen else []
     loaded = load_stage(stage, files or [], [*kind, *(sets or [])], flags, RECIPES)
-    show_report(_runner(stage)(loaded, **arguments), as_json)
-
-
-def _runner(stage: str) -> Callable[..., Any]:
-    from lightopd.pipelines.run import RUNNERS
-
-    return RUNNERS[stage]
+    with never_silent(stage):
+        report = RUNNERS[stage](loaded, **arguments)
+    show_report(report, as_json)

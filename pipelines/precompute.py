@@ -39,8 +39,8 @@ from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
-from lightopd.pipelines.shared.preflight import said_now
-from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.preflight import check_top_k, said_now
+from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
@@ -84,11 +84,7 @@ def run(
 def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, Contexts | None]:
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
-    if config.top_k > limits.vocabulary_size:
-        raise ConfigError(
-            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has "
-            f"{limits.vocabulary_size} tokens; set top_k to that or less"
-        )
+    check_top_k(config)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
@@ -181,7 +177,8 @@ def _score(
         return None
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
-    engine = load(config.engine, config.teacher)
+    with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
+        engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
         create_signal(cache, manifest.model_copy(update=measured))
@@ -221,7 +218,9 @@ def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    return ids, engine.score(sequences, own_top_k(config), config.min_probability)
+    tokens = cache.markers[index].tokens
+    with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
+        return ids, engine.score(sequences, own_top_k(config), config.min_probability)
 
 
 def _write_shard(

@@ -22,7 +22,7 @@ from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
-from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -135,10 +135,12 @@ def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
             manifest.num_shards,
             manifest.num_shards - len(missing),
         )
-        engine = load(job.engine, job.model)
+        with doing(f"{job.stage}: loading {job.model.path} with engine {job.engine.kind}"):
+            engine = load(job.engine, job.model)
         try:
             for index in missing:
-                rollouts = _sample_shard(plan, engine, index)
+                with doing(f"{job.stage}: sampling shard {index + 1} of {manifest.num_shards}"):
+                    rollouts = _sample_shard(plan, engine, index)
                 marker = write_shard(
                     folder, index, rollouts_to_table(rollouts), kind="rollouts", fingerprint=fingerprint
                 )
