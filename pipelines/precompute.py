@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import build_index
+from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import (
     Cache,
@@ -25,7 +26,7 @@ from lightopd.cache.store import (
     signal_folder,
 )
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine
+from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -111,6 +112,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         support=support,
         top_k=widest,
         min_probability=config.min_probability,
+        id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
         engine=engine,
@@ -175,6 +177,7 @@ def _score(
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
         return None
+    check_rollouts(cache)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
@@ -220,7 +223,8 @@ def _score_shard(
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
     tokens = cache.markers[index].tokens
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
-        return ids, engine.score(sequences, own_top_k(config), config.min_probability)
+        scores = engine.score(sequences, own_top_k(config), config.min_probability)
+    return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
 def _write_shard(
@@ -258,11 +262,24 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     notes = (
         *([verdict(figures["gap_nats"], cache.manifest.sampling)] if config.role == "teacher" else []),
         *([precision] if precision else []),
+        *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),
     )
     return Report(
         "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
     )
+
+
+def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
+    """What became of the ids that the teacher has and the student has not."""
+    limit = cache.signals[config.signal].manifest.id_limit
+    if limit is None:
+        return []
+    outputs = model_limits(config.teacher).vocabulary_size
+    return [
+        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
+        f"to the tail"
+    ]
 
 
 def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:

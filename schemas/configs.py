@@ -13,6 +13,7 @@ from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
+from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
 from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
 from lightopd.schemas.prompts import ContextConfig as ContextConfig
 from lightopd.schemas.prompts import FilePrompts as FilePrompts
@@ -139,6 +140,23 @@ class RolloutConfig(StageConfig):
     """Store prompt and response text beside the ids, for reading only."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+
+
+class ImportConfig(StageConfig):
+    """Responses that exist already become a cache."""
+
+    responses: FilePrompts
+    """File of prompts with responses: text, ids, or whole conversations."""
+    student: ModelConfig
+    """The student whose tokenizer makes the ids and whose log-probabilities are stored."""
+    cache: Path
+    """Cache folder that is created."""
+    sft_teacher: str | None = None
+    """Teacher behind the fine-tuning of a student made elsewhere (folder or name): declared, not proven."""
+    engine: EngineConfig = HfEngine()
+    """What runs the student."""
+    shard_rollouts: int = Field(256, ge=1)
+    """Most responses in one shard, the unit of work and of resume."""
 
 
 class PrecomputeConfig(StageConfig):

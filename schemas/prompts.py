@@ -27,6 +27,18 @@ RESERVED_TEMPLATE_OPTIONS = {
 ROW_FIELDS = ("prompt", "messages", "answer", "id", "domain", "tools", "chat_template_kwargs")
 """What is read of a row of prompts."""
 
+RESPONSE_FIELDS = (
+    "response",
+    "responses",
+    "completion",
+    "prompt_ids",
+    "response_ids",
+    "loss_mask",
+    "finish_reason",
+    "reward",
+)
+"""What is read beyond that of a row with responses."""
+
 
 class PromptRendering(StrictModel):
     """How a prompt becomes token ids; shared by every prompt source."""
@@ -70,7 +82,7 @@ class FilePrompts(PromptRendering):
     @field_validator("columns")
     @classmethod
     def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(columns.keys() - set(ROW_FIELDS))
+        unknown = sorted(columns.keys() - {*ROW_FIELDS, *RESPONSE_FIELDS})
         if unknown:
             raise ValueError(
                 f"{unknown[0]!r} is nothing that is read of a row; known are {', '.join(ROW_FIELDS)}"

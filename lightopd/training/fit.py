@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
+from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
@@ -271,6 +272,17 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     return selected, reading.store(index)
 
 
+def _refuse_ids_beyond(run: _Run, width: int) -> None:
+    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs."""
+    for shard in run.cache.shards:
+        largest = largest_id(run.cache, shard)
+        if largest >= width:
+            raise TrainingError(
+                f"{run.cache.file(shard)} has token id {largest}, {run.student.path} has {width} outputs; "
+                f"train a student that has it, or leave out the responses with such ids"
+            )
+
+
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
@@ -279,10 +291,7 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
     if run.cache.manifest.vocabulary_size > width:
-        raise TrainingError(
-            f"the cache has token ids up to {run.cache.manifest.vocabulary_size - 1}, {run.student.path} has "
-            f"{width} outputs; train the student that sampled the cache"
-        )
+        _refuse_ids_beyond(run, width)
     if longest > context_length_of(model):
         raise TrainingError(
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "
