@@ -31,7 +31,14 @@ from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
+from lightopd.training.callbacks import (
+    Checkpoints,
+    KeepBest,
+    MetricsFile,
+    Progress,
+    StepDone,
+    StopWhenStale,
+)
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     best_checkpoint,
@@ -39,6 +46,7 @@ from lightopd.training.checkpoints.checkpoint import (
     known_best,
     newest_checkpoint,
     note_exported,
+    remove_leftovers,
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
@@ -254,6 +262,7 @@ def _make_room(out: Path, done: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.csv", done)
+        remove_leftovers(out / "checkpoints")
     except OSError as error:
         raise output_error(error, out / "metrics.csv") from error
 
@@ -316,6 +325,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
+        StepDone(),
     ]
 
 
