@@ -7,6 +7,7 @@ anything else is refused. A signal lies in `CACHE/signals/NAME/`, row by row bes
 second teacher or a reference model is added later without touching what is there.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,8 @@ from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -176,6 +179,7 @@ def _score(
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
+        log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
     checked = read_sequences(cache, missing[0], contexts)[1]

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lightopd.cache.store import CACHE_MANIFEST, open_cache
+from lightopd.cache.store import open_cache
 from lightopd.config import build
 from lightopd.errors import ConfigError, OutputError
 from lightopd.lineage.checks import check_teacher
@@ -33,7 +33,7 @@ from lightopd.schemas.configs import (
     SftConfig,
     TrainConfig,
 )
-from lightopd.schemas.manifest import SftLineage
+from lightopd.schemas.manifest import CACHE_MANIFEST, SftLineage
 from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.schemas.run import RunConfig
 

@@ -156,6 +156,8 @@ def write_missing_shards(
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
+    else:
+        log.info("%s: nothing to do, all %d shards are there", stage, total)
     cache = open_cache(path, signals=())
     build_index(open_cache(path, incomplete=True))
     return cache
