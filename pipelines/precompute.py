@@ -26,7 +26,7 @@ from lightopd.cache.store import (
     signal_folder,
 )
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine
+from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -116,6 +116,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         support=support,
         top_k=widest,
         min_probability=config.min_probability,
+        id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
         engine=engine,
@@ -223,7 +224,8 @@ def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    return ids, engine.score(sequences, own_top_k(config), config.min_probability)
+    scores = engine.score(sequences, own_top_k(config), config.min_probability)
+    return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
 def _write_shard(
@@ -261,11 +263,24 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     notes = (
         *([verdict(figures["gap_nats"], cache.manifest.sampling)] if config.role == "teacher" else []),
         *([precision] if precision else []),
+        *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),
     )
     return Report(
         "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
     )
+
+
+def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
+    """What became of the ids that the teacher has and the student has not."""
+    limit = cache.signals[config.signal].manifest.id_limit
+    if limit is None:
+        return []
+    outputs = model_limits(config.teacher).vocabulary_size
+    return [
+        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
+        f"to the tail"
+    ]
 
 
 def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:

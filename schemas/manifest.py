@@ -217,6 +217,8 @@ class SignalManifest(StrictModel):
     """Most entries kept at a position."""
     min_probability: float = Field(0.0, ge=0)
     """Entries below this were left to the tail."""
+    id_limit: int | None = None
+    """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
     topk_dtype: Literal["float16", "float32"]
     """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
     tail: Literal["exact", "derived"]

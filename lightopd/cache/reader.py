@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
@@ -137,6 +138,13 @@ def read_shard_columns(
 def group_number(prompt_id: str) -> int:
     """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1
+
+
+def largest_id(cache: Cache, shard: int) -> int:
+    """The largest token id of a shard, among prompts, responses, and the top-k of the opened signals."""
+    columns = [read_columns(cache, shard, [name])[name] for name in ("prompt_ids", "response_ids")]
+    columns += [read_columns(cache, shard, ["topk_ids"], signal)["topk_ids"] for signal in cache.signals]
+    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
 def read_columns(

@@ -262,7 +262,7 @@ def _score_range_faults(scores: _Scores, signal: SignalManifest, vocabulary_size
     )
     full = min(signal.top_k, vocabulary_size)
     is_off = (scores.counts_N < 0) | (scores.counts_N > full)
-    if signal.min_probability == 0 and signal.support is None:
+    if signal.min_probability == 0 and signal.support is None and signal.id_limit is None:
         is_off = scores.counts_N != full
     yield from _at_tokens(
         "topk_counts", is_off, scores.offsets, scores.counts_N, f"where top_k asks for {full}"
@@ -276,8 +276,11 @@ def _topk_order_faults(scores: _Scores, vocabulary_size: int) -> Iterator[Fault]
     position, logprobs = scores.position_C, scores.logprobs_C
     is_rising = (np.diff(logprobs) > 0) & (np.diff(position) == 0)
     yield from _at_positions("order", position[1:][is_rising], scores, "its top-k is not sorted")
-    keys = np.sort(position * max(vocabulary_size, 1) + scores.ids_C)
-    twice = keys[1:][np.diff(keys) == 0] // max(vocabulary_size, 1)
+    width = max(
+        vocabulary_size, int(scores.ids_C.max(initial=0)) + 1
+    )  # ids beyond it are faults of their own
+    keys = np.sort(position * width + scores.ids_C)
+    twice = keys[1:][np.diff(keys) == 0] // width
     yield from _at_positions("twice", twice, scores, "a token id occurs twice in its top-k")
 
 
