@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
-from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints
+from lightopd.training.checkpoints.checkpoint import TrainerState, checkpoint_path, prune_checkpoints
 from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.measures.best import is_over, updated_best
 from lightopd.training.measures.metrics_file import append_metrics
@@ -90,6 +90,16 @@ class Checkpoints(Callback):  # type: ignore[misc]
         is_due = module.step % self.finetune.checkpoint_every == 0
         if not (is_due or is_last or module.step == best_step):
             return
+        self._save(trainer, module)
+
+    def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:
+        """Save the last step of an interrupted run, where its only process stands between two steps."""
+        is_alone = trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt)
+        if is_alone and module.is_between_steps and not checkpoint_path(self.folder, module.step).exists():
+            self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: StudentModule) -> None:
+        best_step = module.best.step if module.best else None
         module.refuse_broken_weights()
         state = TrainerState(
             step=module.step,
@@ -107,8 +117,16 @@ class Checkpoints(Callback):  # type: ignore[misc]
         trainer.strategy.barrier()
 
 
+class StepDone(Callback):  # type: ignore[misc]
+    """The last to hear of a step: all that belongs to it is done."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Note it."""
+        module.is_between_steps = True
+
+
 class Progress(Callback):  # type: ignore[misc]
-    """A log line with rate and time left, at most every ten seconds."""
+    """A log line with loss, gap, w, rate and time left, at most every ten seconds."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps = steps
@@ -129,14 +147,21 @@ class Progress(Callback):  # type: ignore[misc]
         self._said_s = now_s
         rate = (module.step - self._first_step) / (now_s - self._began_s)
         log.info(
-            "step %d/%d, loss %.4g, %.3g steps/s, %.0f tokens/s, %.0f s left",
+            "step %d/%d, loss %.4g%s, %.3g steps/s, %.0f tokens/s, %.0f s left",
             module.step,
             self.steps,
             module.metrics["loss"],
+            drift_words(module.metrics),
             rate,
             module.metrics["tokens_per_second"],
             (self.steps - module.step) / rate,
         )
+
+
+def drift_words(metrics: Mapping[str, float]) -> str:
+    """`, gap 0.21, w 0.98` for the progress line: nats to the signal, mean ratio to the rollout."""
+    measured = {"gap": -metrics.get("log_ratio", math.nan), "w": metrics.get("w_mean", math.nan)}
+    return "".join(f", {name} {value:.3g}" for name, value in measured.items() if not math.isnan(value))
 
 
 class Interruption(Callback):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
@@ -31,7 +32,14 @@ from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
+from lightopd.training.callbacks import (
+    Checkpoints,
+    KeepBest,
+    MetricsFile,
+    Progress,
+    StepDone,
+    StopWhenStale,
+)
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     best_checkpoint,
@@ -39,6 +47,7 @@ from lightopd.training.checkpoints.checkpoint import (
     known_best,
     newest_checkpoint,
     note_exported,
+    remove_leftovers,
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
@@ -55,6 +64,7 @@ from lightopd.training.measures.best import is_over
 from lightopd.training.measures.held_out import HeldOut, held_out_objective
 from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
+from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
 from lightopd.training.student.packed_rows import check_packing
@@ -254,6 +264,7 @@ def _make_room(out: Path, done: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.csv", done)
+        remove_leftovers(out / "checkpoints")
     except OSError as error:
         raise output_error(error, out / "metrics.csv") from error
 
@@ -301,6 +312,9 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
         check_packing(model)
     if run.finetune.router_loss is not None:
         check_experts(model)
+    if run.finetune.precision == "bf16-true":
+        check_low_memory()
+        model.to(torch.bfloat16)
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
@@ -316,6 +330,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
+        StepDone(),
     ]
 
 
