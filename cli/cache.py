@@ -153,7 +153,7 @@ def export(
 
     Example: lightopd export runs/cache runs/dataset
     """
-    from lightopd.cache.dataset import export_dataset
+    from lightopd.cache.formats.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
     paths = [str(path) for path in export_dataset(open_cache(cache), out)]
