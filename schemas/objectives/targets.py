@@ -3,9 +3,9 @@
 Every part's config has a `kind`; `lightopd/objectives/parts/registry.py` names the function behind each.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lightopd.schemas.base import StrictModel
 
@@ -123,6 +123,17 @@ class EstimatorTarget(TargetConfig):
         return self
 
 
+class Residual(StrictModel):
+    """What the tail as one outcome leaves out, from the sampled token where it lies outside the support."""
+
+    eta: float = Field(1.0, ge=0, le=1)
+    """1 is unbiased for the divergence of the whole vocabulary, given the prefix; 0 adds nothing."""
+    cap: float | None = Field(None, gt=0)
+    """Largest ratio of student now to the policy that sampled; none is unbiased."""
+    clip: float | None = Field(None, gt=0)
+    """The tail's log-ratio (reverse_kl) or ratio (forward_kl) is held within +-clip; none is unbiased."""
+
+
 class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
@@ -140,10 +151,18 @@ class DivergenceTarget(TargetConfig):
     temperature: float = Field(1.0, gt=0)
     """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
     element_clip: float | None = Field(None, gt=0)
-    """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the minimum
-    would lie away from the teacher."""
+    """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the
+    minimum would lie away from the teacher."""
+    residual: Residual | None = None
+    """Adds the sampled token's residual outside the support; for reverse_kl and forward_kl with a tail."""
     route: Literal["loss", "advantage"] = "loss"
     """`advantage` is refused: a divergence over a support is no score of the sampled token."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Checkpoints from before there was a residual hold none, and resume under the same settings."""
+        found: dict[str, Any] = handler(self)
+        return {name: value for name, value in found.items() if name != "residual" or value is not None}
 
     @model_validator(mode="after")
     def _what_mathematics_allows(self) -> "DivergenceTarget":
@@ -159,6 +178,10 @@ class DivergenceTarget(TargetConfig):
             )
         if self.support == "stop_gradient" and self.divergence != "reverse_kl":
             raise ValueError(f"support: stop_gradient is defined for reverse_kl, not for {self.divergence}")
+        if self.residual and (
+            self.divergence not in ("forward_kl", "reverse_kl") or self.support != "tail" or self.element_clip
+        ):
+            raise ValueError("residual needs reverse_kl or forward_kl with support: tail and no element_clip")
         if self.temperature != 1 and self.support != "renormalised":
             raise ValueError(
                 "temperature needs support: renormalised; a tail of tempered tokens is not in the cache"

@@ -57,6 +57,18 @@ REFUSED = {
         "defined for reverse_kl",
     ),
     "tempered tail": ({"target": {"kind": "divergence", "temperature": 2.0}}, "needs support: renormalised"),
+    "residual of another": (
+        {"target": {"kind": "divergence", "divergence": "jsd", "residual": {}}},
+        "residual needs reverse_kl or forward_kl",
+    ),
+    "residual without a tail": (
+        {"target": {"kind": "divergence", "support": "renormalised", "residual": {}}},
+        "with support: tail",
+    ),
+    "residual of an extrapolation": (
+        {"target": {"kind": "divergence", "residual": {}}, "extrapolate": {"factor": 2.0}},
+        "leave extrapolate out",
+    ),
     "k1": ({"target": {"kind": "estimator", "estimator": "k1"}}, "zero-mean gradient without the teacher"),
     "sampled token in the support": (
         {"baseline": {"support": "topk_and_sampled"}},
@@ -96,6 +108,17 @@ def test_strings_stand_for_kinds_and_the_default_kind_may_be_left_out():
 def test_a_resolved_objective_reads_back_equal(name):
     config = recipe(name)
     assert ObjectiveConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_divergence_without_a_residual_is_written_as_before_there_was_one():
+    plain = recipe("f_reverse_kl").model_dump(mode="json")["terms"][0]["target"]
+    assert "residual" not in plain
+    config = objective(target={"kind": "divergence", "residual": {"cap": 2.0}})
+    assert config.model_dump(mode="json")["terms"][0]["target"]["residual"] == {
+        "eta": 1.0,
+        "cap": 2.0,
+        "clip": None,
+    }
 
 
 def test_configs_are_frozen():

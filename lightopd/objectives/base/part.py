@@ -102,6 +102,10 @@ class Scene:
         assert self.batch.ref_logprobs_N is not None, "a part does not declare the column ref_logprobs"
         return self.batch.ref_logprobs_N
 
+    def ratio_N(self) -> Tensor:
+        """Probability of the sampled token under the student now over that under who sampled it, detached."""
+        return (self.student.logprobs_N.detach() - self.ref_logprobs_N()).exp()
+
     def prepared_N(self, name: str) -> Tensor:
         """A column of `prepare`, spread over the tokens."""
         return self.batch.prepared_R[f"{self.term.name}/{name}"][self.batch.row_N]

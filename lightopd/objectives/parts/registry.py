@@ -18,7 +18,7 @@ PARTS: dict[type[Any], Part] = {
     t.RewardTarget: Part(targets.reward, (REWARDS, GROUPS), column=columns.group_reward),
     t.MleTarget: Part(targets.mle),
     t.EstimatorTarget: Part(targets.estimator, (needs_teacher,)),
-    t.DivergenceTarget: Part(targets.divergence, (needs_support,)),
+    t.DivergenceTarget: Part(targets.divergence, (targets.needs_divergence,)),
     t.PreferenceTarget: Part(
         targets.preference,
         (GROUPS, lambda config, term: Needs(signals=(config.reference,), together=True)),
