@@ -16,6 +16,25 @@ Column = Literal["ref_logprobs", "reward", "domain", "turns", "teacher_reward"]
 """Columns of a cache that not every cache has."""
 
 
+class GrownConfig(StrictModel):
+    """A part whose later settings are written only where they are set.
+
+    A checkpoint from before such a setting holds none, and must resume under the same settings.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in self.later or getattr(self, name) != fields[name].default
+        }
+
+
 class DomainRouter(StrictModel):
     """One teacher per domain, chosen by the rollout's tag."""
 
@@ -51,9 +70,10 @@ class ConstantExtrapolation(StrictModel):
     """Check of the factor against the cache before training; none leaves it unchecked."""
 
 
-class DistanceExtrapolation(StrictModel):
+class DistanceExtrapolation(GrownConfig):
     """Extrapolation with a strength per token, scale * sum|T - B| + floor (arXiv 2503.02832)."""
 
+    later: ClassVar[tuple[str, ...]] = ("max_tail",)
     kind: Literal["by_distance"]
     """The strength grows with the distance of the two models at the token."""
     reference: SignalName = "reference"
@@ -62,12 +82,14 @@ class DistanceExtrapolation(StrictModel):
     """beta2 of the paper: 15 on-policy, 10 off-policy."""
     floor: float = Field(1e-3, gt=0)
     """Strength where the two models agree."""
+    max_tail: float = Field(0.01, ge=0, le=1)
+    """Largest mean probability outside a model's top-k; tokens in the tail have not the tail's strength."""
 
 
 Extrapolation = Annotated[ConstantExtrapolation | DistanceExtrapolation, Field(discriminator="kind")]
 
 
-class TargetConfig(StrictModel):
+class TargetConfig(GrownConfig):
     """What every target has."""
 
     gives: ClassVar[Literal["advantage", "token_loss", "rollout_loss"]] = "token_loss"
@@ -137,6 +159,7 @@ class Residual(StrictModel):
 class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
+    later: ClassVar[tuple[str, ...]] = ("residual",)
     kind: Literal["divergence"]
     """A differentiable loss at every position."""
     divergence: Literal[
@@ -157,12 +180,6 @@ class DivergenceTarget(TargetConfig):
     """Adds the sampled token's residual outside the support; for reverse_kl and forward_kl with a tail."""
     route: Literal["loss", "advantage"] = "loss"
     """`advantage` is refused: a divergence over a support is no score of the sampled token."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Checkpoints from before there was a residual hold none, and resume under the same settings."""
-        found: dict[str, Any] = handler(self)
-        return {name: value for name, value in found.items() if name != "residual" or value is not None}
 
     @model_validator(mode="after")
     def _what_mathematics_allows(self) -> "DivergenceTarget":

@@ -290,6 +290,19 @@ def test_the_guard_refuses_a_factor_above_the_limit_and_passes_one_below():
     assert "0.00%" in prepare_rollouts(guarded(1.25), [deterministic(0.99)]).notes[0]
 
 
+@pytest.mark.parametrize(("outside", "refused"), [(0.2, True), (0.001, False)])
+def test_an_extrapolation_by_distance_refuses_supports_that_leave_out_too_much(outside, refused):
+    view = cache([0.0, 0.0], [1, 1], [1, 1])
+    tail_N = np.full(4, np.log(outside), np.float32)
+    signals = {name: replace(signal, tail_logprobs_N=tail_N) for name, signal in view.signals.items()}
+    config = objective(target={"kind": "divergence"}, extrapolate="by_distance")
+    if refused:
+        with pytest.raises(CacheError, match=r"teacher leaves 0\.200 .* outside its top-k, more than 0.01"):
+            prepare_rollouts(config, [replace(view, signals=signals)])
+    else:
+        assert prepare_rollouts(config, [replace(view, signals=signals)]).keep_R.all()
+
+
 def test_a_value_that_is_not_finite_is_named_with_signal_rollout_and_token():
     view = cache([0.0] * 3, [1] * 3, [1] * 3)
     broken = view.signals["teacher"].logprobs_N.copy()

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.base.divergences import normalised_teacher, token_divergence
-from lightopd.objectives.base.part import REF, Needs, Scene
+from lightopd.objectives.base.part import RATIO, Needs, Scene
 from lightopd.objectives.base.segments import rollout_sums
 from lightopd.objectives.base.teacher import needs_support
 from lightopd.schemas.objectives.objective import TermConfig
@@ -94,7 +94,7 @@ def _residual(config: DivergenceTarget, residual: Residual, scene: Scene) -> Ten
 
 def needs_divergence(config: DivergenceTarget, term: TermConfig) -> Needs:
     """Teacher and student on the support; who sampled, for a residual."""
-    return needs_support(config, term) | (Needs() if config.residual is None else REF)
+    return needs_support(config, term) | (Needs() if config.residual is None else RATIO)
 
 
 def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
