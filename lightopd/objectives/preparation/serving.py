@@ -83,7 +83,7 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
     if wanted.ratio and sampling is not None and (sampling.temperature != 1 or sampling.top_p != 1):
         lines.append(
             f"rollouts were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, and "
-            f"the stored log-probabilities are at 1: student now / student at rollout is no importance ratio here"
+            f"the stored log-probabilities are at 1: a ratio of them is no importance ratio"
         )
     return lines
 
