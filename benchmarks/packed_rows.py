@@ -88,7 +88,7 @@ class Passes:
 
 def work_time(mix: str, path: Path) -> list[list[float]]:
     """Seconds of both layouts in turn, after a micro-batch of each to warm up."""
-    from lightopd.training.student.forward import prepare_student
+    from lightopd.training.student.training_mode import prepare_student
 
     student = prepare_student(make_model(STUDENT_LAYERS), gradient_checkpointing=False)
     both = [Passes(student, path, layout) for layout in LAYOUTS]

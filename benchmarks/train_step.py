@@ -78,7 +78,7 @@ def make_ours(path: Path, case: str, steps: int, layout: str) -> tuple[Any, Any]
     from lightopd.schemas.objectives.objective import ObjectiveConfig
     from lightopd.training.data.batches import CacheData
     from lightopd.training.module import StudentModule
-    from lightopd.training.student.forward import prepare_student
+    from lightopd.training.student.training_mode import prepare_student
 
     target = {"sampled": {}, "top64": {"target": {"kind": "divergence"}}}[case]
     objective = ObjectiveConfig.model_validate(target)
@@ -124,7 +124,7 @@ class SftStep:
         from lightopd.training.data.batches import StepDataset, collate
         from lightopd.training.data.plan import make_plan
         from lightopd.training.optimizer import make_optimizer
-        from lightopd.training.student.forward import prepare_student
+        from lightopd.training.student.training_mode import prepare_student
 
         rows = StepDataset(make_plan(data.index, data.finetune, 0, 1), data.store)[0]
         assert isinstance(rows, list)

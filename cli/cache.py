@@ -91,17 +91,49 @@ def join_(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="Parquet file of the official Lightning-OPD code.")],
-    cache: Annotated[Path, typer.Option("--cache", help="Cache folder that is created.")],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Model folder whose tokenizer made the ids.")],
+    source: Annotated[Path, typer.Argument(help="File with the responses.")],
+    cache: options.Cache = None,
+    format: Annotated[
+        str, typer.Option("--format", help="official (Lightning-OPD's Parquet) or responses.")
+    ] = "official",
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="official: model folder whose tokenizer made the ids.")
+    ] = None,
+    student: options.Student = None,
+    sft_teacher: options.SftTeacher = None,
+    columns: options.Map = None,
+    sets: options.Sets = None,
+    engine: options.Engine = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Turn an official Lightning-OPD Parquet file into a cache whose lineage is marked unknown.
+    """Make a cache of responses that exist already, or of an official Lightning-OPD Parquet file.
 
-    Example: lightopd import lightning_opd.parquet --cache runs/imported --tokenizer STUDENT
+    Example: lightopd import responses.jsonl --format responses --student STUDENT --cache runs/cache
     """
+    from lightopd.config import build, laid_over
+    from lightopd.errors import ConfigError
+    from lightopd.schemas.configs import ImportConfig
+
+    if format == "responses":
+        from lightopd.pipelines.caches.import_responses import import_responses
+
+        flags = {
+            "responses": {"path": str(source), "columns": options.columns_of(columns)},
+            "student": student,
+            "cache": cache,
+            "sft_teacher": sft_teacher,
+            "engine": {"kind": engine} if engine else None,
+        }
+        config = build(ImportConfig, laid_over({}, sets or [], options.given(flags)))
+        show_report(import_responses(config), as_json)
+        return
+    if format != "official":
+        raise ConfigError(f"--format {format} is not known; use official or responses")
+    if tokenizer is None or cache is None:
+        raise ConfigError("--format official needs --cache and --tokenizer")
     from lightopd.pipelines.caches.import_official import import_official
 
-    show_report(import_official(source, cache, tokenizer))
+    show_report(import_official(source, Path(cache), tokenizer), as_json)
 
 
 def export(

@@ -1,6 +1,7 @@
 """Options that several commands share, each defined once."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +22,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sa
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON line on stdout.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Folder or hub id of the teacher.")]
 Student = Annotated[str | None, typer.Option("--student", help="Folder or hub id of the student.")]
-Prompts = Annotated[str | None, typer.Option("--prompts", help="JSONL or Parquet file of prompts.")]
+Prompts = Annotated[
+    str | None, typer.Option("--prompts", help="File, `datasets` folder or hub id of prompts.")
+]
 Cache = Annotated[str | None, typer.Option("--cache", help="Cache folder.")]
 Rollouts = Annotated[str | None, typer.Option("--rollouts", help="Cache folder to take the rollouts from.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
@@ -30,3 +33,49 @@ Server = Annotated[
     list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", help="Columns of other names: --map prompt=question,answer=solution."),
+]
+SftTeacher = Annotated[
+    str | None,
+    typer.Option(
+        "--sft-teacher", help="SFT teacher of a student made elsewhere: declared, not proven; or none."
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Longest response in tokens.")]
+Lr = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")]
+Batch = Annotated[int | None, typer.Option("--batch", help="Sequences of one optimiser step.")]
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, at any depth; a group without any is left out."""
+    found = {name: given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
+    return {name: value for name, value in found.items() if value is not None and value != {}}
+
+
+def columns_of(maps: list[str] | None) -> dict[str, str] | None:
+    """`--map a=b,c=d` as a mapping.
+
+    Raises:
+        ConfigError: a pair without `=`.
+    """
+    from lightopd.errors import ConfigError
+
+    columns = {}
+    for pair in (pair for text in maps or () for pair in text.split(",") if pair.strip()):
+        name, separator, column = pair.partition("=")
+        if not separator or not name.strip() or not column.strip():
+            raise ConfigError(f"--map {pair!r} is not field=column, such as --map prompt=question")
+        columns[name.strip()] = column.strip()
+    return columns or None
+
+
+def prompts_of(path: str | None, maps: list[str] | None) -> str | dict[str, Any] | None:
+    """`--prompts` and `--map` as the setting `prompts`."""
+    columns = columns_of(maps)
+    return path if columns is None else given({"path": path, "columns": columns})

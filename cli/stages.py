@@ -34,6 +34,12 @@ def sft(
     engine: options.Engine = None,
     server: options.Server = None,
     part: Annotated[str | None, typer.Option("--part", help="both, answers or finetune.")] = None,
+    columns: options.Map = None,
+    temperature: options.Temperature = None,
+    max_tokens: options.MaxTokens = None,
+    lr: options.Lr = None,
+    steps: options.Steps = None,
+    batch: options.Batch = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -42,7 +48,10 @@ def sft(
 
     Example: lightopd sft --teacher T --student BASE --prompts prompts.jsonl --out runs/sft
     """
-    flags = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "part": part}
+    flags: dict[str, Any] = {"teacher": teacher, "student": student, "out": out, "part": part}
+    flags["prompts"] = options.prompts_of(prompts, columns)
+    flags["sampling"] = {"temperature": temperature, "max_tokens": max_tokens}
+    flags["finetune"] = {"optimizer": {"lr": lr}, "steps": steps, "batch_sequences": batch}
     _run_stage("sft", config, sets, {**flags, **_common(engine, server, allow)}, as_json, dry_run=dry_run)
 
 
@@ -52,10 +61,10 @@ def rollout(
     student: options.Student = None,
     prompts: options.Prompts = None,
     cache: options.Cache = None,
-    sft_teacher: Annotated[
-        str | None,
-        typer.Option("--sft-teacher", help="Teacher of a student made elsewhere: declared, not proven."),
-    ] = None,
+    columns: options.Map = None,
+    sft_teacher: options.SftTeacher = None,
+    temperature: options.Temperature = None,
+    max_tokens: options.MaxTokens = None,
     n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
     engine: options.Engine = None,
     server: options.Server = None,
@@ -67,13 +76,14 @@ def rollout(
 
     Example: lightopd rollout --student runs/sft/student --prompts prompts.jsonl --cache runs/cache
     """
-    flags = {"student": student, "prompts": prompts, "cache": cache, "sft_teacher": sft_teacher}
-    sampling = {"sampling": {"n": n}} if n is not None else {}
+    flags: dict[str, Any] = {"student": student, "cache": cache, "sft_teacher": sft_teacher}
+    flags["prompts"] = options.prompts_of(prompts, columns)
+    flags["sampling"] = {"n": n, "temperature": temperature, "max_tokens": max_tokens}
     _run_stage(
         "rollout",
         config,
         sets,
-        {**flags, **sampling, **_common(engine, server, allow)},
+        {**flags, **_common(engine, server, allow)},
         as_json,
         dry_run=dry_run,
     )
@@ -89,6 +99,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +110,7 @@ def precompute(
         str | None,
         typer.Option("--prompts", help="With --context: the rollouts' prompts and the template's columns."),
     ] = None,
+    columns: options.Map = None,
     cross_check: Annotated[
         int | None,
         typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
@@ -123,8 +135,8 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags["cross_check"] = cross_check
-    shown = {"template": context, "prompts": prompts}
+    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
+    shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
     _run_stage(
@@ -144,7 +156,9 @@ def train(
     cache: options.Cache = None,
     student: options.Student = None,
     out: options.Out = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    lr: options.Lr = None,
+    steps: options.Steps = None,
+    batch: options.Batch = None,
     devices: Annotated[int | None, typer.Option("--devices", help="Devices on each node.")] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Nodes.")] = None,
     strategy: Annotated[
@@ -162,7 +176,9 @@ def train(
         "cache": cache,
         "student": student,
         "out": out,
+        "optimizer": {"lr": lr},
         "steps": steps,
+        "batch_sequences": batch,
         "devices": devices,
         "nodes": nodes,
         "strategy": strategy,
@@ -175,6 +191,9 @@ def evaluate(
     sets: options.Sets = None,
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of the model.")] = None,
     prompts: options.Prompts = None,
+    columns: options.Map = None,
+    temperature: options.Temperature = None,
+    max_tokens: options.MaxTokens = None,
     out: options.Out = None,
     teacher: options.Teacher = None,
     engine: options.Engine = None,
@@ -186,7 +205,9 @@ def evaluate(
 
     Example: lightopd eval --model runs/train/student --prompts heldout.jsonl --out runs/eval
     """
-    flags = {"model": model, "prompts": prompts, "out": out, "teacher": teacher}
+    flags: dict[str, Any] = {"model": model, "out": out, "teacher": teacher}
+    flags["prompts"] = options.prompts_of(prompts, columns)
+    flags["sampling"] = {"temperature": temperature, "max_tokens": max_tokens}
     _run_stage("eval", config, sets, {**flags, **_common(engine, server, None)}, as_json, dry_run=dry_run)
 
 
@@ -197,6 +218,7 @@ def run(
     teacher: options.Teacher = None,
     student: options.Student = None,
     prompts: options.Prompts = None,
+    columns: options.Map = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -209,8 +231,9 @@ def run(
     from lightopd.pipelines import RECIPES
     from lightopd.pipelines import run as pipeline
 
-    flags = {"out": out, "teacher": teacher, "student": student, "prompts": prompts, "allow": allow or None}
-    loaded = load_run(config or [], sets or [], flags, RECIPES)
+    flags: dict[str, Any] = {"out": out, "teacher": teacher, "student": student, "allow": allow or None}
+    flags["prompts"] = options.prompts_of(prompts, columns)
+    loaded = load_run(config or [], sets or [], options.given(flags), RECIPES)
     report = pipeline.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
     show_report(report, as_json)
 
@@ -234,7 +257,7 @@ def _run_stage(
     # The kind comes before the settings of that kind, which would be lost when it changed after them.
     chosen = flags.get("engine") or {}
     kind = [f"engine.kind={chosen['kind']}"] if chosen else []
-    loaded = load_stage(stage, files or [], [*kind, *(sets or [])], flags, RECIPES)
+    loaded = load_stage(stage, files or [], [*kind, *(sets or [])], options.given(flags), RECIPES)
     show_report(_runner(stage)(loaded, **arguments), as_json)
 
 

@@ -189,7 +189,7 @@ def load_stage(
     data: dict[str, Any] = {}
     for name in files:
         data = merged(data, _stage_part(stage, read_yaml(name, shipped)))
-    return build(STAGES[stage], _laid_over(data, sets, flags))
+    return build(STAGES[stage], laid_over(data, sets, flags))
 
 
 def load_run(
@@ -199,7 +199,7 @@ def load_run(
     data: dict[str, Any] = {}
     for name in files:
         data = merged(data, read_yaml(name, shipped))
-    return build_run(_laid_over(data, sets, flags))
+    return build_run(laid_over(data, sets, flags))
 
 
 def _stage_part(stage: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,8 @@ def is_run_file(data: Mapping[str, Any]) -> bool:
     return any(isinstance(data.get(stage), Mapping) for stage in STAGES)
 
 
-def _laid_over(data: dict[str, Any], sets: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(data: dict[str, Any], sets: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """`--set` and then the flags that were given, laid over a config."""
     for assignment in sets:
         data = merged(data, parse_set(assignment))
     return merged(data, {key: value for key, value in flags.items() if value is not None})

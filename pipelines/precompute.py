@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import build_index
+from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import (
     Cache,
@@ -25,7 +26,7 @@ from lightopd.cache.store import (
     signal_folder,
 )
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine
+from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -39,6 +40,7 @@ from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
+from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
@@ -90,9 +92,11 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         )
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
+    declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
     overrides = cache.manifest.overrides
     if config.role == "teacher":
-        overrides += check_teacher(cache.manifest.sft, teacher, config.allow, "precompute")
+        sft = declared or cache.manifest.sft
+        overrides += check_teacher(sft, teacher, config.allow, "precompute")
     elif config.role == "self":
         overrides += check_student(cache.manifest.sampler, teacher, config.allow, "precompute")
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
@@ -107,10 +111,12 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         model=teacher,
         precision=precision,
         tokenizer=found,
+        sft_declared=declared,
         context=context,
         support=support,
         top_k=widest,
         min_probability=config.min_probability,
+        id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
         engine=engine,
@@ -175,6 +181,7 @@ def _score(
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
         return None
+    check_rollouts(cache)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     engine = load(config.engine, config.teacher)
@@ -217,7 +224,8 @@ def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    return ids, engine.score(sequences, own_top_k(config), config.min_probability)
+    scores = engine.score(sequences, own_top_k(config), config.min_probability)
+    return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
 def _write_shard(
@@ -259,11 +267,24 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
             else []
         ),
         *([precision] if precision else []),
+        *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),
     )
     return Report(
         "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
     )
+
+
+def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
+    """What became of the ids that the teacher has and the student has not."""
+    limit = cache.signals[config.signal].manifest.id_limit
+    if limit is None:
+        return []
+    outputs = model_limits(config.teacher).vocabulary_size
+    return [
+        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
+        f"to the tail"
+    ]
 
 
 def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:

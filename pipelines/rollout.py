@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 from lightopd.engines.kinds import load_engine
-from lightopd.lineage.fingerprint import declared_teacher, fingerprint_model, read_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.pipelines.sampling.rendering import check_rendering
 from lightopd.pipelines.sampling.sample import (
     LoadEngine,
@@ -20,6 +20,7 @@ from lightopd.pipelines.sampling.sample import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.schemas.configs import RolloutConfig
@@ -79,12 +80,9 @@ def _sft_lineage(
     config: RolloutConfig, lineage: StudentLineage | None
 ) -> tuple[SftLineage, tuple[Override, ...]]:
     """What the student's folder says of its fine-tuning, or what the user declares."""
-    if lineage is not None and lineage.sft.proof != "unknown":
-        return lineage.sft, lineage.overrides
-    overrides = lineage.overrides if lineage else ()
-    if config.sft_teacher is None:
-        return SftLineage(proof="unknown"), overrides
-    return declared_teacher(config.sft_teacher), overrides
+    recorded = lineage.sft if lineage else SftLineage(proof="unknown")
+    sft = said_now(recorded, config.sft_teacher, "rollout") or recorded
+    return sft, lineage.overrides if lineage else ()
 
 
 def _planned(config: RolloutConfig, plan: SamplingPlan) -> Report:
@@ -112,6 +110,7 @@ def _notes(sft: SftLineage, overrides: tuple[Override, ...]) -> tuple[str, ...]:
     teacher = {
         "recorded": f"fine-tuning teacher: {name} (recorded by sft)",
         "declared": f"fine-tuning teacher: {name} (declared, not proven)",
-        "unknown": "fine-tuning teacher unknown: precompute will refuse; declare it with --sft-teacher",
+        "none": "fine-tuning teacher: none is claimed",
+        "unknown": "fine-tuning teacher unknown: precompute will want --sft-teacher MODEL, or none",
     }[sft.proof]
     return (teacher, *override_notes(overrides))

@@ -9,6 +9,7 @@ adapter's.
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightopd.cache.store import Cache, content_id, open_cache, signal_names
@@ -23,7 +24,7 @@ from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writ
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
-from lightopd.schemas.manifest import ModelFingerprint, Override, StudentLineage
+from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
 from lightopd.training.fit import FitResult, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.student.adapters import trained_student
@@ -87,9 +88,15 @@ def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tu
     for name in teachers_of(config.objective):
         signal = cache.signals[name].manifest
         if signal.role not in ("teacher", "self"):  # precompute held it to neither
-            overrides += check_teacher(cache.manifest.sft, signal.model, config.allow, "train")
+            overrides += check_teacher(_taught_by(cache, [name]), signal.model, config.allow, "train")
     _, found = identified_tokenizer(config.student)
     return overrides + check_tokenizer(cache.manifest.tokenizer, found, config.allow, "train")
+
+
+def _taught_by(cache: Cache, signals: Sequence[str]) -> SftLineage:
+    """The student's SFT teacher: as the rollouts say, or as it was declared for one of the signals later."""
+    declared = (cache.signals[name].manifest.sft_declared for name in signals)
+    return next((sft for sft in declared if sft is not None), cache.manifest.sft)
 
 
 def _write_lineage(
@@ -104,7 +111,7 @@ def _write_lineage(
     lineage = StudentLineage(
         student=trained,
         base=student,
-        sft=cache.manifest.sft,
+        sft=_taught_by(cache, used),
         made_by="train",
         rendering={k: v for k, v in cache.manifest.rendering.items() if k != "row_options"} or None,
         cache=content_id(cache, used),

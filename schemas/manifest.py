@@ -94,8 +94,9 @@ class NoiseFloor(StrictModel):
 class SftLineage(StrictModel):
     """Which teacher wrote the data that the student was fine-tuned on."""
 
-    proof: Literal["recorded", "declared", "unknown"]
-    """`recorded` by the sft stage; `declared` by the user, not proven; or `unknown`."""
+    proof: Literal["recorded", "declared", "none", "unknown"]
+    """`recorded` by the sft stage; `declared` by the user, not proven; `none`, where the user says that no
+    model wrote the data or that it does not matter (Semi-OPD); or `unknown`."""
     teacher: ModelFingerprint | None = None
     """The teacher; None when unknown, or when only its name was declared."""
     name: str | None = None
@@ -205,6 +206,8 @@ class SignalManifest(StrictModel):
     """How it was run."""
     tokenizer: TokenizerFingerprint | None
     """Its tokenizer."""
+    sft_declared: SftLineage | None = None
+    """The student's SFT teacher as it was declared for this signal, after the rollouts were made."""
     context: dict[str, JsonValue] = PLAIN
     """What the model saw before the response: `plain` is the student's own prompt; `template` has the text
     of the template, the turn it fills, and the hash of all rendered prompts."""
@@ -214,6 +217,8 @@ class SignalManifest(StrictModel):
     """Most entries kept at a position."""
     min_probability: float = Field(0.0, ge=0)
     """Entries below this were left to the tail."""
+    id_limit: int | None = None
+    """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
     topk_dtype: Literal["float16", "float32"]
     """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
     tail: Literal["exact", "derived"]
@@ -254,7 +259,7 @@ class ShardMarker(StrictModel):
     """Rows left out, by reason."""
 
 
-_NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at"}
+_NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at", "sft_declared"}
 """Fields of a manifest that decide no byte of its shards."""
 _HASHED_BY_VERSION_1 = {
     "CacheManifest": ("rendering", "overrides"),

@@ -6,6 +6,7 @@ They see torch and everything else of the environment that runs the benchmark, a
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +24,44 @@ PACKAGES = (
 
 def peer_python() -> Path:
     """The interpreter of the environment, which is made on first use."""
-    python = FOLDER / "bin" / "python"
-    done = FOLDER / ".ready"
-    if done.exists() and done.read_text() == "\n".join(PACKAGES):
-        return python
+    if _is_ready(FOLDER, PACKAGES):
+        return FOLDER / "bin" / "python"
     print(f"installing {', '.join(PACKAGES[:2])} into {FOLDER.relative_to(ROOT)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER], check=True)
+    python = _make_environment(FOLDER)
+    subprocess.run([*_install(python), *PACKAGES], check=True)
+    (FOLDER / ".ready").write_text("\n".join(PACKAGES))
+    return python
+
+
+def install_peers(name: str, packages: Sequence[str]) -> Path:
+    """The interpreter of an environment in which every package is that could be had; a plain line for others.
+
+    Wheels in `benchmarks/wheels` go before the registry.
+    """
+    folder = FOLDER.parent / name
+    if _is_ready(folder, packages):
+        return folder / "bin" / "python"
+    python = _make_environment(folder)
+    wheels = ["--find-links", str(ROOT / "benchmarks" / "wheels")]
+    for package in packages:
+        if subprocess.run([*_install(python), *wheels, package], capture_output=True, check=False).returncode:
+            print(f"{package} could not be installed", flush=True)
+    (folder / ".ready").write_text("\n".join(packages))
+    return python
+
+
+def _is_ready(folder: Path, packages: Sequence[str]) -> bool:
+    done = folder / ".ready"
+    return done.exists() and done.read_text() == "\n".join(packages)
+
+
+def _install(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+
+
+def _make_environment(folder: Path) -> Path:
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,
@@ -37,7 +70,4 @@ def peer_python() -> Path:
     ).stdout.strip()
     here = sysconfig.get_path("purelib")
     (Path(packages) / "shared.pth").write_text(f"import site; site.addsitedir({here!r})\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*install, *PACKAGES], check=True)
-    done.write_text("\n".join(PACKAGES))
     return python

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightopd import __version__
-from lightopd.cache.reader import check_rollout_ids, read_columns
+from lightopd.cache.reader import read_columns
+from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
 from lightopd.cache.shards import file_sha256, shard_path, write_shard
 from lightopd.cache.store import (
     Cache,
     create_cache,
     create_signal,
     open_cache,
-    rollouts_folder,
-    signal_folder,
 )
 from lightopd.cache.tables import flat_column, rollout_id, rollouts_to_table, scores_to_table, split_lists
 from lightopd.errors import InputError, OutputError
@@ -72,6 +71,14 @@ class _Source:
 
 
 @dataclass(frozen=True, slots=True)
+class _Row:
+    number: int
+    """Row of the file, from 0."""
+    rollout: Rollout
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
 class Imported:
     """What `import_official` did."""
 
@@ -110,21 +117,21 @@ def import_official(
 
     Source: Lightning-OPD, data_curation/prepare_lightning_opd.py, phase 2.
     """
+    if not parquet.is_file():
+        raise InputError(f"{parquet} cannot be read as Parquet: it is no file; check the path")
     source = _Source(parquet, encode_prompt, vocabulary_size)
-    prompts, dropped, num_tokens = _survey(source)
+    prompts, dropped, num_tokens = _survey(source, signal)
     manifest = _imported_manifest(source, prompts)
     scored = _imported_signal(signal, manifest)
     create_cache(out, manifest)
     create_signal(open_cache(out, signals=(), incomplete=True), scored)
     for index, rows in enumerate(_batched(_official_rows(source))):
-        fingerprint, left_out = manifest.fingerprint(), dropped if index == 0 else {}
-        table = rollouts_to_table([rollout for rollout, _ in rows])
-        folder = rollouts_folder(out)
-        write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint, dropped=left_out)
-        names = [rollout.rollout_id for rollout, _ in rows]
-        table = scores_to_table(names, [scores for _, scores in rows], scored.topk_dtype)
-        kind, fingerprint = f"signals/{signal}", scored.fingerprint()
-        write_shard(signal_folder(out, signal), index, table, kind=kind, fingerprint=fingerprint)
+        rollouts, scores = _tables(rows, scored)
+        kind, fingerprint = manifest.kind, manifest.fingerprint()
+        left_out = dropped if index == 0 else {}
+        write_shard(out / kind, index, rollouts, kind=kind, fingerprint=fingerprint, dropped=left_out)
+        kind, fingerprint = scored.kind, scored.fingerprint()
+        write_shard(out / kind, index, scores, kind=kind, fingerprint=fingerprint)
     return Imported(out, len(prompts), num_tokens, dropped)
 
 
@@ -141,29 +148,42 @@ def export_dataset(cache: Cache, out: Path) -> list[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not an empty folder; name another one")
-    files = []
+    files, seen = [], set[str]()
     for index in cache.shards:
         sink = pa.BufferOutputStream()
-        pq.write_table(_joined(cache, index), sink, compression="zstd")
+        pq.write_table(_joined(cache, index, seen), sink, compression="zstd")
         files.append(out / "data" / shard_path(Path(), index).name)
         write_atomically(files[-1], sink.getvalue())
     write_atomically(out / "README.md", _card(cache).encode())
     return files
 
 
-def _survey(source: _Source) -> tuple[list[str], dict[str, int], int]:
+def _survey(source: _Source, signal: str) -> tuple[list[str], dict[str, int], int]:
     """Check every row before anything is written: prompt id of each kept row, dropped rows, tokens."""
-    prompts, num_tokens = [], 0
-    for rollout, _ in _official_rows(source):
-        prompts.append(rollout.prompt_id)
-        num_tokens += len(rollout.response_ids)
+    prompts, num_tokens, seen = [], 0, set[str]()
+    manifest = _imported_manifest(source, [])
+    scored = _imported_signal(signal, manifest)
+    for rows in _batched(_official_rows(source)):
+        rollouts, scores = _tables(rows, scored)
+        of_rollouts = rollout_faults(rollouts, manifest, seen)
+        for fault in chain(of_rollouts, score_faults(scores, rollouts, scored, source.vocabulary_size)):
+            raise InputError(f"{source.parquet} row {rows[fault.row].number}: {fault.what}; remove the row")
+        prompts += [row.rollout.prompt_id for row in rows]
+        num_tokens += sum(len(row.rollout.response_ids) for row in rows)
     if not prompts:
         raise InputError(f"{source.parquet} has no row with response tokens; nothing can be imported")
     num_dropped = pq.read_metadata(source.parquet).num_rows - len(prompts)
     return prompts, {"empty response": num_dropped} if num_dropped else {}, num_tokens
 
 
-def _official_rows(source: _Source) -> Iterator[tuple[Rollout, Scores]]:
+def _tables(rows: Sequence[_Row], signal: SignalManifest) -> tuple[pa.Table, pa.Table]:
+    """Rows as a shard of rollouts and one of the signal."""
+    names = [row.rollout.rollout_id for row in rows]
+    scores = scores_to_table(names, [row.scores for row in rows], signal.topk_dtype)
+    return rollouts_to_table([row.rollout for row in rows]), scores
+
+
+def _official_rows(source: _Source) -> Iterator[_Row]:
     """Rows with a response, in the file's order; rows of one prompt are numbered."""
     seen: Counter[str] = Counter()
     for number, row in enumerate(_read_rows(source.parquet)):
@@ -171,12 +191,14 @@ def _official_rows(source: _Source) -> Iterator[tuple[Rollout, Scores]]:
             continue
         where = f"{source.parquet} row {number}"
         prompt_ids = _prompt_ids(where, row, source.encode_prompt)
+        for name in ("response_tokens", "loss_mask"):
+            _refuse_nulls(where, name, row[name])
         _check_vocabulary(where, "prompt", prompt_ids, source.vocabulary_size)
         _check_vocabulary(where, "response", row["response_tokens"], source.vocabulary_size)
         prompt_id = hashlib.sha256(prompt_ids.astype("<i4").tobytes()).hexdigest()[:32]
         rollout, scores = _official_row(where, row, prompt_ids.astype(np.int32), prompt_id, seen[prompt_id])
         seen[prompt_id] += 1
-        yield rollout, scores
+        yield _Row(number, rollout, scores)
 
 
 def _read_rows(parquet: Path) -> Iterator[dict[str, Any]]:
@@ -201,9 +223,13 @@ def _metadata_columns(batch: pa.RecordBatch) -> dict[str, list[Any]]:
         if name not in names:
             columns[name] = [None] * len(batch)
             continue
-        values = pc.struct_field(metadata, name)
+        try:
+            values = pc.struct_field(metadata, name).cast(kind)
+        except pa.ArrowException as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"metadata.{name} is no {kind}: {reason}; write the file again") from error
         is_list = pa.types.is_list(kind)
-        columns[name] = split_lists(pa.chunked_array([values.cast(kind)])) if is_list else values.to_pylist()
+        columns[name] = split_lists(pa.chunked_array([values])) if is_list else values.to_pylist()
     return columns
 
 
@@ -224,7 +250,7 @@ def _check_columns(parquet: Path, schema: pa.Schema) -> None:
             )
 
 
-def _batched(rows: Iterator[tuple[Rollout, Scores]]) -> Iterator[list[tuple[Rollout, Scores]]]:
+def _batched(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
     while batch := list(islice(rows, SHARD_ROLLOUTS)):
         yield batch
 
@@ -257,9 +283,7 @@ def _official_row(
         domain=None,
         prompt_ids=prompt_ids,
         response_ids=response_ids,
-        loss_mask=np.ones(length, np.bool_)
-        if mask is None
-        else _floats(where, "loss_mask", mask, length) != 0,
+        loss_mask=np.ones(length, np.bool_) if mask is None else _mask(where, mask, length),
         turns=np.zeros(length, np.int32),
         logprobs=None,
         entropies=None,
@@ -286,6 +310,24 @@ def _floats(where: str, name: str, values: Any, length: int) -> NDArray[np.float
         place = int((~np.isfinite(floats)).argmax())
         raise InputError(f"{where} has {name} = {floats[place]} at position {place}; remove the row")
     return floats
+
+
+def _mask(where: str, values: Any, length: int) -> NDArray[np.bool_]:
+    mask = _floats(where, "loss_mask", values, length)
+    is_broken = ~np.isin(mask, (0, 1))
+    if is_broken.any():
+        place = int(is_broken.argmax())
+        raise InputError(f"{where} has loss_mask = {mask[place]:g} at position {place}, not 0 or 1")
+    return mask.astype(np.bool_)
+
+
+def _refuse_nulls(where: str, name: str, values: NDArray[Any] | None) -> None:
+    """Refuse nulls within a list, which numpy shows as NaN."""
+    if values is None or values.dtype.kind != "f":
+        return
+    is_null = np.isnan(values)
+    if is_null.any():
+        raise InputError(f"{where} has a null in {name} at position {int(is_null.argmax())}; remove the row")
 
 
 def _check_vocabulary(where: str, name: str, ids: NDArray[Any], vocabulary_size: int) -> None:
@@ -334,12 +376,14 @@ def _imported_signal(name: str, manifest: CacheManifest) -> SignalManifest:
     )
 
 
-def _joined(cache: Cache, index: int) -> pa.Table:
-    """A shard's rollouts with the columns of every signal beside them."""
-    joined = read_columns(cache, index, ROLLOUTS.names)
-    for name in cache.signals:
+def _joined(cache: Cache, index: int, seen: set[str]) -> pa.Table:
+    """A shard's rollouts with the columns of every signal beside them, every row checked."""
+    rollouts = joined = read_columns(cache, index, ROLLOUTS.names)
+    refuse_faults(cache.file(index), rollout_faults(rollouts, cache.manifest, seen))
+    for name, signal in cache.signals.items():
         table = read_columns(cache, index, SIGNALS.names, name)
-        check_rollout_ids(cache.file(index, name), table.column("rollout_id"), joined.column("rollout_id"))
+        faults = score_faults(table, rollouts, signal.manifest, cache.manifest.vocabulary_size)
+        refuse_faults(cache.file(index, name), faults)
         for column in ("logprobs", "tail_logprobs"):
             joined = joined.append_column(f"{name}_{column}", table.column(column))
         for column in ("topk_ids", "topk_logprobs"):

@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
 from lightopd.cache.shards import read_table
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import SIGNALS, TOKEN_COLUMNS
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, TOKEN_COLUMNS
 from lightopd.schemas.records import Bools, Floats, Ids
 
 Offsets = NDArray[np.int64]
+
+NOT_TRAINED_ON = ("answer", "prompt_text", "response_text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ def read_shard_columns(
     signals: Sequence[str] = (),
     topk: Collection[str] | None = None,
     contents: Mapping[Path, pa.Buffer] | None = None,
+    seen: set[str] | None = None,
 ) -> ShardColumns:
     """Read one shard of rollouts and signals for training.
 
@@ -93,15 +98,19 @@ def read_shard_columns(
         signals: names of the signals to read.
         topk: those whose top-k and tail are wanted as well; None means all of `signals`.
         contents: of the shard's files, where a caller has read and checked them; None reads the files.
+        seen: rollout ids of the shards before, at a first reading, which checks every row and adds the
+            shard's; None where that was done.
 
     Raises:
-        CacheError: a file is missing or damaged, a signal is not aligned with the rollouts, or lengths
-            disagree; the message names file and row.
+        CacheError: a file is missing or damaged, a row is not what it must be, or a signal is not aligned
+            with the rollouts; the message names file and row.
     """
     path = cache.file(shard)
     contents = {} if contents is None else contents
-    names = ["rollout_id", "prompt_id", "origin", "domain", "prompt_ids", "truncated", "reward"]
-    table = read_columns(cache, shard, [*names, *TOKEN_COLUMNS], content=contents.get(path))
+    names = [name for name in ROLLOUTS.names if name not in NOT_TRAINED_ON]
+    table = read_columns(cache, shard, names, content=contents.get(path))
+    if seen is not None:
+        refuse_faults(path, rollout_faults(table, cache.manifest, seen))
     tokens, offsets = _token_columns(path, table)
     prompts, prompt_offsets = flat_column(table.column("prompt_ids"))
     wanted = set(signals if topk is None else topk)
@@ -118,7 +127,7 @@ def read_shard_columns(
         rewards_R=table.column("reward").to_numpy().astype(np.float32),
         is_truncated_R=table.column("truncated").to_numpy().astype(np.bool_),
         signals={
-            name: _signal_columns(cache, name, shard, ids, offsets, name in wanted, contents)
+            name: _signal_columns(cache, name, shard, table, name in wanted, contents, seen is not None)
             for name in signals
         },
         **tokens,
@@ -129,6 +138,13 @@ def read_shard_columns(
 def group_number(prompt_id: str) -> int:
     """A number for a prompt, the same everywhere: 63 bits of SHA-256."""
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little") >> 1
+
+
+def largest_id(cache: Cache, shard: int) -> int:
+    """The largest token id of a shard, among prompts, responses, and the top-k of the opened signals."""
+    columns = [read_columns(cache, shard, [name])[name] for name in ("prompt_ids", "response_ids")]
+    columns += [read_columns(cache, shard, ["topk_ids"], signal)["topk_ids"] for signal in cache.signals]
+    return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
 def read_columns(
@@ -154,6 +170,18 @@ def read_columns(
     manifest = cache.manifest_of(signal)
     marker = cache.marker(shard, signal)
     return read_table(cache.file(shard, signal), manifest.kind, marker, columns, content)
+
+
+def check_rollouts(cache: Cache) -> None:
+    """Check every row of the rollouts, as a stage does before it pays for anything that builds on them.
+
+    Raises:
+        CacheError: a file is damaged, or a row is not what it must be; the message names file and row.
+    """
+    seen: set[str] = set()
+    for shard in cache.shards:
+        table = read_columns(cache, shard, ROLLOUTS.names)
+        refuse_faults(cache.file(shard), rollout_faults(table, cache.manifest, seen))
 
 
 def check_offsets(path: Path, name: str, found: Offsets, wanted: Offsets) -> None:
@@ -188,15 +216,19 @@ def _signal_columns(
     cache: Cache,
     name: str,
     shard: int,
-    rollout_ids: pa.ChunkedArray,
-    offsets: Offsets,
+    rollouts: pa.Table,
     with_topk: bool,
     contents: Mapping[Path, pa.Buffer],
+    check: bool,
 ) -> SignalColumns:
     columns = SIGNALS.names if with_topk else ["rollout_id", "logprobs"]
     path = cache.file(shard, name)
     table = read_columns(cache, shard, columns, name, contents.get(path))
-    check_rollout_ids(path, table.column("rollout_id"), rollout_ids)
+    check_rollout_ids(path, table.column("rollout_id"), rollouts.column("rollout_id"))
+    if check:
+        manifest, width = cache.signals[name].manifest, cache.manifest.vocabulary_size
+        refuse_faults(path, score_faults(table, rollouts, manifest, width))
+    _, offsets = flat_column(rollouts.column("response_ids"))
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)
     if not with_topk:

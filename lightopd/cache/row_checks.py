@@ -4,23 +4,30 @@ R = rollouts in the block, N = their response tokens, C = top-k entries of all p
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.shards import AGAIN
 from lightopd.cache.tables import flat_column, rollout_id
+from lightopd.errors import CacheError
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.manifest import CacheManifest, SignalManifest
 
+BLOCK_ROWS = 64
+"""Rows that are looked at together, which bounds the memory."""
 LOGPROB_TOLERANCE = 1e-4
 """Nats above 0 that float noise may reach."""
 MASS_TOLERANCE = 1e-5
 """Distance of a distribution's float32 mass from 1."""
 HALF_ROUNDING = 2.0**-11
 """Relative rounding error of float16: a log-probability l is stored within |l| * 2^-11."""
+
+FINISH_REASONS = ("stop", "length")
 
 Flags = NDArray[np.bool_]
 
@@ -52,16 +59,51 @@ class _Scores:
     logprobs_C: NDArray[Any]
 
 
-def rollout_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -> Iterator[Fault]:
-    """Faults in a block of rollouts; their ids are added to `seen`."""
+def refuse_faults(path: Path, faults: Iterator[Fault]) -> None:
+    """Refuse a shard with a fault.
+
+    Raises:
+        CacheError: names the first one, with file and row.
+    """
+    fault = next(faults, None)
+    if fault is not None:
+        raise CacheError(
+            f"{path} row {fault.row}: {fault.what}; `lightopd verify` names everything that is wrong; {AGAIN}"
+        )
+
+
+def rollout_faults(rollouts: pa.Table, manifest: CacheManifest, seen: set[str]) -> Iterator[Fault]:
+    """Faults in rollouts, in blocks of rows; `seen` has the ids of the shards before, and gets these."""
+    for start in range(0, rollouts.num_rows, BLOCK_ROWS):
+        yield from _shifted(_block_of_rollouts(rollouts.slice(start, BLOCK_ROWS), manifest, seen), start)
+
+
+def score_faults(
+    scores: pa.Table, rollouts: pa.Table, signal: SignalManifest, vocabulary_size: int
+) -> Iterator[Fault]:
+    """Faults in a signal beside its rollouts, in blocks of rows; without a top-k, in the rest."""
+    if scores.num_rows != rollouts.num_rows:
+        what = f"the file has {scores.num_rows} rows, its rollouts have {rollouts.num_rows}"
+        yield Fault("rows", min(scores.num_rows, rollouts.num_rows), what, 1)
+        return
+    for start in range(0, scores.num_rows, BLOCK_ROWS):
+        block, theirs = (table.slice(start, BLOCK_ROWS) for table in (scores, rollouts))
+        yield from _shifted(_block_of_scores(block, theirs, signal, vocabulary_size), start)
+
+
+def _shifted(faults: Iterator[Fault], start: int) -> Iterator[Fault]:
+    return (replace(fault, row=fault.row + start) for fault in faults)
+
+
+def _block_of_rollouts(table: pa.Table, manifest: CacheManifest, seen: set[str]) -> Iterator[Fault]:
     ids_N, offsets = flat_column(table.column("response_ids"))
     prompts, prompt_offsets = flat_column(table.column("prompt_ids"))
-    yield from _identity_faults(table, manifest, seen)
-    yield from _finish_faults(table, ids_N, offsets, manifest)
-    yield from _vocabulary_faults("response_ids", ids_N, offsets, manifest.vocabulary_size)
-    yield from _vocabulary_faults("prompt_ids", prompts, prompt_offsets, manifest.vocabulary_size)
     yield from _at_rows("empty", np.diff(offsets) == 0, "its response is empty")
     yield from _at_rows("empty prompt", np.diff(prompt_offsets) == 0, "its prompt is empty")
+    yield from _vocabulary_faults("response_ids", ids_N, offsets, manifest.vocabulary_size)
+    yield from _vocabulary_faults("prompt_ids", prompts, prompt_offsets, manifest.vocabulary_size)
+    yield from _identity_faults(table, manifest, seen)
+    yield from _finish_faults(table, ids_N, offsets, manifest)
     for name in TOKEN_COLUMNS[1:]:
         yield from _token_column_faults(table, name, offsets, manifest)
     rewards = table.column("reward").to_numpy()
@@ -69,16 +111,18 @@ def rollout_faults(table: pa.Table, manifest: CacheManifest, seen: set[str]) -> 
     yield from _at_rows("reward", is_broken, "its reward is not a finite number")
 
 
-def score_faults(
+def _block_of_scores(
     table: pa.Table, rollouts: pa.Table, signal: SignalManifest, vocabulary_size: int
 ) -> Iterator[Fault]:
-    """Faults in a block of a signal, beside the same rows of the rollouts."""
     own, theirs = table.column("rollout_id").to_pylist(), rollouts.column("rollout_id").to_pylist()
     is_other = np.array([a != b for a, b in zip(own, theirs, strict=True)], dtype=np.bool_)
     yield from _at_rows("alignment", is_other, "its rollout_id is not that of the rollouts' row")
     length_faults = list(_score_length_faults(table, rollouts))
     yield from length_faults
     if length_faults or is_other.any():
+        return
+    if "topk_ids" not in table.column_names:
+        yield from _logprob_faults("logprobs", *flat_column(table.column("logprobs")))
         return
     scores = _scores(table, rollouts)
     yield from _score_range_faults(scores, signal, vocabulary_size)
@@ -121,6 +165,9 @@ def _finish_faults(
     reasons = np.array(table.column("finish_reason").to_pylist(), dtype=object)
     truncated = table.column("truncated").to_numpy()
     origins = np.array(table.column("origin").to_pylist(), dtype=object)
+    is_unknown = ~np.isin(reasons, FINISH_REASONS)
+    what = f"its finish_reason is none of {', '.join(FINISH_REASONS)}"
+    yield from _at_rows("finish_reason", is_unknown, what)
     yield from _at_rows(
         "truncated", truncated != (reasons == "length"), "truncated and finish_reason disagree"
     )
@@ -177,9 +224,12 @@ def _token_column_faults(
 
 def _score_length_faults(table: pa.Table, rollouts: pa.Table) -> Iterator[Fault]:
     wanted = np.diff(flat_column(rollouts.column("response_ids"))[1])
-    for name in ("logprobs", "topk_counts", "tail_logprobs"):
+    is_whole = "topk_counts" in table.column_names
+    for name in ("logprobs", "topk_counts", "tail_logprobs") if is_whole else ("logprobs",):
         found = np.diff(flat_column(table.column(name))[1])
         yield from _at_rows(f"{name} length", found != wanted, f"{name} is not as long as response_ids")
+    if not is_whole:
+        return
     counts, offsets = flat_column(table.column("topk_counts"))
     totals = np.diff(_starts(counts)[offsets])
     for name in ("topk_ids", "topk_logprobs"):
@@ -212,7 +262,7 @@ def _score_range_faults(scores: _Scores, signal: SignalManifest, vocabulary_size
     )
     full = min(signal.top_k, vocabulary_size)
     is_off = (scores.counts_N < 0) | (scores.counts_N > full)
-    if signal.min_probability == 0 and signal.support is None:
+    if signal.min_probability == 0 and signal.support is None and signal.id_limit is None:
         is_off = scores.counts_N != full
     yield from _at_tokens(
         "topk_counts", is_off, scores.offsets, scores.counts_N, f"where top_k asks for {full}"
@@ -226,8 +276,11 @@ def _topk_order_faults(scores: _Scores, vocabulary_size: int) -> Iterator[Fault]
     position, logprobs = scores.position_C, scores.logprobs_C
     is_rising = (np.diff(logprobs) > 0) & (np.diff(position) == 0)
     yield from _at_positions("order", position[1:][is_rising], scores, "its top-k is not sorted")
-    keys = np.sort(position * max(vocabulary_size, 1) + scores.ids_C)
-    twice = keys[1:][np.diff(keys) == 0] // max(vocabulary_size, 1)
+    width = max(
+        vocabulary_size, int(scores.ids_C.max(initial=0)) + 1
+    )  # ids beyond it are faults of their own
+    keys = np.sort(position * width + scores.ids_C)
+    twice = keys[1:][np.diff(keys) == 0] // width
     yield from _at_positions("twice", twice, scores, "a token id occurs twice in its top-k")
 
 

@@ -295,9 +295,24 @@ def _checked_marker(folder: Path, index: int, fingerprint: str) -> ShardMarker:
     return marker
 
 
+def row_count_fault(manifest: CacheManifest, markers: Sequence[ShardMarker]) -> str | None:
+    """What is wrong with the number of rows of all shards together, in words."""
+    if manifest.sampling is None or manifest.joined:
+        return None
+    found = sum(marker.rows + sum(marker.dropped.values()) for marker in markers)
+    wanted = manifest.num_prompts * manifest.sampling.n
+    if found == wanted:
+        return None
+    each = f"{manifest.num_prompts} prompts with {manifest.sampling.n} each"
+    return f"{found} rollouts are there, {each} make {wanted}"
+
+
 def _check_complete(cache: Cache) -> None:
     stage = STAGES[cache.manifest.origin]
     _refuse_missing(cache, rollouts_folder(cache.path), cache.missing(), f"lightopd {stage}")
+    fault = row_count_fault(cache.manifest, cache.markers)
+    if fault:
+        raise CacheError(f"{cache.path}: {fault}; copy the cache again, or make it again")
     for name in cache.signals:
         command = f"lightopd precompute --cache {cache.path} --signal {name}"
         _refuse_missing(cache, signal_folder(cache.path, name), cache.missing(name), command)

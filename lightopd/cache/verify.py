@@ -13,13 +13,18 @@ import pyarrow as pa
 from lightopd.cache.contexts import CONTEXTS, read_contexts
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
-from lightopd.cache.store import open_cache, read_manifest, rollouts_folder, signal_folder, signal_names
+from lightopd.cache.store import (
+    open_cache,
+    read_manifest,
+    rollouts_folder,
+    row_count_fault,
+    signal_folder,
+    signal_names,
+)
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
-
-BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ def verify(path: Path) -> list[Finding]:
     findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
     findings += [finding for signal in signals for finding in _context_findings(path, signal)]
     findings += _stray_shards(path, manifest, signals)
+    findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
     seen: set[str] = set()
     for index in range(manifest.num_shards):
         findings += _shard_findings(path, index, manifest, signals, seen)
@@ -105,7 +111,7 @@ def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterat
     overridden = {override.allowed for override in signal.overrides}
     try:
         if signal.role == "teacher":
-            check_teacher(manifest.sft, signal.model, overridden, "verify")
+            check_teacher(signal.sft_declared or manifest.sft, signal.model, overridden, "verify")
         if signal.role == "self" and signal.model is not None:
             check_student(manifest.sampler, signal.model, overridden, "verify")
         if signal.tokenizer is not None:
@@ -121,6 +127,13 @@ def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
         read_contexts(folder, signal.context)
     except CacheError as error:
         yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
+
+
+def _count_faults(path: Path, manifest: CacheManifest) -> Iterator[str]:
+    markers = [read_marker(rollouts_folder(path), index) for index in range(manifest.num_shards)]
+    fault = row_count_fault(manifest, [marker for marker in markers if marker is not None])
+    if fault and None not in markers:
+        yield fault
 
 
 def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManifest]) -> Iterator[Finding]:
@@ -140,12 +153,7 @@ def _shard_findings(
     rollouts, findings = _load(path, part, index)
     file = str(shard_path(part.folder, index).relative_to(path))
     if rollouts is not None:
-        faults = (
-            fault
-            for start, block in _blocks(rollouts)
-            for fault in _shifted(rollout_faults(block, manifest, seen), start)
-        )
-        findings += _merged(file, faults)
+        findings += _merged(file, rollout_faults(rollouts, manifest, seen))
     for signal in signals:
         folder = signal_folder(path, signal.name)
         part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), SIGNALS)
@@ -153,23 +161,9 @@ def _shard_findings(
         findings += own
         if scores is not None and rollouts is not None:
             file = str(shard_path(folder, index).relative_to(path))
-            findings += _aligned_findings(file, scores, rollouts, signal, manifest.vocabulary_size)
+            faults = score_faults(scores, rollouts, signal, manifest.vocabulary_size)
+            findings += _merged(file, faults)
     return findings
-
-
-def _aligned_findings(
-    file: str, scores: pa.Table, rollouts: pa.Table, signal: SignalManifest, vocabulary_size: int
-) -> list[Finding]:
-    if scores.num_rows != rollouts.num_rows:
-        return [Finding(file, None, f"it has {scores.num_rows} rows, its rollouts have {rollouts.num_rows}")]
-    faults = (
-        fault
-        for start, block in _blocks(scores)
-        for fault in _shifted(
-            score_faults(block, rollouts.slice(start, block.num_rows), signal, vocabulary_size), start
-        )
-    )
-    return _merged(file, faults)
 
 
 def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Finding]]:
@@ -193,15 +187,6 @@ def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Fi
         return table, []
     found = f"{table.num_rows} rows and {tokens} tokens"
     return None, [Finding(name, None, f"it has {found}, its marker says {marker.rows} and {marker.tokens}")]
-
-
-def _blocks(table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    for start in range(0, table.num_rows, BLOCK_ROWS):
-        yield start, table.slice(start, BLOCK_ROWS)
-
-
-def _shifted(faults: Iterator[Fault], start: int) -> Iterator[Fault]:
-    return (Fault(fault.check, fault.row + start, fault.what, fault.count) for fault in faults)
 
 
 def _merged(file: str, faults: Iterator[Fault]) -> list[Finding]:

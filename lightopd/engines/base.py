@@ -127,6 +127,29 @@ def check_sequences(
             )
 
 
+def keep_ids_below(scores: Scores, limit: int) -> Scores:
+    """Scores without the top-k entries of ids from `limit` on; their mass goes to the tail.
+
+    A student with fewer outputs than the model has no probability for such ids.
+    """
+    is_kept = scores.topk_ids < limit
+    if is_kept.all():
+        return scores
+    num_positions = len(scores.topk_counts)
+    position = np.repeat(np.arange(num_positions), scores.topk_counts)
+    dropped = np.exp(scores.topk_logprobs[~is_kept].astype(np.float64))
+    mass = np.bincount(position[~is_kept], weights=dropped, minlength=num_positions)
+    with np.errstate(divide="ignore"):
+        tails = np.log(np.minimum(np.exp(scores.tail_logprobs.astype(np.float64)) + mass, 1.0))
+    return Scores(
+        logprobs=scores.logprobs,
+        topk_counts=np.bincount(position[is_kept], minlength=num_positions).astype(np.int32),
+        topk_ids=scores.topk_ids[is_kept],
+        topk_logprobs=scores.topk_logprobs[is_kept],
+        tail_logprobs=tails.astype(np.float32),
+    )
+
+
 def _check_ids(name: str, ids: Ids, vocabulary_size: int) -> None:
     if len(ids) == 0:
         raise InputError(

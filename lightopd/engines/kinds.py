@@ -25,7 +25,7 @@ class EngineKind:
 
 KINDS = {
     "hf": EngineKind(
-        "lightopd.engines.hf.record:describe_hf", "lightopd.engines.hf.engine:load_hf_engine", "exact"
+        "lightopd.engines.hf.engine:describe_hf", "lightopd.engines.hf.engine:load_hf_engine", "exact"
     ),
     "vllm": EngineKind(
         "lightopd.engines.vllm.settings:describe_vllm",

@@ -41,12 +41,15 @@ def check_teacher(
 
     Source: teacher consistency, arXiv 2604.13010, Theorems 3.8 and 3.9.
     """
-    if teacher is not None and _is_same_teacher(sft, teacher):
+    if sft.proof == "none" or (teacher is not None and _is_same_teacher(sft, teacher)):
         return ()
     scorer = "an unknown model" if teacher is None else _shown(teacher)
     if sft.teacher is None and sft.name is None:
         found = f"the student's SFT teacher is unknown, {scorer} scores"
-        remedy = "name the SFT teacher with --sft-teacher at rollout, or"
+        remedy = (
+            "say who it was with --sft-teacher MODEL, or that none is claimed with --sft-teacher none "
+            "(the rollouts stay), or"
+        )
     else:
         found = f"the SFT teacher is {_shown_sft(sft)}, {scorer} scores"
         if teacher is not None and sft.teacher is not None:

@@ -192,11 +192,13 @@ def declared_teacher(declared: str) -> SftLineage:
 
     A folder is fingerprinted, so that the scoring teacher is compared by content. Anything else is a
     name, such as a hub repository id; it is not fetched, and is compared as text with the path or
-    repository that the scoring teacher is read from.
+    repository that the scoring teacher is read from. `none` claims no teacher.
 
     Raises:
         InputError: it is written as a path and there is no such folder, or the folder holds no model.
     """
+    if declared == "none":
+        return SftLineage(proof="none")
     written_as_path = declared.startswith((".", "/", "~")) or declared.endswith("/")
     if written_as_path or Path(declared).is_dir():
         return SftLineage(proof="declared", teacher=fingerprint_model(ModelConfig(path=declared)))

@@ -16,13 +16,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lightopd.errors import ConfigError, InputError
-from lightopd.lineage.fingerprint import model_folder
+from lightopd.lineage.fingerprint import model_folder, read_json
 from lightopd.models.attention import attention_of, read_config
 from lightopd.models.head import Head
 from lightopd.models.limits import context_length_in
 from lightopd.schemas.configs import ModelConfig
 
 log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 8
+"""Tokens on which a model is compared before and after an adapter is merged."""
+FULL_NATS, HALF_NATS = 1e-3, 0.2
+"""Mean difference that rounding of the merged weights explains, in float32 and in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +163,42 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         )
     from peft import PeftModel  # type: ignore[import-not-found,unused-ignore]
 
+    check_adapter_config(adapter)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"adapter folder {adapter} does not fit the model ({error})") from error
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        probe_BT = torch.arange(1, PROBE_TOKENS + 1).remainder(model.get_output_embeddings().weight.shape[0])[
+            None
+        ]
+        with torch.no_grad():
+            before_TV = adapted(input_ids=probe_BT, use_cache=False).logits[0].float().log_softmax(-1)
+            merged = adapted.merge_and_unload()
+            after_TV = merged(input_ids=probe_BT, use_cache=False).logits[0].float().log_softmax(-1)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter folder {adapter} does not fit the model ({reason})") from error
+    moved = float((before_TV.exp() * (after_TV - before_TV).abs()).sum(-1).mean())
+    if not moved <= (FULL_NATS if model.dtype == torch.float32 else HALF_NATS):
+        raise InputError(
+            f"merging adapter {adapter} changes the model by {moved:.3g} nats a token: it changes one of two "
+            f"layers that share their weights (an output layer tied to the embedding); save the model with "
+            f"tie_word_embeddings false and both weights, or leave the layer out of target_modules"
+        )
     assert isinstance(merged, PreTrainedModel)
     return merged
+
+
+def check_adapter_config(adapter: Path) -> None:
+    """Refuse an adapter that is more than low-rank weights.
+
+    Raises:
+        InputError: it brings whole layers of its own; names them.
+    """
+    whole = read_json(adapter / "adapter_config.json").get("modules_to_save")
+    if whole:
+        raise InputError(
+            f"adapter folder {adapter} has modules_to_save {whole}: whole layers that replace the model's, "
+            f"which lightopd does not merge; merge it with peft into a folder of its own and give that"
+        )
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def _from_file(config: FilePrompts, all_columns: bool) -> Recognised:
     for number, row in islice(read_rows(config, wanted), config.limit):
         where = f"{config.path}, row {number}"
         shaped = shape_row(row, config.columns, where)
-        prompt = seen.note(_prompt_of(shaped, where, config.verifier), number, row, shaped)
+        prompt = seen.note(prompt_of(shaped, where, config.verifier), number, row, shaped)
         further = {name: value for name, value in row.items() if name not in ROW_FIELDS}
         prompts.append(replace(prompt, metadata=further) if all_columns else prompt)
     if not prompts:
@@ -118,7 +118,8 @@ class _Seen:
         return "; ".join(parts)
 
 
-def _prompt_of(shaped: ShapedRow, where: str, verifier: str) -> Prompt:
+def prompt_of(shaped: ShapedRow, where: str, verifier: str) -> Prompt:
+    """The prompt of a shaped row, without the assistant's last turn."""
     turns = None if shaped.turns is None else _without_answer(shaped.turns, where)
     fields = shaped.fields
     answer = answer_text(fields.get("answer"), where)

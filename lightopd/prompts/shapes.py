@@ -62,7 +62,7 @@ def shape_row(row: dict[str, Any], columns: Mapping[str, str], where: str) -> Sh
         InputError: no shape fits, or a value is not what its field must be; names file, row and column.
     """
     shaped = ShapedRow("")
-    mapped = {name: _mapped(row, path, where) for name, path in columns.items()}
+    mapped = {name: mapped_value(row, path, where) for name, path in columns.items()}
     shaped.sources = {name: path for name, path in columns.items() if name != path}
     shaped.read = {path if path in row else path.partition(".")[0] for path in columns.values()}
     hidden = {"prompt", "messages"} if {"prompt", "messages"} & mapped.keys() else set()
@@ -80,7 +80,8 @@ def shape_row(row: dict[str, Any], columns: Mapping[str, str], where: str) -> Sh
     return shaped
 
 
-def _mapped(row: Mapping[str, Any], path: str, where: str) -> Any:
+def mapped_value(row: Mapping[str, Any], path: str, where: str) -> Any:
+    """What stands in a column, or inside one at `column.key`; None where it is null."""
     if path in row:
         return row[path]
     value: Any = row
@@ -103,15 +104,17 @@ def _shape_prompt(shaped: ShapedRow, fields: Mapping[str, Any], row: Mapping[str
             f"{where} has both `prompt` and `messages`; keep one of them, or choose with --map prompt=prompt"
         )
     if isinstance(prompt, list):
-        shaped.shape, shaped.turns = "turns in `prompt` (TRL, verl)", _turns(prompt, "prompt", where)
+        shaped.shape, shaped.turns = "turns in `prompt` (TRL, verl)", checked_turns(prompt, "prompt", where)
     elif prompt is not None:
         shaped.shape, shaped.text = "text in `prompt`", _text(prompt, "prompt", where)
     elif messages is not None:
         found = _from_json(messages, f"{where}: `messages`")
-        shaped.shape, shaped.turns = "turns in `messages`", _turns(found, "messages", where)
+        shaped.shape, shaped.turns = "turns in `messages`", checked_turns(found, "messages", where)
     elif row.get("conversations") is not None:
         shaped.read |= {"conversations", "system"} & row.keys()
-        turns = _turns(_from_json(row["conversations"], f"{where}: `conversations`"), "conversations", where)
+        turns = checked_turns(
+            _from_json(row["conversations"], f"{where}: `conversations`"), "conversations", where
+        )
         shaped.shape, shaped.turns = "ShareGPT", _with_system(turns, row, where)
     elif row.get("instruction") is not None:
         _shape_alpaca(shaped, row, where)
@@ -165,7 +168,8 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _turns(value: Any, column: str, where: str) -> tuple[Turn, ...]:
+def checked_turns(value: Any, column: str, where: str) -> tuple[Turn, ...]:
+    """Turns with `role` and `content` each, refused by place where they are not."""
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: `{column}` is {told(value)}; it must be a list with at least one turn")
     check_values(value, f"{where}: `{column}`")

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
-from lightopd.training.checkpoints.checkpoint import TrainerState, prune_checkpoints
+from lightopd.training.checkpoints.checkpoint import TrainerState, checkpoint_path, prune_checkpoints
 from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.measures.best import is_over, updated_best
 from lightopd.training.measures.metrics_file import append_metrics
@@ -90,6 +90,16 @@ class Checkpoints(Callback):  # type: ignore[misc]
         is_due = module.step % self.finetune.checkpoint_every == 0
         if not (is_due or is_last or module.step == best_step):
             return
+        self._save(trainer, module)
+
+    def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:
+        """Save the last step of an interrupted run, where its only process stands between two steps."""
+        is_alone = trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt)
+        if is_alone and module.is_between_steps and not checkpoint_path(self.folder, module.step).exists():
+            self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: StudentModule) -> None:
+        best_step = module.best.step if module.best else None
         module.refuse_broken_weights()
         state = TrainerState(
             step=module.step,
@@ -105,6 +115,14 @@ class Checkpoints(Callback):  # type: ignore[misc]
             prune_checkpoints(self.folder, self.finetune.keep_checkpoints, best_step)
             log.info("checkpoint %s", path)
         trainer.strategy.barrier()
+
+
+class StepDone(Callback):  # type: ignore[misc]
+    """The last to hear of a step: all that belongs to it is done."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
+        """Note it."""
+        module.is_between_steps = True
 
 
 class Progress(Callback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
+from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
@@ -30,7 +31,14 @@ from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import Checkpoints, KeepBest, MetricsFile, Progress, StopWhenStale
+from lightopd.training.callbacks import (
+    Checkpoints,
+    KeepBest,
+    MetricsFile,
+    Progress,
+    StepDone,
+    StopWhenStale,
+)
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     best_checkpoint,
@@ -38,6 +46,7 @@ from lightopd.training.checkpoints.checkpoint import (
     known_best,
     newest_checkpoint,
     note_exported,
+    remove_leftovers,
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
@@ -56,9 +65,9 @@ from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
-from lightopd.training.student.forward import prepare_student
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
+from lightopd.training.student.training_mode import prepare_student
 from lightopd.training.trainer import quiet_libraries, run_trainer
 from lightopd.training.warm_start import optimizer_state_hash, start_after
 
@@ -253,6 +262,7 @@ def _make_room(out: Path, done: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.csv", done)
+        remove_leftovers(out / "checkpoints")
     except OSError as error:
         raise output_error(error, out / "metrics.csv") from error
 
@@ -271,6 +281,17 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     return selected, reading.store(index)
 
 
+def _refuse_ids_beyond(run: _Run, width: int) -> None:
+    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs."""
+    for shard in run.cache.shards:
+        largest = largest_id(run.cache, shard)
+        if largest >= width:
+            raise TrainingError(
+                f"{run.cache.file(shard)} has token id {largest}, {run.student.path} has {width} outputs; "
+                f"train a student that has it, or leave out the responses with such ids"
+            )
+
+
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     check_head(model)
@@ -279,10 +300,7 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
     if run.cache.manifest.vocabulary_size > width:
-        raise TrainingError(
-            f"the cache has token ids up to {run.cache.manifest.vocabulary_size - 1}, {run.student.path} has "
-            f"{width} outputs; train the student that sampled the cache"
-        )
+        _refuse_ids_beyond(run, width)
     if longest > context_length_of(model):
         raise TrainingError(
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "
@@ -307,6 +325,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
         Progress(run.finetune.steps),
+        StepDone(),
     ]
 
 

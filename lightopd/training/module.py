@@ -119,6 +119,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.jumps: WeightJumps | None = None
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
+        self.is_between_steps = False
+        """Whether weights, moments and `metrics.csv` stand at the end of step `step`."""
         self._held_out_rows: list[Rows] = []
         self._idle_rows: list[Rows] = []
         self._step_began_s = 0.0
@@ -176,6 +178,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
             raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, _ids(shown)))
+        self.is_between_steps = False
         with self._memory_named(None):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

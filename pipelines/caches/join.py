@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pydantic import JsonValue
 
 from lightopd.cache.index import build_index
-from lightopd.cache.reader import read_columns
+from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache, rollouts_folder
 from lightopd.errors import CacheError, ConfigError
@@ -53,6 +53,8 @@ def join(out: Path, sources: Sequence[Path], *, pairs: bool = False, allow: Sequ
         raise ConfigError(f"{out} is one of the caches to join; name a new folder")
     caches = [open_cache(path, signals=()) for path in sources]
     student, overrides = _agreed(caches, allow)
+    for cache in caches:
+        check_rollouts(cache)
     plan = plan_rows(caches, student.manifest.shard_rollouts, pairs=pairs)
     manifest = _manifest(caches, student, plan, overrides)
     with writing(out):

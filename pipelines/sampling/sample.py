@@ -122,31 +122,40 @@ def missing_shards(plan: SamplingPlan) -> list[int]:
 
 def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
     """Sample every shard that is not there yet; the finished cache."""
-    job, manifest = plan.job, plan.manifest
-    refuse_another_day(job.cache, manifest, plan.tokenizer)
-    create_cache(job.cache, manifest)
-    folder, fingerprint = job.cache / "rollouts", manifest.fingerprint()
-    missing = missing_shards(plan)
+    job = plan.job
+    refuse_another_day(job.cache, plan.manifest, plan.tokenizer)
+    return write_missing_shards(
+        job.stage,
+        job.cache,
+        plan.manifest,
+        lambda: load(job.engine, job.model),
+        lambda engine, index: _sample_shard(plan, engine, index),
+    )
+
+
+def write_missing_shards(
+    stage: str,
+    path: Path,
+    manifest: CacheManifest,
+    load: Callable[[], Engine],
+    make: Callable[[Engine, int], list[Rollout]],
+) -> Cache:
+    """Make the rollouts of every shard that is not there yet; the engine is loaded only if one is missing."""
+    create_cache(path, manifest)
+    folder, fingerprint, total = path / "rollouts", manifest.fingerprint(), manifest.num_shards
+    missing = [index for index in range(total) if valid_shard(folder, index, fingerprint) is None]
     if missing:
-        progress = StageProgress(
-            job.stage,
-            job.cache / "journal.jsonl",
-            "shards",
-            manifest.num_shards,
-            manifest.num_shards - len(missing),
-        )
-        engine = load(job.engine, job.model)
+        progress = StageProgress(stage, path / "journal.jsonl", "shards", total, total - len(missing))
+        engine = load()
         try:
             for index in missing:
-                rollouts = _sample_shard(plan, engine, index)
-                marker = write_shard(
-                    folder, index, rollouts_to_table(rollouts), kind="rollouts", fingerprint=fingerprint
-                )
+                table = rollouts_to_table(make(engine, index))
+                marker = write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint)
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
-    cache = open_cache(job.cache, signals=())
-    build_index(open_cache(job.cache, incomplete=True))
+    cache = open_cache(path, signals=())
+    build_index(open_cache(path, incomplete=True))
     return cache
 
 

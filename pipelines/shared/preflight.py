@@ -3,13 +3,14 @@
 import importlib.util
 from collections.abc import Sequence
 
-from lightopd.errors import ConfigError, InputError
+from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
+from lightopd.lineage.fingerprint import declared_teacher
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import Allowed, ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.manifest import Override, TokenizerFingerprint
+from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.distributed.launch import must_start
 from lightopd.training.distributed.strategies import check_strategy
@@ -29,6 +30,30 @@ def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks
     check_loggers(finetune.loggers)
     if finetune.adapter is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")
+
+
+def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLineage | None:
+    """What `--sft-teacher` says of a student whose own record says nothing; None where it adds nothing.
+
+    Raises:
+        LineageError: the record says something else.
+    """
+    if declared is None:
+        return None
+    said = declared_teacher(declared)
+    if recorded.proof == "unknown":
+        return said
+    if recorded.teacher is None or said.teacher is None:
+        same = said.name == (recorded.teacher.source if recorded.teacher else recorded.name)
+    else:
+        same = said.teacher.identity == recorded.teacher.identity
+    if not same or (said.proof == "none") != (recorded.proof == "none"):
+        known = recorded.teacher.source if recorded.teacher else recorded.name or "no teacher"
+        raise LineageError(
+            f"{stage} refused: --sft-teacher says {declared}, and {known} is {recorded.proof}; leave "
+            "--sft-teacher out, or take the student and rollouts that it speaks of"
+        )
+    return None
 
 
 def check_ids(

@@ -2,7 +2,7 @@
 
 from lightopd.cache.contexts import Contexts
 from lightopd.cache.reader import read_columns
-from lightopd.cache.store import Cache
+from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.schemas.records import Ids, Sequence, Support
 
@@ -36,7 +36,8 @@ def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:
     Raises:
         CacheError: the shard cannot be read.
     """
-    table = read_columns(cache, shard, ("topk_counts", "topk_ids"), signal)
+    opened = cache if signal in cache.signals else open_cache(cache.path, signals=[signal])
+    table = read_columns(opened, shard, ("topk_counts", "topk_ids"), signal)
     columns = (split_lists(table.column(name)) for name in ("topk_counts", "topk_ids"))
     return [Support(c, i) for c, i in zip(*columns, strict=True) if c is not None and i is not None]
 

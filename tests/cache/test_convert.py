@@ -126,6 +126,30 @@ def test_importing_twice_gives_the_same_bytes(tmp_path):
             "row 3 has teacher_log_probs = nan at position 1",
         ),
         (
+            {"teacher_log_probs": pa.array([[-1.0] * 3, [], [0.5], [-1.0, -1.0]])},
+            "row 2: logprobs has 0.5 at place 0, which is not a log-probability",
+        ),
+        (
+            {"teacher_log_probs": pa.array([[-1.0] * 3, [], [None], [-1.0, -1.0]], pa.list_(pa.float64()))},
+            "row 2 has teacher_log_probs = nan at position 0",
+        ),
+        (
+            {"response_tokens": pa.array([[5, None, 7], [], [8], [9, 10]], pa.list_(pa.int64()))},
+            "row 0 has a null in response_tokens at position 1",
+        ),
+        (
+            {"response_tokens": pa.array([[5.0, 6.0, float("nan")], [], [8.0], [9.0, 10.0]])},
+            "metadata.response_tokens",
+        ),
+        (
+            {"loss_mask": pa.array([[1, 2, 1], [], [1], [1, 1]])},
+            "row 0 has loss_mask = 2 at position 1, not 0 or 1",
+        ),
+        (
+            {"loss_mask": pa.array([[1, None, 1], [], [1], [1, 1]])},
+            "row 0 has a null in loss_mask at position 1",
+        ),
+        (
             {"loss_mask": pa.array([[1, 1, 1], [], [1], [1]])},
             "row 3 has 2 response_tokens but 1 loss_mask",
         ),

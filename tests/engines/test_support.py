@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from engine_cases import random_sequences
 from fake_engine import FakeEngine
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.store import open_cache, signal_folder
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
+from lightopd.engines.base import keep_ids_below
 from lightopd.errors import CacheError, ConfigError, LineageError, OutputError
 from lightopd.pipelines import precompute
 from lightopd.pipelines.caches.rescore import rescore
@@ -126,3 +128,23 @@ def test_a_dry_run_counts_the_students_entries_too(world, cache):
     given = precompute.run(config, dry_run=True, tokens_per_s=100.0)
     assert given.figures["bytes_per_token"] == 12 + 7 * 6
     assert precompute.run(config, dry_run=True).figures["tokens_per_s"] > 0
+
+
+def test_ids_beyond_a_students_outputs_go_to_the_tail_with_their_mass():
+    engine = FakeEngine(vocabulary_size=24, seed=2)
+    sequences = random_sequences(0, [(3, 7), (2, 5)], 16)
+    whole, wide = engine.score(sequences, 24), engine.score(sequences, 6)
+    for every, scores in zip(whole, wide, strict=True):
+        kept = keep_ids_below(scores, 16)
+        assert (kept.topk_ids < 16).all()
+        np.testing.assert_array_equal(kept.logprobs, scores.logprobs)
+        ends = np.cumsum(kept.topk_counts)[:-1]
+        rows = zip(np.split(kept.topk_ids, ends), np.split(kept.topk_logprobs, ends), strict=True)
+        for place, (ids, logprobs) in enumerate(rows):
+            own = slice(24 * place, 24 * place + 24)
+            outside = ~np.isin(every.topk_ids[own], ids)
+            mass = np.log(np.exp(every.topk_logprobs[own][outside].astype(np.float64)).sum())
+            assert kept.tail_logprobs[place] == pytest.approx(mass, abs=1e-5)
+            assert (np.diff(logprobs) <= 0).all()
+    assert sum(len(a.topk_ids) for a in wide) > sum(len(keep_ids_below(a, 16).topk_ids) for a in wide)
+    assert keep_ids_below(wide[0], 24) is wide[0]

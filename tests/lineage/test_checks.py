@@ -73,7 +73,7 @@ def test_an_override_that_is_not_needed_is_not_recorded():
 
 def test_an_unknown_sft_teacher_is_refused_and_the_message_says_how_to_declare_it():
     unknown = SftLineage(proof="unknown")
-    with pytest.raises(LineageError, match=r"SFT teacher is unknown.*--sft-teacher at rollout"):
+    with pytest.raises(LineageError, match=r"SFT teacher is unknown.*--sft-teacher MODEL"):
         check_teacher(unknown, model("other"), (), "precompute")
     (override,) = check_teacher(unknown, model("other"), ("teacher-mismatch",), "precompute")
     assert "unknown" in override.found

@@ -287,7 +287,7 @@ def test_teachers_own_rewards_are_joined_by_prompt(tmp_path):
 def test_nan_in_a_top_k_is_found_before_the_first_step(tmp_path):
     rng = np.random.default_rng(0)
     rollout = make_rollout(rng, 4)
-    manifest = signal_manifest("teacher", cache_manifest(1), topk_dtype="float32")
+    manifest = signal_manifest("teacher", cache_manifest(1, num_prompts=1), topk_dtype="float32")
     table = scores_to_table([rollout.rollout_id], [make_scores(rng, rollout.response_ids, 4)], "float32")
     values = np.full(16, -2.0, np.float32)
     values[5] = np.nan
@@ -299,7 +299,7 @@ def test_nan_in_a_top_k_is_found_before_the_first_step(tmp_path):
     folder = signal_folder(tmp_path, "teacher")
     write_shard(folder, 0, broken, kind="signals/teacher", fingerprint=manifest.fingerprint())
     config = recipe("f_reverse_kl")
-    with pytest.raises(CacheError, match="signal teacher, shard 0: a top-k or tail log-probability is nan"):
+    with pytest.raises(CacheError, match="row 0: topk_logprobs has nan at place 5, which"):
         prepare_rollouts(config, cache_views(open_cache(tmp_path), needs(config)))
 
 

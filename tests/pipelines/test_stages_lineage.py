@@ -8,6 +8,7 @@ import yaml
 from tiny_models import CHARACTERS, save_model, tokenizer
 
 from lightopd.cache.store import open_cache
+from lightopd.cache.verify import verify
 from lightopd.config import load_run, load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
@@ -178,3 +179,56 @@ def test_fine_tuning_leaves_no_adapter_without_the_tokenizer_it_learnt():
     asked = {"teacher": "t", "student": "s", "prompts": "p.jsonl", "out": "o"}
     with pytest.raises(ConfigError, match=r"set finetune\.adapter\.merge to true"):
         load_stage("sft", [], ["finetune.adapter.rank=2"], asked)
+
+
+def undeclared(world, tmp_path):
+    """Rollouts of a student that no sft of ours made."""
+    asked = {"student": world.base, "prompts": world.root / "prompts.jsonl", "cache": tmp_path / "cache"}
+    rollout.run(load_stage("rollout", [], ["sampling.max_tokens=4", "prompts.limit=6"], asked))
+    return {"cache": tmp_path / "cache", "teacher": world.teacher, "top_k": 4}
+
+
+@pytest.mark.parametrize("said", ["the teacher", "none"])
+def test_who_taught_the_student_can_be_said_after_sampling_and_stays_with_what_is_made(world, tmp_path, said):
+    asked = undeclared(world, tmp_path)
+    with pytest.raises(LineageError, match=r"--sft-teacher none .the rollouts stay."):
+        precompute.run(load_stage("precompute", [], [], asked))
+    teacher = "none" if said == "none" else str(world.teacher)
+    report = precompute.run(load_stage("precompute", [], [], {**asked, "sft_teacher": teacher}))
+    assert not any("overridden" in note for note in report.notes)
+    signal = open_cache(tmp_path / "cache").signals["teacher"].manifest
+    assert signal.sft_declared.proof == ("none" if said == "none" else "declared")
+    assert verify(tmp_path / "cache") == []
+    train.run(
+        load_stage(
+            "train",
+            [],
+            ["batch_sequences=6"],
+            {"cache": tmp_path / "cache", "student": world.base, "out": tmp_path / "t", "steps": 1},
+        )
+    )
+    made = json.loads((tmp_path / "t" / "student" / "lightopd_student.json").read_text())
+    assert made["sft"]["proof"] == signal.sft_declared.proof
+    assert made["overrides"] == []
+
+
+def test_several_teachers_are_each_said_to_be_the_one_of_their_signal(world, tmp_path):
+    asked = undeclared(world, tmp_path)
+    other = save_model(tmp_path / "other", 5)
+    for name, teacher in (("math", world.teacher), ("code", other)):
+        flags = {**asked, "teacher": teacher, "signal": name, "sft_teacher": str(teacher)}
+        precompute.run(load_stage("precompute", [], [], flags))
+    signals = open_cache(tmp_path / "cache").signals
+    assert [signal.manifest.overrides for signal in signals.values()] == [(), ()]
+
+
+def test_a_declared_teacher_that_contradicts_the_record_is_refused(world, tmp_path):
+    other = save_model(tmp_path / "other", 5)
+    asked = {"student": world.sft / "student", "prompts": world.root / "prompts.jsonl"}
+    for said in (str(other), "none"):
+        flags = {**asked, "cache": tmp_path / "cache", "sft_teacher": said}
+        with pytest.raises(LineageError, match="--sft-teacher says"):
+            rollout.run(load_stage("rollout", [], [], flags))
+    flags = {"cache": world.cache, "teacher": other, "signal": "x", "top_k": 4, "sft_teacher": str(other)}
+    with pytest.raises(LineageError, match="is recorded"):
+        precompute.run(load_stage("precompute", [], [], flags))

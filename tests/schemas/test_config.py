@@ -18,6 +18,7 @@ from lightopd.config import (
     read_yaml,
 )
 from lightopd.errors import ConfigError
+from lightopd.pipelines import RECIPES
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import PrecomputeConfig, TrainConfig
 from lightopd.schemas.run import STAGES, RunConfig
@@ -270,3 +271,13 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_set(tmp_path, monkeypatch
     assert found.prompts.path == tmp_path / "p.jsonl"
     assert (found.student.path, found.sft_teacher) == (f"{tmp_path}/s", f"{tmp_path}/t")
     assert found.prompts.template_options == {"a": "~/b"}
+
+
+@pytest.mark.parametrize("files", [["qwen3_8b"], ["qwen3_8b", "qwen3_8b_8gpu"], ["demo"], ["smollm2"]])
+def test_every_shipped_run_file_is_right_and_its_refusals_have_been_heard(files):
+    sets = ["out=o", "teacher=t", "student=s"] if files[0] in ("demo", "smollm2") else []
+    config = load_run(files, sets, {}, RECIPES)
+    stages = {name: build(STAGES[stage], settings) for name, stage, settings in config.pipeline()}
+    if files[-1] == "qwen3_8b_8gpu":
+        assert (stages["train"].devices, stages["train"].adapter) == (8, None)
+        assert stages["sft"].finetune.batch_sequences % 8 == 0

@@ -19,7 +19,7 @@ from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
+from lightopd.schemas.manifest import CacheManifest, JoinedCache, ModelFingerprint, SftLineage, SignalManifest
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
 from lightopd.training.fit import fit
@@ -35,6 +35,9 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
+
+
+NOBODY = ModelFingerprint(identity="", weights="", config="", source="")
 
 
 @pytest.fixture(autouse=True)
@@ -199,15 +202,32 @@ def write_cache(
         num_shards=len(starts),
         engine=None,
     )
+    if origin == "mixed":
+        sources = [
+            JoinedCache(origin=who, sampler=NOBODY, content=who, source=who) for who in ("student", "teacher")
+        ]
+        manifest = manifest.model_copy(update={"joined": tuple(sources)})
     create_cache(path, manifest)
-    own = rollouts if rows_origin == "kept" else [replace(rollout, origin=origin) for rollout in rollouts]
+    origins = [row.origin if rows_origin == "kept" else origin for row in rollouts]
+    own = [as_cached(*row, index) for index, row in enumerate(zip(rollouts, origins, strict=True))]
     for index, start in enumerate(starts):
         table = rollouts_to_table(own[start : start + per_shard])
         write_shard(rollouts_folder(path), index, table, kind="rollouts", fingerprint=manifest.fingerprint())
     signals = scores if isinstance(scores, dict) else {"teacher": scores}
     for name, scored in signals.items():
-        write_signal(path, manifest, name, rollouts, scored, top_k)
+        write_signal(path, manifest, name, own, scored, top_k)
     return open_cache(path)
+
+
+def as_cached(rollout, origin, index):
+    """The rollout as a sound cache has it: named by its content, in step with its own columns."""
+    return replace(
+        rollout,
+        origin=origin,
+        sample_index=index,
+        rollout_id=rollout_id(rollout.prompt_ids, rollout.response_ids, "", index),
+        finish_reason="length" if rollout.truncated else "stop",
+    )
 
 
 def write_signal(path, manifest, name, rollouts, scores, top_k):
@@ -221,6 +241,7 @@ def write_signal(path, manifest, name, rollouts, scores, top_k):
         precision=None,
         tokenizer=None,
         top_k=top_k,
+        min_probability=1e-9,
         topk_dtype="float32",
         tail="exact",
         engine=None,

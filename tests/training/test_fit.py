@@ -1,5 +1,6 @@
 """The trainer as a whole: right numbers, the same however the work is cut, and resume to the last bit."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -255,9 +256,19 @@ def test_a_logger_without_its_package_is_refused(train, monkeypatch):
         train(loggers=("wandb",))
 
 
+def test_a_sampler_with_more_outputs_than_the_student_is_fine_where_it_used_none_of_them(
+    train, make_cache, tmp_path
+):
+    train(cache=make_cache(tmp_path / "wide", vocabulary_size=100), steps=1)
+
+
 def test_ids_that_the_student_does_not_have_are_refused(train, make_cache, tmp_path):
-    with pytest.raises(TrainingError, match=r"token ids up to 99, .* has 64 outputs"):
-        train(cache=make_cache(tmp_path / "wide", vocabulary_size=100))
+    def with_a_large_id(rollout):
+        return dataclasses.replace(rollout, response_ids=np.array([*rollout.response_ids[:-1], 64], np.int32))
+
+    wide = make_cache(tmp_path / "wide", vocabulary_size=100, change=with_a_large_id)
+    with pytest.raises(TrainingError, match=r"part-00000.parquet has token id 64, .* has 64 outputs"):
+        train(cache=wide)
 
 
 def test_a_signal_that_is_missing_or_too_narrow_is_refused(train, make_cache, tmp_path):

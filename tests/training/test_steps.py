@@ -1,14 +1,23 @@
 """Learning rate, weight decay, drift, and the file of metrics."""
 
 import math
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
+from lightopd.objectives.base.batch import BatchTotals
+from lightopd.objectives.requirements import needs
+from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.training.data.batches import collect_rows
 from lightopd.training.measures.metrics_file import append_metrics, global_sums, keep_metrics, read_metrics
+from lightopd.training.module import StudentModule
 from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer
 from lightopd.training.student.drift import drift_metrics, drift_sums, exceeded_limits
+from lightopd.training.student.training_mode import prepare_student
 
 
 def rates(steps=6, **settings):
@@ -110,3 +119,38 @@ def test_rows_after_the_checkpoint_and_half_written_rows_are_dropped(tmp_path):
     assert read_metrics(path) == []
     append_metrics(path, {"step": 1, "loss": 1.0})
     assert path.read_text() == "step,loss\n1,1.0\n"
+
+
+@dataclass
+class Strategy:
+    """What a module asks of Lightning's strategy."""
+
+    def backward(self, loss, *_):
+        loss.backward()
+
+
+@dataclass
+class Trainer:
+    """What a module asks of Lightning's trainer."""
+
+    world_size: int
+    strategy: Strategy = field(default_factory=Strategy)
+
+
+def gradient_norm(data, student_folder, world_size):
+    """Of this rank's share of a step, as it reaches a strategy that takes the mean over the ranks."""
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    objective, finetune = ObjectiveConfig(), FinetuneConfig()
+    student = prepare_student(model, gradient_checkpointing=False)
+    module = StudentModule(student, objective, needs(objective), finetune)
+    module._trainer = Trainer(world_size)
+    store, index = data
+    totals = BatchTotals(len(index.row_P), int(index.trained_P.sum()))
+    rows = collect_rows(store, index, np.arange(len(index.row_P)), totals)
+    module._backward(rows, {}, None, is_last=True)
+    return float(clip_gradients(model, None))
+
+
+def test_a_rank_gives_its_share_times_the_number_of_ranks_because_ddp_takes_their_mean(data, student_folder):
+    alone, of_four = (gradient_norm(data, student_folder, size) for size in (1, 4))
+    assert of_four == pytest.approx(4 * alone, rel=1e-6)

@@ -1,6 +1,7 @@
 """The engine that runs a model with transformers in this process."""
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,10 +14,13 @@ from lightopd.engines.hf import score as hf_score
 from lightopd.engines.hf.probe import check_engine
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
 from lightopd.errors import EngineError
+from lightopd.models.attention import attention_of
 from lightopd.models.head import check_head, head_of
+from lightopd.models.limits import precision_of
 from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
 from lightopd.schemas import records
 from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig
+from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Ids, Sample, Scores
 
 
@@ -56,6 +60,17 @@ class TransformersEngine:
         self._loaded = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def describe_hf(engine: HfEngine, model: ModelConfig) -> tuple[EngineRecord, Precision]:
+    """The lineage record of transformers on a device, and the precision it runs the model in."""
+    settings = {
+        "attention": attention_of(model),
+        "device": engine.device,
+        "torch": importlib.metadata.version("torch"),
+    }
+    record = EngineRecord(kind="hf", version=importlib.metadata.version("transformers"), settings=settings)
+    return record, precision_of(model)
 
 
 def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:

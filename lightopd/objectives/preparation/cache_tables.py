@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
 from lightopd.cache.store import Cache, open_cache
-from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 
 
@@ -27,28 +26,19 @@ def cache_views(
         shards: all shards in order, with the columns that `wanted` names; None reads them.
 
     Raises:
-        CacheError: a shard is missing or damaged, or a top-k log-probability is not a number.
+        CacheError: a shard is missing or damaged, or a row of it is not what it must be.
     """
     teacher = mean_rewards(wanted.answers)
     if shards is None:
-        shards = (read_shard_columns(cache, n, wanted.signals, topk=wanted.topk) for n in cache.shards)
-    for shard, columns in zip(cache.shards, shards, strict=True):
-        _check_topk(columns, shard)
+        seen: set[str] = set()
+        shards = (
+            read_shard_columns(cache, n, wanted.signals, topk=wanted.topk, seen=seen) for n in cache.shards
+        )
+    for columns in shards:
         if wanted.answers:
             scores = [teacher.get(prompt, np.nan) for prompt in columns.prompt_ids_by_user]
             columns = replace(columns, teacher_rewards_R=np.array(scores, np.float32))
         yield columns
-
-
-def _check_topk(columns: ShardColumns, shard: int) -> None:
-    for name, signal in columns.signals.items():
-        for values in (signal.topk_logprobs_C, signal.tail_logprobs_N):
-            # A NaN or +inf anywhere shows in the largest value, which never needs an array of its own size.
-            if values is not None and len(values) and not values.max() < 1:
-                raise CacheError(
-                    f"signal {name}, shard {shard}: a top-k or tail log-probability is {values.max()}; run "
-                    f"`lightopd verify` to find the rollout, and score this cache again"
-                )
 
 
 def mean_rewards(answers: tuple[Path, ...]) -> Mapping[str, float]:

@@ -4,11 +4,13 @@
 It can be loaded as a model like any other; a run that resumes from it is the same run, bit by bit.
 """
 
+import hashlib
 import json
 import logging
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ class TrainerState(StrictModel):
     """The best measurement so far, where the best student is exported in place of the last."""
     sizes_bytes: dict[str, int] = Field({})
     """Size of every other file of the folder; a folder that lacks one is not whole."""
+    sha256: dict[str, str] = Field({})
+    """SHA-256 of every other file; empty in checkpoints of versions that wrote none."""
 
 
 def checkpoint_folders(folder: Path, step: int) -> tuple[Path, Path]:
@@ -55,14 +59,24 @@ def checkpoint_folders(folder: Path, step: int) -> tuple[Path, Path]:
     return folder / f".{final.name}.tmp", final
 
 
-def complete_checkpoint(part: Path, final: Path, state: TrainerState) -> None:
+def complete_checkpoint(
+    part: Path, final: Path, state: TrainerState, known: Mapping[str, str] | None = None
+) -> None:
     """Write the state beside what lies in `part`, flush everything, and give the folder its name.
+
+    Args:
+        part: the folder as it was written.
+        final: its name when it is whole.
+        state: step and identity of the run.
+        known: SHA-256 of files that other processes wrote and hashed.
 
     Raises:
         OSError: no space or no permission.
     """
-    sizes = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
-    whole = state.model_copy(update={"sizes_bytes": sizes})
+    files = {str(file.relative_to(part)): file for file in sorted(part.rglob("*")) if file.is_file()}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    left = {name: file for name, file in files.items() if name not in (known or {})}
+    whole = state.model_copy(update={"sizes_bytes": sizes, "sha256": {**(known or {}), **hash_files(left)}})
     write_atomically(part / STATE_FILE, json_bytes(whole.model_dump(mode="json")))
     put_folder(part, final)
 
@@ -76,7 +90,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
         state = _whole_state(path)
         if state is not None:
             return path, state
-        log.warning("checkpoint %s is not whole and is passed over", path)
+        log.warning("checkpoint %s is not whole, or not what was written, and is passed over", path)
     return None
 
 
@@ -145,8 +159,26 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None = None) -> 
     """Delete all but the newest `keep` checkpoints and the best, and what a killed run left half written."""
     best = None if best_step is None else checkpoint_path(folder, best_step)
     old = [path for path in _checkpoints(folder)[:-keep] if path != best]
-    for path in [*folder.glob(".step-*"), *old]:
+    for path in old:
+        path.rename(folder / f".{path.name}.gone")  # so that no half-deleted one has a checkpoint's name
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half written, or half deleted."""
+    for path in folder.glob(".step-*"):
         shutil.rmtree(path)
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of files, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -184,6 +216,7 @@ def _whole_state(path: Path) -> TrainerState | None:
     try:
         state = TrainerState.model_validate_json((path / STATE_FILE).read_bytes())
         is_whole = all((path / name).stat().st_size == size for name, size in state.sizes_bytes.items())
+        is_whole = is_whole and hash_files({name: path / name for name in state.sha256}) == state.sha256
     except (FileNotFoundError, ValidationError):
         return None
     return state if is_whole else None

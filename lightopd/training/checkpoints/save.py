@@ -22,7 +22,12 @@ from transformers import PreTrainedModel
 from lightopd.errors import OutputError
 from lightopd.files import output_error
 from lightopd.schemas.configs import ModelConfig
-from lightopd.training.checkpoints.checkpoint import TrainerState, checkpoint_folders, complete_checkpoint
+from lightopd.training.checkpoints.checkpoint import (
+    TrainerState,
+    checkpoint_folders,
+    complete_checkpoint,
+    hash_files,
+)
 from lightopd.training.checkpoints.export import copy_companions
 from lightopd.training.distributed.fsdp import moments_of, on_host, weights_of
 from lightopd.training.student.adapters import is_adapted, save_student
@@ -111,23 +116,23 @@ def _save_settings(model: PreTrainedModel, part: Path) -> None:
         weights.unlink()
 
 
-def _write(part: Path, sets: Mapping[str, Mapping[str, Tensor]], *, in_shares: bool) -> dict[str, int]:
-    """Write this process's share of the sets, or all of what it holds; returns the sizes of shares."""
+def _write(part: Path, sets: Mapping[str, Mapping[str, Tensor]], *, in_shares: bool) -> dict[str, str]:
+    """Write this process's share of the sets, or all of what it holds; returns the SHA-256 of shares."""
     if in_shares:
         place = dist.get_rank(), dist.get_world_size()
         files = [write_share(part / name, tensors, *place) for name, tensors in sets.items()]
-        return {str(file.relative_to(part)): file.stat().st_size for file in files}
+        return hash_files({str(file.relative_to(part)): file for file in files})
     for name, tensors in sets.items():
         if tensors:
             save_file(dict(tensors), part / f"{name}.safetensors")
     return {}
 
 
-def _end(part: Path, final: Path, state: TrainerState, sizes: list[dict[str, int]]) -> None:
-    for rank, written in enumerate(sizes):
-        for name, size in written.items():
-            if not (part / name).is_file() or (part / name).stat().st_size != size:
+def _end(part: Path, final: Path, state: TrainerState, written: list[dict[str, str]]) -> None:
+    for rank, hashes in enumerate(written):
+        for name in hashes:
+            if not (part / name).is_file():
                 raise OutputError(
                     f"cannot find {part / name}, which rank {rank} wrote; name an out folder all nodes see"
                 )
-    complete_checkpoint(part, final, state)
+    complete_checkpoint(part, final, state, {name: sha for hashes in written for name, sha in hashes.items()})

@@ -53,10 +53,11 @@ def index_cache(
         parts: of all shards, in order, from `index_shard`; None reads the rollouts for them.
 
     Raises:
-        CacheError: a rollout has an empty prompt; the message names file and row.
+        CacheError: a row is not what it must be; the message names file and row.
     """
     if parts is None:
-        parts = [index_shard(cache, shard, read_shard_columns(cache, shard)) for shard in cache.shards]
+        seen: set[str] = set()
+        parts = [index_shard(n, read_shard_columns(cache, n, seen=seen)) for n in cache.shards]
     shard_P, row_P, prompts_P, responses_P, trained_P, groups_P = (
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
         for column in range(6)
@@ -78,19 +79,9 @@ def index_cache(
     )
 
 
-def index_shard(cache: Cache, shard: int, columns: ShardColumns) -> IndexPart:
-    """A shard's part of the index.
-
-    Raises:
-        CacheError: a rollout has an empty prompt; the message names file and row.
-    """
+def index_shard(shard: int, columns: ShardColumns) -> IndexPart:
+    """A shard's part of the index."""
     prompts_R = np.diff(columns.prompt_offsets)
-    if (prompts_R == 0).any():
-        raise CacheError(
-            f"{shard_path(rollouts_folder(cache.path), shard)} row {int((prompts_R == 0).argmax())}: the "
-            "prompt is empty, so nothing predicts the first response token; roll out again with prompts of "
-            "at least one token"
-        )
     trained_R = np.diff(
         np.concatenate([[0], np.cumsum(columns.loss_mask_N, dtype=np.int64)])[columns.offsets]
     )
@@ -118,19 +109,23 @@ class FirstReading:
     parts: list[IndexPart] = field(default_factory=list)
     """Of the index, complete after the reading."""
     _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
+    _seen: set[str] = field(default_factory=set)
+    """Rollout ids so far."""
 
     def __iter__(self) -> Iterator[ShardColumns]:
         """Read the shards.
 
         Raises:
-            CacheError: a file is missing or not the one that its marker speaks of, or a prompt is empty.
+            CacheError: a file is missing or not the one that its marker speaks of, or a row is broken.
         """
         size_bytes = 0
         for shard, files in _read_ahead(self.cache, self.signals):
             self.stamps |= {path: stamp for path, (_, stamp) in files.items()}
             contents = {path: content for path, (content, _) in files.items()}
-            columns = read_shard_columns(self.cache, shard, self.signals, topk=self.topk, contents=contents)
-            part = index_shard(self.cache, shard, columns)
+            columns = read_shard_columns(
+                self.cache, shard, self.signals, topk=self.topk, contents=contents, seen=self._seen
+            )
+            part = index_shard(shard, columns)
             self.parts.append(part)
             size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
             if size_bytes > self.limit_bytes:

@@ -119,7 +119,8 @@ def as_worker() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, LightopdError) as error:
-        report({"error": type(error).__name__, "message": str(error)[:MESSAGE_CHARACTERS]})
+        name = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        report({"error": name, "message": str(error)[:MESSAGE_CHARACTERS]})
         _leave(getattr(error, "exit_code", 130))
 
 

@@ -149,11 +149,12 @@ def _answering(student: PreTrainedModel) -> Iterator[LoadedModel]:
     head = head_of(student)
     device = head.weight_VD.device
     is_flash = (student.config._attn_implementation or "").startswith("flash")
-    was_training = student.training
+    modes = [(module, module.training) for module in student.modules()]
     student.eval()
     try:
         autocast = nullcontext() if is_flash else torch.autocast(device.type, enabled=False)
         with autocast, uncompiled(student):
             yield LoadedModel(student, head, device, context_length_of(student))
     finally:
-        student.train(was_training)
+        for module, is_training in modes:
+            module.training = is_training

@@ -6,6 +6,7 @@ output layer is left as it is: the loss is made from that layer's own weight, wh
 
 import copy
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightopd.errors import ConfigError, InputError
-from lightopd.models.load import load_model
+from lightopd.models.load import check_adapter_config, load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import ALL_LINEAR, AdapterConfig, FinetuneConfig
 from lightopd.training.weight_files.tensor_shards import is_shared, whole_weights
@@ -77,9 +78,18 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     save_file(whole, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
+    config.base_model_name_or_path = _lasting_name(config.base_model_name_or_path)
     if not isinstance(config.target_modules, str):  # peft keeps a set, whose order changes from run to run
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
+
+
+def _lasting_name(base: str | None) -> str | None:
+    """A model's name that holds from every working folder: its hub id, or its absolute path."""
+    if base is None or not Path(base).is_dir():
+        return base
+    found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", base)
+    return "/".join(found.groups()) if found else str(Path(base).resolve())
 
 
 def is_adapted(model: Any) -> bool:
@@ -122,6 +132,7 @@ def _stored(base: PreTrainedModel, folder: Path) -> Any:
 
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"adapter folder {folder} has no {ADAPTER_CONFIG}; check the path")
+    check_adapter_config(folder)
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

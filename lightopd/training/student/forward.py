@@ -4,6 +4,7 @@
 # K = widest support of a signal, M = ids requested per position, S = supports
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,24 +19,6 @@ from lightopd.training.distributed.fsdp import output_of
 from lightopd.training.student.drift import drift_sums
 from lightopd.training.student.packed_rows import decoder_inputs
 from lightopd.training.student.router_loss import Routers
-
-
-def prepare_student(student: PreTrainedModel, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Put a loaded student into the state it is trained in.
-
-    Dropout is switched off: w and the advantage compare this student with log-probabilities that were
-    measured without it.
-    """
-    student.train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    if gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    return student
 
 
 def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
@@ -112,9 +95,12 @@ def _members(ids_NM: Tensor, widths: Sequence[int]) -> Tensor | None:
     """bool [N, S, M]: the columns that belong to each support; None when there is none."""
     if len(widths) == 1:
         return None
-    block_M = torch.repeat_interleave(torch.tensor(widths)).to(ids_NM.device)
-    support_S1 = torch.arange(1, len(widths), device=ids_NM.device)[:, None]
-    return (block_M == support_S1).expand(len(ids_NM), -1, -1)
+    # Filled on the device: a tensor made on the host would have to be waited for.
+    member_SM = torch.zeros(len(widths) - 1, ids_NM.shape[1], dtype=torch.bool, device=ids_NM.device)
+    ends = list(accumulate(widths))
+    for support, (start, end) in enumerate(pairwise(ends)):
+        member_SM[support, start:end] = True
+    return member_SM.expand(len(ids_NM), -1, -1)
 
 
 def _like_hidden(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:

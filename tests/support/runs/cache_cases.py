@@ -125,7 +125,8 @@ def make_scores(
 
 def write_rollouts(path: Path, shards: Sequence[Sequence[Rollout]], **changes: object) -> Cache:
     """A cache of the given rollouts, with no signal."""
-    manifest = cache_manifest(len(shards), **changes)
+    counted = {"num_prompts": sum(len(rollouts) for rollouts in shards)}
+    manifest = cache_manifest(len(shards), **counted | changes)
     create_cache(path, manifest)
     for index, rollouts in enumerate(shards):
         table = rollouts_to_table(rollouts)

@@ -26,6 +26,8 @@ from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     load_optimizer,
     newest_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
 )
 from lightopd.training.checkpoints.export import export_student
 from lightopd.training.checkpoints.save import save_checkpoint
@@ -100,6 +102,47 @@ def test_the_newest_whole_checkpoint_is_found_by_its_number(trained, student_fol
     for step in (2, 10, 1_000_000):
         save(tmp_path, trained, student_folder, step)
     assert newest_checkpoint(tmp_path)[1].step == 1_000_000
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "config.json"])
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_and_named(
+    trained, student_folder, tmp_path, caplog, file
+):
+    for step in (2, 4):
+        save(tmp_path, trained, student_folder, step)
+    damaged = tmp_path / "step-000004" / file
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    assert newest_checkpoint(tmp_path)[1].step == 2
+    assert f"checkpoint {damaged.parent} is not whole, or not what was written" in caplog.text
+
+
+def test_a_checkpoint_written_without_hashes_still_counts(trained, student_folder, tmp_path):
+    state_file = save(tmp_path, trained, student_folder, 2) / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    assert state.pop("sha256").keys() == state["sizes_bytes"].keys()
+    state_file.write_text(json.dumps(state))
+    assert newest_checkpoint(tmp_path)[1].step == 2
+
+
+def test_a_deletion_that_was_killed_leaves_no_checkpoint_and_is_finished(
+    trained, student_folder, tmp_path, monkeypatch
+):
+    for step in (2, 4, 6):
+        save(tmp_path, trained, student_folder, step)
+
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000004", "step-000006"]
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000006"]
 
 
 def test_a_checkpoint_that_lacks_a_file_is_passed_over_and_named(trained, student_folder, tmp_path, caplog):

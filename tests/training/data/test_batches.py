@@ -124,7 +124,7 @@ def test_an_empty_prompt_is_refused_with_its_row(make_cache, tmp_path):
         return replace(rollout, prompt_ids=rollout.prompt_ids[:0]) if is_tenth else rollout
 
     cache = make_cache(tmp_path / "cache", change=empty_tenth)
-    with pytest.raises(CacheError, match=r"part-00001.parquet row 2: the prompt is empty"):
+    with pytest.raises(CacheError, match=r"part-00001.parquet row 2: its prompt is empty"):
         index_cache(cache, ("teacher",), ())
 
 

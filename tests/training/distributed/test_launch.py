@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lightopd.errors import ConfigError
 from lightopd.ranks import is_main
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.checkpoints.checkpoint import newest_checkpoint
 from lightopd.training.distributed.launch import must_start
 from lightopd.training.measures.metrics_file import read_metrics
 
@@ -208,6 +209,35 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_the_run_goes_on(world, o
     losses = [row["loss"] for row in read_metrics(out / "metrics.csv")][:8]
     whole = [row["loss"] for row in read_metrics(one_device / "metrics.csv")][: len(losses)]
     assert losses == pytest.approx(whole, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [True, False])
+def test_sigterm_ends_every_process_with_its_own_code(world, tmp_path, to_all):
+    process = start(command(world, tmp_path / "cut", "--steps", 2000, *ON_TWO))
+    wait_for_steps(process, tmp_path / "cut", 2)
+    if to_all:  # as Slurm does
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM; run the same command again")
+    assert "Traceback" not in err
+    assert_nobody_is_left(process)
+
+
+def test_sigterm_keeps_the_last_step_of_a_single_process(world, tmp_path):
+    out = tmp_path / "cut"
+    process = start(command(world, out, "--steps", 2000, checkpoint_every=1000))
+    wait_for_steps(process, out, 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM; run the same command again")
+    rows = read_metrics(out / "metrics.csv")
+    path, state = newest_checkpoint(out / "checkpoints")
+    assert [state.step, len(list(path.parent.iterdir()))] == [len(rows), 1]
 
 
 @pytest.mark.slow

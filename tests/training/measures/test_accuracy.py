@@ -27,7 +27,7 @@ from lightopd.training.measures import accuracy
 from lightopd.training.measures.accuracy import make_meter
 from lightopd.training.measures.metrics_file import append_metrics, read_metrics
 from lightopd.training.student.adapters import load_student
-from lightopd.training.student.forward import prepare_student
+from lightopd.training.student.training_mode import prepare_student
 
 SAMPLING = {"n": 3, "max_tokens": 8, "seed": 4}
 VERIFIER = "tiny_models:checksum"

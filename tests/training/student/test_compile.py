@@ -20,7 +20,7 @@ from lightopd.training import module
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.student.compile import compile_layers, uncompiled
-from lightopd.training.student.forward import prepare_student
+from lightopd.training.student.training_mode import prepare_student
 
 # Pivots need a pass without gradient, which no layer is compiled for.
 OBJECTIVE = {"target": {"kind": "divergence"}, "rollout_weights": [{"kind": "pivots", "threshold": 0.1}]}

@@ -15,8 +15,9 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.data.batches import collate, collect_rows
 from lightopd.training.data.plan import pack
 from lightopd.training.data.row_layout import fill, lay_out
-from lightopd.training.student.forward import prepare_student, student_tokens
+from lightopd.training.student.forward import student_tokens
 from lightopd.training.student.packed_rows import check_packing, decoder_inputs
+from lightopd.training.student.training_mode import prepare_student
 
 CPU = torch.device("cpu")
 REVERSE_KL = ObjectiveConfig.model_validate({"target": {"kind": "divergence"}})

@@ -21,8 +21,9 @@ from lightopd.training.checkpoints.checkpoint import newest_checkpoint
 from lightopd.training.data.batches import collate, collect_rows
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
-from lightopd.training.student.forward import prepare_student, routed_tokens, routers_of
+from lightopd.training.student.forward import routed_tokens, routers_of
 from lightopd.training.student.router_loss import check_experts, count_load, experts_per_token, step_load
+from lightopd.training.student.training_mode import prepare_student
 
 CPU = torch.device("cpu")
 REVERSE_KL = {"target": {"kind": "divergence"}}
@@ -217,8 +218,9 @@ def test_without_the_setting_no_pass_is_added(make_cache, mixture, tmp_path, mon
     prepare = prepare_student
 
     def noted(student, **settings):
-        counted(student.get_decoder(), lambda *_: calls.append(1))
-        return prepare(student, **settings)
+        prepared = prepare(student, **settings)
+        counted(prepared.get_decoder(), lambda *_: calls.append(1))
+        return prepared
 
     monkeypatch.setattr("lightopd.training.fit.prepare_student", noted)
     assert passes(router_loss=None) == 1

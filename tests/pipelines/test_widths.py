@@ -1,0 +1,66 @@
+"""Tokenizer, student and teacher may have three widths: 24 tokens, 26 and 40 outputs."""
+
+import numpy as np
+import pytest
+from tiny_models import save_model, write_prompts
+
+from lightopd.cache.reader import largest_id, read_columns
+from lightopd.cache.store import open_cache
+from lightopd.cache.verify import verify
+from lightopd.config import load_stage
+from lightopd.engines.kinds import load_engine
+from lightopd.pipelines import precompute, rollout, train
+from lightopd.pipelines.shared.sequences import read_sequences
+from lightopd.schemas.configs import HfEngine, ModelConfig
+
+TERMS = [{"target": {"kind": "divergence", "divergence": "reverse_kl", "support": "tail"}}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("widths")
+    student = save_model(root / "student", 0, vocabulary=26)
+    teacher = save_model(root / "teacher", 1, vocabulary=40)
+    prompts = write_prompts(root / "prompts.jsonl", 6)
+    asked = {"student": student, "prompts": prompts, "cache": root / "cache", "sft_teacher": str(teacher)}
+    rollout.run(load_stage("rollout", [], ["sampling.max_tokens=8", "sampling.n=2"], asked))
+    asked = {"cache": root / "cache", "teacher": teacher, "top_k": 6}
+    report = precompute.run(load_stage("precompute", [], ["topk_dtype=float32"], asked))
+    return root, report
+
+
+def test_ids_that_only_the_teacher_has_are_left_to_the_tail_and_named(made):
+    root, report = made
+    assert any(
+        "has 40 outputs, the student 26: ids from 26 on are left to the tail" in n for n in report.notes
+    )
+    cache = open_cache(root / "cache")
+    assert cache.signals["teacher"].manifest.id_limit == 26
+    assert max(largest_id(cache, shard) for shard in cache.shards) < 26
+    counts = read_columns(cache, 0, ["topk_counts"], "teacher")["topk_counts"].to_pylist()
+    assert min(min(row) for row in counts) < 6
+
+
+def test_the_tail_is_exact(made):
+    root, _ = made
+    cache = open_cache(root / "cache")
+    engine = load_engine(HfEngine(device="cpu"), ModelConfig(path=str(root / "teacher")))
+    table = read_columns(cache, 0, ["topk_counts", "topk_ids", "tail_logprobs"], "teacher").to_pylist()
+    for row, whole in zip(table, engine.score(read_sequences(cache, 0)[1], 40), strict=True):
+        start = 0
+        for place, count in enumerate(row["topk_counts"]):
+            ids = row["topk_ids"][start : start + count]
+            start += count
+            own = slice(40 * place, 40 * place + 40)
+            outside = ~np.isin(whole.topk_ids[own], ids)
+            mass = np.exp(whole.topk_logprobs[own][outside].astype(np.float64)).sum()
+            assert np.exp(row["tail_logprobs"][place]) == pytest.approx(mass, abs=1e-5)
+
+
+def test_the_cache_is_whole_and_trains_on_the_top_k(made):
+    root, _ = made
+    assert not verify(root / "cache")
+    asked = {"student": root / "student", "cache": root / "cache", "out": root / "out"}
+    train.run(
+        load_stage("train", [], ["steps=1", "batch_sequences=6"], asked | {"objective": {"terms": TERMS}})
+    )
