@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightopd.cache.index import query
 from lightopd.cache.reader import read_columns
@@ -52,7 +53,9 @@ class Gap:
 def measured_gap(cache: Cache, signal: str) -> Gap | None:
     """None where the cache has no log-probabilities of the student, or no trained token."""
     places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
-    gaps, sums, counts = [], [], []
+    gaps: list[NDArray[np.float64]] = []
+    sums: list[NDArray[np.float64]] = []
+    counts: list[NDArray[np.float64]] = []
     for shard in (cache.shards[place] for place in places):
         rollouts = read_columns(cache, shard, ["logprobs", "loss_mask"])
         if rollouts.column("logprobs").null_count:
