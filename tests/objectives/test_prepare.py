@@ -148,8 +148,8 @@ def test_medium_prompts_weigh_more_at_mean_one():
 def test_the_mean_of_difficulty_weights_is_over_the_rollouts_that_the_term_sees():
     weights = [{"kind": "difficulty", "factor": 3.0}]
     config = objective(target="mle", rows="correct", rollout_weights=weights)
-    found = column(config, cache([0] * 6, [1, 0, 1, 1, 0, 0], [1, 1, 2, 2, 3, 3]), "main/weight")
-    assert found == pytest.approx([9 / 5, 0, 3 / 5, 3 / 5, 0, 0])
+    found = column(config, cache([0] * 6, [1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 2, 2]), "main/weight")
+    assert found == pytest.approx([9 / 5, 0, 0, 0, 3 / 5, 3 / 5])
 
 
 def test_a_mean_over_rows_scales_by_the_share_of_the_cache():
