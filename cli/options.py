@@ -20,6 +20,7 @@ Allow = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON line on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Folder or hub id of the teacher.")]
 Student = Annotated[str | None, typer.Option("--student", help="Folder or hub id of the student.")]
 Prompts = Annotated[

@@ -1,5 +1,6 @@
 """`lightopd config`: what can be set, and whether a file is right."""
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,14 +18,22 @@ Stage = Annotated[str, typer.Argument(help="sft, rollout, precompute, train, eva
 
 @app.command()
 @guarded
-def show(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
+def show(
+    stage: Stage,
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+) -> None:
     """Every setting of a stage with its meaning; with -c, the resolved config as YAML.
 
     Example: lightopd config show train
     """
     from lightopd.config import as_yaml, describe
 
-    if config or sets:
+    if as_json:
+        found = _load(stage, config, sets).model_dump(mode="json") if config or sets else None
+        typer.echo(json.dumps(_model(stage).model_json_schema() if found is None else found))
+    elif config or sets:
         typer.echo(as_yaml(_load(stage, config, sets)), nl=False)
     else:
         typer.echo(describe(_model(stage)))
@@ -32,13 +41,18 @@ def show(stage: Stage, config: options.Configs = None, sets: options.Sets = None
 
 @app.command()
 @guarded
-def check(stage: Stage, config: options.Configs = None, sets: options.Sets = None) -> None:
+def check(
+    stage: Stage,
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+) -> None:
     """Load a config and say whether it is right.
 
     Example: lightopd config check run -c run.yaml
     """
     _load(stage, config, sets)
-    typer.echo(f"{stage} config is right")
+    typer.echo(json.dumps({"stage": stage, "is_right": True}) if as_json else f"{stage} config is right")
 
 
 def _model(stage: str) -> "type[StrictModel]":

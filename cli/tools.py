@@ -1,10 +1,12 @@
 """Commands around the stages: demo, and the real weights that a package carries."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lightopd.cli import options
 from lightopd.cli.guard import guarded
 from lightopd.cli.output import show_report, show_table
 
@@ -23,6 +25,7 @@ def demo(
         bool, typer.Option("--from-base", help="tiny: fine-tune the student first.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of rollouts and training.")] = 0,
+    as_json: options.Json = False,
 ) -> None:
     """See a student become better from a cache, with no teacher alive.
 
@@ -31,15 +34,18 @@ def demo(
     from lightopd.errors import ConfigError
     from lightopd.pipelines.demos import smollm2, tiny
 
+    told, shown = (_say_nothing, _say_nothing) if as_json else (show_report, _show_query)
     if name == "tiny":
-        line = tiny.run(
-            out, engine=engine, seed=seed, from_base=from_base, told=show_report, shown=_show_query
-        )
+        line = tiny.run(out, engine=engine, seed=seed, from_base=from_base, told=told, shown=shown)
     elif name == "smollm2":
-        line = smollm2.run(out, engine=engine, seed=seed, told=show_report, shown=_show_query)
+        line = smollm2.run(out, engine=engine, seed=seed, told=told, shown=shown)
     else:
         raise ConfigError(f"no demo {name!r}; the demos are tiny and smollm2")
     typer.echo(line)
+
+
+def _say_nothing(*_: Any) -> None:
+    """With --json the demo's last line is all that stands on stdout."""
 
 
 def _show_query(name: str, rows: list[dict[str, Any]]) -> None:
@@ -57,6 +63,7 @@ def smollm2(
     half: Annotated[
         Path | None, typer.Option("--half", help="Also make a student with half the layers in this folder.")
     ] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Turn a GGUF model into a Hugging Face folder, SmolLM2-135M-Instruct by default.
 
@@ -64,6 +71,7 @@ def smollm2(
     """
     from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2, half_depth_student
 
-    typer.echo(str(convert_gguf(gguf or find_smollm2(), out)))
+    folders = [str(convert_gguf(gguf or find_smollm2(), out))]
     if half is not None:
-        typer.echo(str(half_depth_student(out, half)))
+        folders.append(str(half_depth_student(out, half)))
+    typer.echo(json.dumps({"folders": folders}) if as_json else "\n".join(folders))

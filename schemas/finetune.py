@@ -98,8 +98,9 @@ class FinetuneConfig(StrictModel):
     """Decay per step of a moving average of the weights, which is measured and exported in their place."""
     router_loss: float | None = Field(None, gt=0)
     """Weight of the load-balancing loss of a mixture-of-experts student; none leaves it out."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Lightning precision of the forward pass; weights, loss and optimiser state stay float32."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """`bf16-mixed` runs the student in bfloat16 over float32 weights; `bf16-true` (extra `lowmem`) also keeps
+    weights and gradients in bfloat16, rounded at random, and moments in 8 bits."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -130,6 +131,16 @@ class FinetuneConfig(StrictModel):
     """Newest checkpoints kept."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Lightning loggers beside `metrics.csv`, which is always written; their packages must be installed."""
+
+    @model_validator(mode="after")
+    def _bfloat16_weights_go_alone(self) -> "FinetuneConfig":
+        if self.precision == "bf16-true":
+            for name, is_set in (("ema_decay", self.ema_decay), ("strategy fsdp", self.strategy == "fsdp")):
+                if is_set:
+                    raise ValueError(
+                        f"precision bf16-true does not go with {name}; use bf16-mixed, or leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "FinetuneConfig":

@@ -174,7 +174,7 @@ def measure_step(sizes: Sizes, contender: str, path: str) -> dict[str, Any]:
     from lightopd.schemas.finetune import OptimizerConfig
     from lightopd.training.optimizer import clip_gradients, make_optimizer
     from lightopd.training.student.compile import compile_layers
-    from lightopd.training.student.forward import prepare_student
+    from lightopd.training.student.training_mode import prepare_student
 
     objective, micro_batches = _step_data(sizes, contender, Path(path))
     student = prepare_student(

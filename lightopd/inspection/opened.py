@@ -120,6 +120,12 @@ class OpenedCache:
 
         return cache_batches(self.path, rollouts, signals)
 
+    def report(self, out: Path | str | None = None, **settings: Any) -> Path:
+        """Write the report, one HTML file; see `lightopd.inspection.report.build.ReportSettings`."""
+        from lightopd.inspection.report.build import write_report
+
+        return write_report(self, None if out is None else Path(out), **settings)
+
     @contextmanager
     def stream(self, sql: str, parameters: dict[str, Any]) -> Iterator[pa.RecordBatchReader]:
         """Run a statement in a session of its own; rows come while the block lasts."""

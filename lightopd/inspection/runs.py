@@ -10,6 +10,7 @@ import pyarrow as pa
 import yaml
 
 from lightopd.errors import InputError
+from lightopd.schemas.manifest import CACHE_MANIFEST
 from lightopd.training.measures.metrics_rows import read_metrics
 
 METRICS = pa.schema(
@@ -58,6 +59,29 @@ def read_runs(folders: Iterable[Path]) -> list[TrainedRun]:
     return _named_apart(list(found.values()))
 
 
+def find_cache(folder: Path) -> tuple[Path, list[Path]]:
+    """The cache that a folder is or was trained on, and the runs that it is: (cache, run folders).
+
+    Raises:
+        InputError: the folder is neither a cache nor a run, or its cache is gone.
+    """
+    if (folder / CACHE_MANIFEST).is_file() or not folder.is_dir():
+        return folder, []
+    places = _trained_in(folder)
+    caches = [folder / "cache", *(Path(str(_settings(place).get("cache"))) for place in reversed(places))]
+    for cache in caches:
+        if (cache / CACHE_MANIFEST).is_file():
+            return cache, [folder] if places else []
+    if not places:
+        raise InputError(
+            f"{folder} is neither a cache nor a run; name a folder made by `lightopd rollout`, `train` or "
+            "`run`"
+        )
+    raise InputError(
+        f"{folder} was trained on {caches[-1]}, which is not there; name the cache first, then the run"
+    )
+
+
 def metrics_table(runs: Iterable[TrainedRun]) -> pa.Table:
     """Every measured number of every run, long: run, step, name, value."""
     rows = [
@@ -80,10 +104,7 @@ def read_report(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def _places(folder: Path) -> list[Path]:
-    if _is_run(folder):
-        return [folder]
-    inner = [folder / "train", *sorted(folder.glob("round-*/train")), *sorted(folder.glob("rounds/*/train"))]
-    places = [place for place in inner if _is_run(place)]
+    places = _trained_in(folder)
     if not places:
         raise InputError(
             f"{folder} holds no run: neither train.yaml nor metrics.csv is in it or in its train/; give the "
@@ -92,21 +113,32 @@ def _places(folder: Path) -> list[Path]:
     return places
 
 
+def _trained_in(folder: Path) -> list[Path]:
+    """The folder itself where it is a run of the train stage, else its `train/` and those of its rounds."""
+    if _is_run(folder):
+        return [folder]
+    return [place for place in (folder / "train", *sorted(folder.glob("round-*/train"))) if _is_run(place)]
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / "metrics.csv").is_file() or (folder / "train.yaml").is_file()
 
 
 def _read_run(folder: Path) -> TrainedRun:
-    settings: Any = {}
-    if (folder / "train.yaml").is_file():
-        try:
-            settings = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{folder / 'train.yaml'} is no YAML ({error}); copy it again") from None
     metrics = tuple(read_metrics(folder / "metrics.csv"))
     absolute = folder.resolve()
     name = absolute.parent.name if absolute.name == "train" else absolute.name
-    return TrainedRun(name, folder, metrics, settings or {}, read_report(folder, "train"))
+    return TrainedRun(name, folder, metrics, _settings(folder), read_report(folder, "train"))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The run's `train.yaml`; empty when there is none yet."""
+    path = folder / "train.yaml"
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no YAML ({error}); copy it again") from None
+    return plain if isinstance(plain, dict) else {}
 
 
 def _named_apart(runs: list[TrainedRun]) -> list[TrainedRun]:

@@ -4,10 +4,12 @@ Beside the cache's views there is the table `metrics` (run, step, name, value), 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -18,6 +20,10 @@ from lightopd.errors import CacheError, ConfigError
 from lightopd.inspection.token_texts import TokenTexts
 
 BATCH_ROWS = 10_000
+LISTEN_S = 0.1
+"""Seconds between two looks whether Ctrl-C was pressed."""
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,8 @@ def run(
     check_reads(sql)
     with _stopped_after(connection, limits.seconds) as is_late:
         try:
-            relation = connection.sql(sql, params=dict(values)) if values else connection.sql(sql)
-            if relation is None:
-                raise ConfigError("the SQL gives no rows")
-            with relation.to_arrow_reader(BATCH_ROWS) as reader:
-                yield _named_apart(reader)
+            with stoppable(connection, lambda: _reader(connection, sql, values or {})) as reader:
+                yield _read_stoppably(connection, _named_apart(reader))
         except (duckdb.Error, pa.ArrowException) as error:
             if is_late.is_set():
                 raise ConfigError(
@@ -92,6 +95,52 @@ def run(
                     "the time limit"
                 ) from None
             raise _one_line(error, cache) from None
+
+
+def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) -> Value:
+    """What the call returns; Ctrl-C stops the query that it waits for.
+
+    Python hears a signal between two of its own instructions only, and DuckDB's are none: the call runs in a
+    thread of its own while this one listens.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; the query has ended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
+        try:
+            while True:
+                try:
+                    return future.result(timeout=LISTEN_S)
+                except FutureTimeout:
+                    if future.done():  # the call's own error
+                        return future.result()
+        except KeyboardInterrupt:
+            while not future.done():
+                connection.interrupt()
+                wait([future], timeout=LISTEN_S)
+            raise
+
+
+def _reader(
+    connection: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, Any]
+) -> pa.RecordBatchReader:
+    relation = connection.sql(sql, params=dict(values)) if values else connection.sql(sql)
+    if relation is None:
+        raise ConfigError("the SQL gives no rows")
+    return relation.to_arrow_reader(BATCH_ROWS)
+
+
+def _read_stoppably(
+    connection: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader
+) -> pa.RecordBatchReader:
+    def batches() -> Iterator[pa.RecordBatch]:
+        while (batch := stoppable(connection, lambda: next(reader, None))) is not None:
+            yield batch
+
+    return pa.RecordBatchReader.from_batches(reader.schema, batches())
 
 
 def _named_apart(reader: pa.RecordBatchReader) -> pa.RecordBatchReader:

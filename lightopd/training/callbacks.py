@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class StepDone(Callback):  # type: ignore[misc]
 
 
 class Progress(Callback):  # type: ignore[misc]
-    """A log line with rate and time left, at most every ten seconds."""
+    """A log line with loss, gap, w, rate and time left, at most every ten seconds."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps = steps
@@ -147,14 +147,21 @@ class Progress(Callback):  # type: ignore[misc]
         self._said_s = now_s
         rate = (module.step - self._first_step) / (now_s - self._began_s)
         log.info(
-            "step %d/%d, loss %.4g, %.3g steps/s, %.0f tokens/s, %.0f s left",
+            "step %d/%d, loss %.4g%s, %.3g steps/s, %.0f tokens/s, %.0f s left",
             module.step,
             self.steps,
             module.metrics["loss"],
+            drift_words(module.metrics),
             rate,
             module.metrics["tokens_per_second"],
             (self.steps - module.step) / rate,
         )
+
+
+def drift_words(metrics: Mapping[str, float]) -> str:
+    """`, gap 0.21, w 0.98` for the progress line: nats to the signal, mean ratio to the rollout."""
+    measured = {"gap": -metrics.get("log_ratio", math.nan), "w": metrics.get("w_mean", math.nan)}
+    return "".join(f", {name} {value:.3g}" for name, value in measured.items() if not math.isnan(value))
 
 
 class Interruption(Callback):  # type: ignore[misc]

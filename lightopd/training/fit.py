@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
@@ -63,6 +64,7 @@ from lightopd.training.measures.best import is_over
 from lightopd.training.measures.held_out import HeldOut, held_out_objective
 from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
+from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
 from lightopd.training.student.packed_rows import check_packing
@@ -310,6 +312,9 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
         check_packing(model)
     if run.finetune.router_loss is not None:
         check_experts(model)
+    if run.finetune.precision == "bf16-true":
+        check_low_memory()
+        model.to(torch.bfloat16)
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)

@@ -38,7 +38,13 @@ from lightopd.training.measures.best import Best
 from lightopd.training.measures.held_out import HeldOut, held_out_loss
 from lightopd.training.measures.metrics_file import global_sums
 from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
-from lightopd.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from lightopd.training.optimizer import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    narrow_moments,
+    set_learning_rate,
+)
 from lightopd.training.student.compile import is_of_compiler, uncompiled
 from lightopd.training.student.drift import drift_metrics, exceeded_limits
 from lightopd.training.student.ema import WeightAverage
@@ -80,7 +86,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     """Trains a causal language model against cached rollouts.
 
     Args:
-        student: in float32 and in training mode, its dropout off (see `prepare_student`).
+        student: in its own number format and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
         needed: what it needs.
         finetune: optimiser, schedule and number of steps.
@@ -133,12 +139,15 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student."""
-        return make_optimizer(self.student, self.finetune.optimizer)
+        low_memory = self.finetune.precision == "bf16-true"
+        return make_optimizer(self.student, self.finetune.optimizer, low_memory=low_memory)
 
     def on_train_start(self) -> None:
         """Load what a checkpoint has beside the weights, read what is held out, and start the clock."""
         if self.checkpoint is not None:
-            load_optimizer(self.checkpoint, self.student, self.optimizers(use_pl_optimizer=False))
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            load_optimizer(self.checkpoint, self.student, optimizer)
+            narrow_moments(optimizer)
         if self.finetune.ema_decay is not None:
             self.average = WeightAverage(self.student, self.finetune.ema_decay, self.checkpoint)
         if self.held_out is not None:

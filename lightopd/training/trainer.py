@@ -56,7 +56,8 @@ def _make_trainer(
             num_nodes=finetune.nodes,
             strategy=make_strategy(finetune),
             plugins=environments(),
-            precision=finetune.precision,
+            # Lightning's own bf16-true makes bfloat16 the default of every new tensor, the loss's too.
+            precision="32-true" if finetune.precision == "bf16-true" else finetune.precision,
             max_epochs=1,
             logger=list(loggers) or False,
             callbacks=list(callbacks),

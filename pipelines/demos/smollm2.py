@@ -24,6 +24,7 @@ from lightopd.inspection.opened import OpenedCache
 from lightopd.models.load import load_model
 from lightopd.pipelines import RECIPES
 from lightopd.pipelines import run as pipeline
+from lightopd.pipelines.demos.report import write_demo_report
 from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2, half_depth_student
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import read_sequences
@@ -73,6 +74,7 @@ def run(
     if difference > MAX_DIFFERENCE_NATS:
         raise CacheError(f"cached log-probabilities lie {difference:.3g} nats from a direct forward pass")
     precompute = scored[0].figures
+    page = write_demo_report(out, out / "sft" / "student", top_k=16)
     return json.dumps(
         {
             "max_logprob_difference": difference,
@@ -81,6 +83,7 @@ def run(
             "bytes_per_token": precompute["bytes_per_token"],
             "tokens_per_second": precompute["tokens_per_s"],
             "seconds": round(time.monotonic() - started_s, 1),
+            "report": page,
         }
     )
 

@@ -15,6 +15,7 @@ from lightopd.config import load_run
 from lightopd.inspection.opened import OpenedCache
 from lightopd.pipelines import DEMO, RECIPES
 from lightopd.pipelines import run as pipeline
+from lightopd.pipelines.demos.report import write_demo_report
 from lightopd.pipelines.shared.reports import Report
 
 QUERIES = ("worst_tokens", "gap_by_position", "lengths")
@@ -55,12 +56,15 @@ def run(
         shutil.rmtree(teacher)
 
     report = pipeline.run(config, told=after_each, before_training=before_training)
+    student = out / "sft" / "student" if from_base else DEMO / "student"
+    page = write_demo_report(out, student, top_k=4)
     return json.dumps(
         {
             "accuracy_before": report.figures["eval_before_avg_at_k"],
             "accuracy_after": report.figures["eval_after_avg_at_k"],
             "accuracy_teacher": report.figures["eval_teacher_avg_at_k"],
             "seconds": round(time.monotonic() - started_s, 1),
+            "report": page,
         }
     )
 

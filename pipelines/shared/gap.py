@@ -98,7 +98,7 @@ def verdict(gap: Gap | None, sampling: SamplingConfig | None) -> str:
         return "gap unknown: the rollouts carry no student log-probabilities, so drift cannot be measured"
     if not is_divergence(sampling):
         return (
-            f"{gap} is no KL divergence, since the rollouts were not sampled at temperature 1 and top_p 1; "
+            f"{gap} is no KL divergence, since the rollouts were not sampled at temperature 1 from all tokens; "
             f"compare it between caches only"
         )
     if gap.nats <= SMALL_NATS:
@@ -116,7 +116,7 @@ def verdict(gap: Gap | None, sampling: SamplingConfig | None) -> str:
 
 def is_divergence(sampling: SamplingConfig | None) -> bool:
     """Whether the rollouts were drawn from the student's own distribution, so that the gap estimates a KL."""
-    return sampling is not None and sampling.temperature == 1 and sampling.top_p == 1
+    return sampling is not None and sampling.is_raw
 
 
 def suggestion(

@@ -15,7 +15,8 @@ from lightopd.training.data.batches import StepDataset, collate
 from lightopd.training.data.plan import make_plan
 from lightopd.training.data.shard_store import FirstReading
 from lightopd.training.data.split import select_rollouts
-from lightopd.training.student.forward import prepare_student, student_sums, student_tokens
+from lightopd.training.student.forward import student_sums, student_tokens
+from lightopd.training.student.training_mode import prepare_student
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
 """Operations whose result, or its size, only the device knows."""

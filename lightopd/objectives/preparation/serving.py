@@ -80,7 +80,7 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
                 "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
             )
     sampling = cache.manifest.sampling
-    if wanted.ratio and sampling is not None and (sampling.temperature != 1 or sampling.top_p != 1):
+    if wanted.ratio and sampling is not None and not sampling.is_raw:
         lines.append(
             f"rollouts were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, and "
             f"the stored log-probabilities are at 1: a ratio of them is no importance ratio"

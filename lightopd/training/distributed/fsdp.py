@@ -56,10 +56,10 @@ def weights_of(student: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an optimiser over a model's parameters, `key/parameter`, where it lies."""
+    """State of an optimiser over a model's parameters, `key/parameter`, where it lies, in float32."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{key}/{names[parameter]}": value
+        f"{key}/{names[parameter]}": value.dequantize() if hasattr(value, "codes") else value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
