@@ -12,6 +12,7 @@ from lightopd.cache.store import Cache
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import model_limits
+from lightopd.pipelines.sampling.red_flags import response_flags
 from lightopd.pipelines.sampling.sample import (
     LoadEngine,
     SamplingJob,
@@ -53,7 +54,8 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         figures = {**_accuracy_figures(answers), **_divergence_figures(config, answers)}
         figures |= sampling_figures(answers, started_s)
         seconds = time.monotonic() - started_s
-        report = Report("eval", str(config.out), figures, seconds=seconds, made_from=made_from)
+        notes = (*plan.notes, *response_flags(answers))
+        report = Report("eval", str(config.out), figures, notes=notes, seconds=seconds, made_from=made_from)
         save_report(report, config.out)
     return report
 

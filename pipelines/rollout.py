@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
+from lightopd.pipelines.sampling.red_flags import response_flags
 from lightopd.pipelines.sampling.rendering import check_rendering
 from lightopd.pipelines.sampling.sample import (
     LoadEngine,
@@ -44,7 +45,7 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
             stage="rollout",
             out=str(config.cache),
             figures=sampling_figures(cache, started_s),
-            notes=(*plan.notes, *_notes(plan.manifest.sft, plan.manifest.overrides)),
+            notes=(*plan.notes, *response_flags(cache), *_notes(plan.manifest.sft, plan.manifest.overrides)),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)

@@ -17,6 +17,7 @@ from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.models.tokenizer import load_tokenizer
+from lightopd.pipelines.sampling.red_flags import response_flags
 from lightopd.pipelines.sampling.rendering import taught_rendering
 from lightopd.pipelines.sampling.sample import (
     LoadEngine,
@@ -68,12 +69,14 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
             "sft", str(config.out), {"answers": count, "steps": config.finetune.steps}, notes=("dry run",)
         )
     with writing(config.out):
-        answers = _answers(config, plan_sampling(job, teacher), load)
+        plan = plan_sampling(job, teacher)
+        answers = _answers(config, plan, load)
+        notes = (*plan.notes, *response_flags(answers))
         save_config(config, "sft", config.out)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
             figures |= _finetune(config, answers)
-        report = Report("sft", str(config.out), figures, seconds=time.monotonic() - started_s)
+        report = Report("sft", str(config.out), figures, notes=notes, seconds=time.monotonic() - started_s)
         save_report(report, config.out)
     return report
 

@@ -63,10 +63,30 @@ class SamplingConfig(StrictModel):
     """Sampling temperature; 0 takes the most likely token. Stored log-probabilities are always at 1."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Nucleus: sample from the smallest set of tokens whose probability reaches this."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many most likely tokens; 0 from all."""
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    """Leave out tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: float = Field(1.0, gt=0.0, le=2.0)
+    """Divides the logits of tokens that occurred already; engines vllm and server only."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a response beside the model's own end tokens."""
     max_tokens: int = Field(1024, ge=1)
     """Longest response in tokens, the end token included."""
     seed: int = 0
     """Every rollout draws from its own stream, made from this seed, the prompt and the sample index."""
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether responses are drawn from the model's own distribution, which log-probabilities speak of."""
+        narrowed = self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1
+        return self.temperature == 1 and not narrowed
+
+    @model_validator(mode="after")
+    def _stop_ids_are_ids(self) -> "SamplingConfig":
+        if any(token < 0 for token in self.stop_ids):
+            raise ValueError(f"stop_ids has {min(self.stop_ids)}; an id is 0 or more")
+        return self
 
 
 class StageConfig(StrictModel):

@@ -50,6 +50,13 @@ def math_verify(response: str, answer: str, metadata: Mapping[str, Any]) -> floa
     return float(verify(gold, found, timeout_seconds=None))
 
 
+def is_expression(answer: str) -> bool:
+    """Whether the math-verify package finds an expression in an answer."""
+    from math_verify import parse
+
+    return bool(parse(answer, parsing_timeout=None))
+
+
 def _last_number(text: str) -> Decimal | None:
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\,", "")
     numbers = NUMBER.findall(text)

@@ -93,3 +93,17 @@ BUILT_IN: dict[str, Verifier] = {
     "math_verify": comparisons.math_verify,
     "running_totals": _running_totals,
 }
+
+
+def can_match(verifier: str | None, answer: str) -> bool:
+    """Whether some response can earn a reward for this answer; True for a verifier that is not built in."""
+    possible = CAN_MATCH.get(verifier or "")
+    return True if possible is None else possible(answer)
+
+
+CAN_MATCH: dict[str, Callable[[str], bool]] = {
+    "exact": lambda answer: bool(answer.split()),
+    "math_verify": comparisons.is_expression,
+    "running_totals": lambda answer: answer.isascii() and answer.isdecimal(),
+}
+"""What an answer must be for some response to match it; `last_number` refuses an answer without a number."""

@@ -14,15 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from lightopd import __version__
-from lightopd.cache.index import build_index, query
+from lightopd.cache.index import query, refresh_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
+from lightopd.pipelines.sampling.red_flags import answer_flags, check_answers
 from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
-from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -81,6 +82,9 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
     """
     rendered = render_prompts(job.prompts, job.model, shown_time(job.cache))
     prompts, prompt_ids = rendered.prompts, rendered.prompt_ids
+    check_answers(prompts)
+    _check_penalty(job)
+    flags = answer_flags(prompts, rendered.tokenizer, job.sampling.max_tokens)
     pairs = zip(prompts, prompt_ids, strict=True)
     sampler = sampler or fingerprint_model(job.model)
     engine, precision = describe_engine(job.engine, job.model)
@@ -105,8 +109,23 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
         overrides=job.overrides,
     )
     return SamplingPlan(
-        job, prompts, prompt_ids, rendered.tokenizer, rendered.stops, sampler, manifest, rendered.notes
+        job,
+        prompts,
+        prompt_ids,
+        rendered.tokenizer,
+        rendered.stops,
+        sampler,
+        manifest,
+        (*rendered.notes, *flags),
     )
+
+
+def _check_penalty(job: SamplingJob) -> None:
+    """Refuse before a model is loaded what engine hf would refuse after."""
+    if job.engine.kind == "hf":
+        from lightopd.engines.hf.generate import check_penalty
+
+        check_penalty(job.sampling)
 
 
 def _content(prompt: Prompt, ids: Ids) -> list[Any]:
@@ -146,16 +165,20 @@ def write_missing_shards(
     missing = [index for index in range(total) if valid_shard(folder, index, fingerprint) is None]
     if missing:
         progress = StageProgress(stage, path / "journal.jsonl", "shards", total, total - len(missing))
-        engine = load()
+        with doing(f"{stage}: loading the model"):
+            engine = load()
         try:
             for index in missing:
-                table = rollouts_to_table(make(engine, index))
+                with doing(f"{stage}: making shard {index + 1} of {total}"):
+                    table = rollouts_to_table(make(engine, index))
                 marker = write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint)
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
+    else:
+        log.info("%s: nothing to do, all %d shards are there", stage, total)
     cache = open_cache(path, signals=())
-    build_index(open_cache(path, incomplete=True))
+    refresh_index(open_cache(path, incomplete=True))
     return cache
 
 
@@ -167,7 +190,7 @@ def _sample_shard(plan: SamplingPlan, engine: Engine, index: int) -> list[Rollou
         [plan.prompt_ids[i] for i, _ in rows],
         job.sampling,
         [f"{plan.prompts[i].prompt_id}/{sample_index}" for i, sample_index in rows],
-        plan.stops,
+        sorted({*plan.stops, *job.sampling.stop_ids}),
     )
     return [_rollout(plan, i, k, drawn) for (i, k), drawn in zip(rows, samples, strict=True)]
 

@@ -31,10 +31,10 @@ def verdict(gap_nats: float | None, sampling: SamplingConfig | None) -> str:
     """
     if gap_nats is None:
         return "gap unknown: the rollouts carry no student log-probabilities, so drift cannot be measured"
-    if sampling is None or sampling.temperature != 1 or sampling.top_p != 1:
+    if sampling is None or not sampling.is_raw:
         return (
             f"gap {gap_nats:.3f} nats/token is no KL divergence, since the rollouts were not sampled at "
-            "temperature 1 and top_p 1; compare it between caches only"
+            "temperature 1 from all tokens; compare it between caches only"
         )
     if gap_nats <= SMALL_NATS:
         return f"gap {gap_nats:.3f} nats/token is small: any recipe can be used"

@@ -41,7 +41,7 @@ def suggestion(
     sampling = cache.manifest.sampling
     if not is_plain(objective) or steps == 1 or sampling is None:
         return None
-    if sampling.temperature != 1 or sampling.top_p != 1 or not cache.num_rollouts:
+    if not sampling.is_raw or not cache.num_rollouts:
         return None
     signal = objective.terms[0].signal
     gap_nats = measured_gap(cache, signal)

@@ -20,7 +20,7 @@ from lightopd.engines.base import random_stream
 from lightopd.engines.hf.head_scores import largest
 from lightopd.engines.hf.kv_cache import new_cache
 from lightopd.engines.hf.memory import memory_advice
-from lightopd.errors import EngineError
+from lightopd.errors import ConfigError, EngineError
 from lightopd.models.head import last_hidden
 from lightopd.models.load import LoadedModel
 from lightopd.schemas.configs import SamplingConfig
@@ -91,6 +91,7 @@ def generate(
     Raises:
         EngineError: NaN or +inf logits, or not enough memory for a batch.
     """
+    check_penalty(sampling)
     samples: dict[int, Sample] = {}
     order = sorted(
         range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index].tobytes(), index)
@@ -105,6 +106,19 @@ def generate(
             _draw_batch(loaded, [prompts[row.index] for row in rows], rows, sampling, stops)
             samples.update((row.index, row.sample()) for row in rows)
     return [samples[index] for index in range(len(prompts))]
+
+
+def check_penalty(sampling: SamplingConfig) -> None:
+    """Refuse what this engine lacks.
+
+    Raises:
+        ConfigError: a repetition penalty.
+    """
+    if sampling.repetition_penalty != 1:
+        raise ConfigError(
+            f"sampling.repetition_penalty is {sampling.repetition_penalty:g}, which engine hf does not have; "
+            "leave it at 1, or take engine vllm or server"
+        )
 
 
 def _new_row(index: int, key: str, prompt_length: int, sampling: SamplingConfig, context_length: int) -> Row:
@@ -204,7 +218,7 @@ def _draw_tokens(
     else:
         uniforms = [0.0 if row.is_finished else row.uniforms[len(row.ids)] for row in running]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=loaded.device)
-        drawn_B = draw(logits_BV, uniforms_B, sampling.temperature, sampling.top_p)
+        drawn_B = draw(logits_BV, uniforms_B, sampling)
     columns = (
         drawn_B,
         logprobs_BV.gather(1, drawn_B[:, None])[:, 0],
@@ -220,7 +234,7 @@ def _draw_tokens(
     return drawn_B
 
 
-def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
+def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig) -> Tensor:
     """Ids int64 [B] at which the cumulative distribution over the ids, in their order, passes the uniforms.
 
     Sums run in float64 and in the order of the ids, so rounding in the logits moves no boundary by more than
@@ -229,18 +243,30 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float
     Args:
         logits_BV: float32, raw.
         uniforms_B: float64 in [0, 1).
-        temperature: above 0.
-        top_p: the nucleus is the smallest set of most likely tokens, after temperature, that reaches it.
+        sampling: temperature, above 0; then `min_p`, `top_k` and `top_p`, as vLLM orders them. The nucleus is
+            the smallest set of the most likely tokens left that reaches `top_p` of their mass.
     """
-    scaled_BV = logits_BV / temperature
+    scaled_BV = logits_BV / sampling.temperature
     weights_BV = (scaled_BV - scaled_BV.amax(1, keepdim=True)).exp()
-    if top_p < 1:
-        weights_BV = weights_BV.masked_fill(~_nucleus(weights_BV, top_p), 0.0)
+    if sampling.min_p:
+        weights_BV = weights_BV.masked_fill(weights_BV < sampling.min_p, 0.0)
+    if 0 < sampling.top_k < weights_BV.shape[1]:
+        weights_BV = weights_BV.masked_fill(~_most_likely(weights_BV, sampling.top_k), 0.0)
+    if sampling.top_p < 1:
+        weights_BV = weights_BV.masked_fill(~_nucleus(weights_BV, sampling.top_p), 0.0)
     cumulative_BV = weights_BV.cumsum(1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:]
     below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_total_B1)
     return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+
+
+def _most_likely(weights_BV: Tensor, top_k: int) -> Tensor:
+    """bool [B, V], True for the `top_k` most likely tokens; ties by lowest id."""
+    least_B1 = largest(weights_BV, top_k)[0][:, -1:]
+    is_above_BV, is_tied_BV = weights_BV > least_B1, weights_BV == least_B1
+    num_tied_B1 = top_k - is_above_BV.sum(1, keepdim=True)
+    return is_above_BV | (is_tied_BV & (is_tied_BV.cumsum(1) <= num_tied_B1))
 
 
 def _nucleus(weights_BV: Tensor, top_p: float) -> Tensor:
