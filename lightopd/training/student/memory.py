@@ -45,7 +45,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(student: PreTrainedModel, finetune: FinetuneConfig, longest: int) -> MemoryEstimate:
-    """Weights P w, gradients of the trained ones w, moments 8 or 2 bytes; activations from a run without memory.
+    """Weights, gradients and moments from their formats; activations from a run without memory.
 
     The decoder is run once over the largest micro-batch on tensors that have shapes and no storage, and what
     autograd would keep is added up; nothing is assumed about its layers.
@@ -106,4 +106,4 @@ def _kernel(student: PreTrainedModel, finetune: FinetuneConfig, shape: tuple[int
     # Gradients by hidden states are summed in float32; those by the head come in its own or the cast format.
     hidden = 4 * shape[0] * shape[1] * hidden_size
     head = num_vocab * hidden_size * (4 if finetune.precision == "bf16-mixed" else head_VD.element_size())
-    return hidden + head + 4 * tile * (chunk + hidden_size)
+    return int(hidden + head + 4 * tile * (chunk + hidden_size))
