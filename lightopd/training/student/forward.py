@@ -65,8 +65,7 @@ def evaluate_tokens(
     widths = [block.shape[1] for block in blocks]
     ids_NM = torch.cat(blocks, dim=1)
     selected = selected_logprobs(
-        hidden_ND,
-        _like_hidden(head.weight_VD, hidden_ND),
+        *_in_compute_format(hidden_ND, head.weight_VD),
         ids_NM,
         member_NSM=_members(ids_NM, widths),
         bias_V=head.bias_V,
@@ -103,6 +102,15 @@ def _members(ids_NM: Tensor, widths: Sequence[int]) -> Tensor | None:
     return member_SM.expand(len(ids_NM), -1, -1)
 
 
-def _like_hidden(weight_VD: Tensor, hidden_ND: Tensor) -> Tensor:
-    """The head in the hidden states' format on a GPU, where half-precision products are much faster."""
-    return weight_VD.to(hidden_ND.dtype) if hidden_ND.is_cuda else weight_VD
+def _in_compute_format(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of the logits in the format that the pass computes in.
+
+    Under mixed precision the last hidden states are float32, as the residual stream is, but every other
+    product of the pass has factors in half precision; in float32 this one would cost more than all the rest.
+    On a GPU the head follows the hidden states; on a CPU the kernel's products are float32 in any case.
+    """
+    kind = hidden_ND.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return hidden_ND.to(dtype), weight_VD.to(dtype)
+    return hidden_ND, weight_VD.to(hidden_ND.dtype) if hidden_ND.is_cuda else weight_VD
