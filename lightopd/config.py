@@ -231,7 +231,10 @@ def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message if key == "the whole" else f"{key}: {message}"
-    return f"{key}: {message[:1].lower()}{message[1:]}, found {item['input']!r}"
+    if location and location[-1] == "api_key_env":
+        return f"{key}: give the name of an environment variable, not the key itself"
+    found = repr(item["input"])
+    return f"{key}: {message[:1].lower()}{message[1:]}, found {found[:200]}"
 
 
 OTHER_NAMES = {

@@ -63,6 +63,8 @@ class ServerEngine(StrictModel):
     """Requests in flight on each server."""
     timeout_s: float = Field(1800.0, gt=0)
     """Longest wait for one answer, in seconds."""
+    max_answer_mib: int = Field(2048, ge=1)
+    """Most of one answer that is read, in MiB."""
     attempts: int = Field(6, ge=1)
     """Tries of one request, with growing pauses, after refused connections, time-outs, 429 and 5xx."""
 

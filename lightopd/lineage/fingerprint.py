@@ -300,8 +300,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"no {path}; give the folder of a complete Hugging Face model") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy or download it again") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not valid JSON ({reason}); copy or download it again") from error
     if not isinstance(plain, dict):
         raise InputError(
             f"{path} holds a {type(plain).__name__}, not a JSON object; copy or download it again"

@@ -41,7 +41,7 @@ def model_limits(model: ModelConfig) -> ModelLimits:
     """
     config = _text_config(model)
     vocabulary = config.get("vocab_size")
-    if not isinstance(vocabulary, int):
+    if not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
         raise InputError(f"{model.path}/config.json names no vocab_size; add it")
     length = context_length_in(config, f"{model.path}/config.json")
     return ModelLimits(vocabulary, length, rope_switch_in(config))
@@ -54,7 +54,7 @@ def context_length_in(config: Mapping[str, Any], name: str) -> int:
         InputError: it does not say; `name` says whose config it is.
     """
     lengths = (config.get(key) for key in CONTEXT_KEYS)
-    found = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    found = next((length for length in lengths if isinstance(length, int) and 0 < length < 2**31), None)
     if found is not None:
         return min(found, rope_switch_in(config) or found)
     raise InputError(f"{name} names no context length; add max_position_embeddings")
@@ -78,19 +78,30 @@ def rope_switch_in(config: Mapping[str, Any]) -> int | None:
 
 
 def precision_of(model: ModelConfig) -> Precision:
-    """Number format and quantisation of a model as it will be run; `auto` is what its config stores."""
+    """Number format and quantisation of a model as it will be run; `auto` is what its config stores.
+
+    Raises:
+        InputError: its config names something else than a format.
+    """
     config = _text_config(model)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     quantization = config.get("quantization_config") or {}
-    return Precision(
-        dtype=stored if model.dtype == "auto" else model.dtype, quantization=quantization.get("quant_method")
-    )
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(stored, str) or not isinstance(method, str | None):
+        raise InputError(
+            f"{model.path}/config.json has dtype {str(stored)[:40]!r} and quantization_config with method "
+            f"{str(method)[:40]!r}; both are names"
+        )
+    return Precision(dtype=stored if model.dtype == "auto" else model.dtype, quantization=method)
 
 
 def _text_config(model: ModelConfig) -> dict[str, Any]:
     folder = model_folder(model).path
     config = read_json(folder / "config.json")
-    text = {**config, **(config.get("text_config") or {})}
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise InputError(f"{folder}/config.json: text_config is no mapping; copy or download it again")
+    text = {**config, **text}
     if "vocab_size" in text and any(key in text for key in CONTEXT_KEYS):
         return text
     # Some files, Gemma 3's among them, name only what differs from the defaults of their class.
@@ -104,7 +115,7 @@ def _class_defaults(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError):
+    except Exception:  # noqa: BLE001 - a damaged file fails in ways of its own; what is missing is named later
         return {}
     defaults: dict[str, Any] = config.get_text_config(decoder=True).to_dict()
     return defaults

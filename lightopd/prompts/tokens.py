@@ -43,6 +43,8 @@ def stop_ids(tokenizer: Any, model: ModelConfig) -> tuple[int, ...]:
         path = folder / "config.json"
     named = read_json(path).get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
+    if not all(token is None or type(token) is int for token in listed):
+        raise InputError(f"{path}: eos_token_id is {str(named)[:60]!r}; give an id, or a list of ids")
     found = {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
     if not found:
         raise InputError(

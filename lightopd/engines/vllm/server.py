@@ -8,9 +8,9 @@ from typing import Any
 
 from lightopd.engines.vllm.concurrency import LoopThread
 from lightopd.engines.vllm.requests import Drawn, RequestEngine, ids_of
+from lightopd.engines.vllm.server_answers import Choice, Completion, parse, response_rows
 from lightopd.engines.vllm.server_http import ServerPool
 from lightopd.engines.vllm.server_probe import Served, check_top_k, probe, served_model
-from lightopd.engines.vllm.server_rows import number, response_rows
 from lightopd.errors import EngineError
 from lightopd.models.limits import precision_of
 from lightopd.schemas import records
@@ -54,26 +54,23 @@ class ServerClient(RequestEngine):
         self, name: str, prompt_ids: Ids, sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]
     ) -> Drawn:
         choice = await self._complete(name, prompt_ids, _drawing(sampling, limit, seed, stop_ids))
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        return Drawn(
-            choice.get("token_ids") or [], [number(value) for value in logprobs], choice.get("finish_reason")
-        )
+        logprobs = choice.logprobs.token_logprobs if choice.logprobs is not None else []
+        return Drawn(choice.token_ids, logprobs, choice.finish_reason)
 
     async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
         choice = await self._complete(name, ids_of(sequence), _scoring(top_k))
-        return response_rows(name, choice.get("prompt_logprobs"), sequence, top_k)
+        return response_rows(name, choice, sequence, top_k)
 
-    async def _complete(self, name: str, ids: Ids, settings: Mapping[str, Any]) -> dict[str, Any]:
+    async def _complete(self, name: str, ids: Ids, settings: Mapping[str, Any]) -> Choice:
         """The one choice of a completion whose prompt came back as it was sent."""
         sent = ids.tolist()
         answer = await self._pool.post("/v1/completions", {"model": self._name, "prompt": sent, **settings})
-        choices = answer.get("choices") or [{}]
-        if choices[0].get("prompt_token_ids") != sent:
+        choice = parse(Completion, answer, name).choices[0]
+        if choice.prompt_token_ids != sent:
             raise EngineError(
                 f"{name}: the server read other tokens than the {len(sent)} that were sent, or does not say "
                 f"which; it tokenises anew, or is no vLLM of this year"
             )
-        choice: dict[str, Any] = choices[0]
         return choice
 
 

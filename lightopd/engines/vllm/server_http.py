@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 from typing import Any
 
 import aiohttp
@@ -28,6 +29,7 @@ class ServerPool:
         self._in_flight = dict.fromkeys(engine.urls, 0)
         self._headers = _authorization(engine)
         self._timeout = aiohttp.ClientTimeout(total=engine.timeout_s, sock_connect=CONNECT_S)
+        self._most_bytes = engine.max_answer_mib << 20
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -80,7 +82,7 @@ class ServerPool:
             )
         try:
             async with self._session.request(method, url + path, json=body) as response:
-                content = await response.read()
+                content = await self._read(response, url + path)
         except TimeoutError as error:
             raise _TryAgain("no answer in time") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
@@ -88,14 +90,32 @@ class ServerPool:
         except aiohttp.ClientError as error:
             raise EngineError(f"{url}{path}: {_first_line(str(error))}; check engine.urls") from error
         if response.status in TRY_AGAIN:
-            raise _TryAgain(f"{response.status} {_message(content)}", _retry_after_s(response))
+            raise _TryAgain(f"{response.status} {self._message(content)}", _retry_after_s(response))
         if response.status != 200:
             hint = _hint(response.status)
-            raise EngineError(f"{url}{path} answered {response.status}: {_message(content)}{hint}")
+            raise EngineError(f"{url}{path} answered {response.status}: {self._message(content)}{hint}")
         try:
             return json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineError(f"{url}{path} answered no JSON; check that it is a vLLM server") from error
+
+    async def _read(self, response: aiohttp.ClientResponse, name: str) -> bytes:
+        """The answer's bytes, up to `engine.max_answer_mib`."""
+        content = bytearray()
+        async for part in response.content.iter_any():
+            content += part
+            if len(content) > self._most_bytes:
+                raise EngineError(
+                    f"{name} answers with more than {self._most_bytes >> 20} MiB; check that it is a vLLM "
+                    f"server, or raise engine.max_answer_mib"
+                )
+        return bytes(content)
+
+    def _message(self, content: bytes) -> str:
+        """What a server says went wrong, in one line, without the key that it may repeat."""
+        text = _message(content)
+        key = self._headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
 
 
 class NoAnswerError(EngineError):
@@ -116,9 +136,15 @@ def _authorization(engine: ServerEngine) -> dict[str, str]:
     key = os.environ.get(engine.api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"engine.api_key_env names {engine.api_key_env}, which is not set; put the server's API key there"
+            f"engine.api_key_env names {_shown(engine.api_key_env)}, which is not set; put the server's API "
+            f"key there"
         )
     return {"Authorization": f"Bearer {key}"}
+
+
+def _shown(name: str) -> str:
+    """A variable's name; what may be a key that was typed in its place is not repeated."""
+    return name if re.fullmatch(r"[A-Z][A-Z0-9_]{0,60}", name) else "a variable"
 
 
 def _pause_s(attempt: int) -> float:
@@ -143,7 +169,7 @@ def _message(content: bytes) -> str:
 
 
 def _first_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))[:300]
 
 
 def _hint(status: int) -> str:

@@ -8,8 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from lightopd.engines.vllm.server_answers import (
+    Choice,
+    Completion,
+    Models,
+    Tokens,
+    Version,
+    parse,
+    response_rows,
+)
 from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
-from lightopd.engines.vllm.server_rows import response_rows
 from lightopd.errors import EngineError, InputError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits
@@ -98,7 +106,7 @@ async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
         try:
             asked = {"temperature": 0.0, "prompt_logprobs": top_k}
             choice = await _complete(pool, url, name, [0, 0], asked)
-            response_rows("a pair of tokens", choice.get("prompt_logprobs"), pair, top_k)
+            response_rows("a pair of tokens", choice, pair, top_k)
         except NoAnswerError:
             log.warning("%s does not answer; the other servers take its work", url)
         except EngineError as error:
@@ -110,17 +118,14 @@ async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
 
 async def _card(pool: ServerPool, url: str, name: str | None) -> Card:
     version, models = await asyncio.gather(pool.get(url, "/version"), pool.get(url, "/v1/models"))
-    cards = {card["id"]: card for card in models.get("data", ())}
+    cards = {card.id: card for card in parse(Models, models, f"{url}/v1/models").data}
     if name is None and len(cards) != 1:
         raise EngineError(f"{url} serves {', '.join(cards) or 'nothing'}; name one in engine.model")
     card = next(iter(cards.values())) if name is None else cards.get(name)
     if card is None:
         raise EngineError(f"{url} serves {', '.join(cards) or 'nothing'} and no {name}; correct engine.model")
-    if not isinstance(card.get("max_model_len"), int):
-        raise EngineError(f"{url} does not say how long its context is; it is no vLLM server")
-    return Card(
-        card["id"], card.get("root") or "", card.get("parent"), card["max_model_len"], version["version"]
-    )
+    told = parse(Version, version, f"{url}/version").version
+    return Card(card.id, card.root or "", card.parent, card.max_model_len, told)
 
 
 def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
@@ -157,7 +162,7 @@ async def _check_tokenizer(pool: ServerPool, url: str, name: str, tokenizer: Any
     decoded = tokenizer.decode(spread, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for text in (*PROBE_TEXTS, decoded):
         body = {"model": name, "prompt": text, "add_special_tokens": False}
-        found = (await pool.post("/tokenize", body, url)).get("tokens")
+        found = parse(Tokens, await pool.post("/tokenize", body, url), f"{url}/tokenize").tokens
         if found != tokenizer.encode(text, add_special_tokens=False):
             raise EngineError(
                 f"{url} has another tokenizer: it reads {text[:40]!r} as {str(found)[:60]}; serve the model "
@@ -178,10 +183,16 @@ async def _check_raw(pool: ServerPool, url: str, name: str, vocabulary_size: int
     for _ in range(PROMPTS):
         ids = random.integers(0, vocabulary_size, PROMPT_TOKENS).tolist()
         choice = await _complete(pool, url, name, ids, drawing)
-        token = choice["token_ids"][0]
-        drawn.append(choice["logprobs"]["token_logprobs"][0])
+        token = choice.token_ids[0]
+        logprobs = choice.logprobs.token_logprobs if choice.logprobs is not None else []
         choice = await _complete(pool, url, name, [*ids, token], {"temperature": 0.0, "prompt_logprobs": 0})
-        scored.append(choice["prompt_logprobs"][-1][str(token)]["logprob"])
+        entry = ((choice.prompt_logprobs or [None])[-1] or {}).get(token)
+        if not logprobs or entry is None:
+            raise EngineError(
+                f"{url} gives no log-probability of the token it drew; it is no vLLM of this year"
+            )
+        drawn.append(logprobs[0])
+        scored.append(entry.logprob)
     difference, size = abs(np.mean(drawn) - np.mean(scored)), abs(np.mean(scored))
     if not difference <= ALLOWED_NATS + ALLOWED_SHARE * size:
         raise EngineError(
@@ -192,11 +203,11 @@ async def _check_raw(pool: ServerPool, url: str, name: str, vocabulary_size: int
 
 async def _complete(
     pool: ServerPool, url: str, name: str, ids: list[int], settings: dict[str, Any]
-) -> dict[str, Any]:
+) -> Choice:
     body = {"model": name, "prompt": ids, "max_tokens": 1, "return_token_ids": True, **settings}
     answer = await pool.post("/v1/completions", {**body, "add_special_tokens": False}, url)
-    choice: dict[str, Any] = (answer.get("choices") or [{}])[0]
-    if choice.get("prompt_token_ids") != ids or not choice.get("token_ids"):
+    choice = parse(Completion, answer, f"{url}/v1/completions").choices[0]
+    if choice.prompt_token_ids != ids or not choice.token_ids:
         raise EngineError(
             f"{url} does not return the token ids that it was sent: it tokenises anew, or is no vLLM that "
             f"knows return_token_ids"
