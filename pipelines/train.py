@@ -158,8 +158,8 @@ def _report(
         out=str(config.out),
         figures={
             "steps": result.steps,
-            "tokens": result.tokens,
-            **result.metrics,
+            **{name: value for name, value in result.metrics.items() if name != "step"},
+            "tokens": result.tokens,  # of the whole run; the last row's are of its step
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},

@@ -133,12 +133,22 @@ def test_of_a_large_cache_the_viewer_holds_the_worst_and_some_by_chance(root, tm
 
 def test_findings_of_verify_are_listed(root, tmp_path):
     shutil.copytree(root / "cache", tmp_path / "cache")
-    shard = tmp_path / "cache/signals/teacher/part-00000.parquet"
-    marker = json.loads(shard.with_suffix(".json").read_text())
-    shard.with_suffix(".json").write_text(json.dumps({**marker, "sha256": "0" * 64}))
+    (tmp_path / "cache" / "rollouts" / "part-00009.parquet").write_bytes(b"")
     text = lightopd.open_cache(tmp_path / "cache").report(tmp_path / "x.html").read_text(encoding="utf-8")
-    assert "signals/teacher/part-00000.parquet" in text
+    assert "<li>rollouts/part-00009.parquet" in text
     assert re.search(r"\d findings:", text)
+
+
+def test_a_damaged_shard_ends_it_with_one_line_that_names_the_file(lightopd, root, tmp_path):
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    shard = tmp_path / "cache/signals/teacher/part-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, _, err = lightopd("report", tmp_path / "cache")
+    assert code == 5
+    assert "signals/teacher/part-00000.parquet" in err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_an_unfinished_cache_without_signals_or_rewards_has_a_report(world, tmp_path):

@@ -15,6 +15,7 @@ from lightopd.pipelines import evaluate, precompute, rollout, sft, train
 from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.gap import verdict
 from lightopd.schemas.configs import SamplingConfig
+from lightopd.schemas.metrics import COLUMNS, FIGURES
 
 
 def run_train(world, cache, out, *sets, **flags):
@@ -231,3 +232,16 @@ def test_a_declared_teacher_that_contradicts_the_record_is_refused(world, tmp_pa
     flags = {"cache": world.cache, "teacher": other, "signal": "x", "top_k": 4, "sft_teacher": str(other)}
     with pytest.raises(LineageError, match="is recorded"):
         precompute.run(load_stage("precompute", [], [], flags))
+
+
+def test_every_number_that_is_printed_has_its_line_on_the_page_of_metrics(world, tmp_path):
+    run_train(world, world.cache, tmp_path / "t", "held_out=3", steps=3)
+    lines = (tmp_path / "t" / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {*columns} <= {*COLUMNS}, "schemas/metrics.py"
+    reports = [tmp_path / "t", world.cache, world.cache / "signals" / "teacher"]
+    for folder in reports:
+        figures = json.loads(next(folder.glob("*.report.json")).read_text())["figures"]
+        assert {*figures} <= {*COLUMNS, *FIGURES}, folder
+    trained = json.loads((tmp_path / "t" / "train.report.json").read_text())["figures"]["tokens"]
+    assert trained == sum(int(float(line.split(",")[columns.index("tokens")])) for line in lines[1:])
