@@ -11,6 +11,7 @@ from cache_cases import table_to_rollouts, table_to_scores
 from tiny_models import CHARACTERS, save_model, tokenizer
 
 from lightopd.cache.index import query
+from lightopd.cache.shards import write_shard
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
@@ -116,8 +117,9 @@ def test_rescoring_finds_a_cache_whose_numbers_are_not_its_teachers(world, tmp_p
     forged = {**json.loads(manifest.read_text()), "model": honest["model"]}
     manifest.write_text(json.dumps(forged))
     fingerprint = SignalManifest(**forged).fingerprint()
-    for marker in manifest.parent.glob("part-*.json"):
-        marker.write_text(json.dumps({**json.loads(marker.read_text()), "fingerprint": fingerprint}))
+    for index, file in enumerate(sorted(manifest.parent.glob("part-*.parquet"))):
+        kind, table = "signals/teacher", pq.read_table(file)
+        write_shard(manifest.parent, index, table, kind=kind, fingerprint=fingerprint)
     report, agrees = rescore(tmp_path / "cache", "teacher", 5, teacher=str(world.teacher))
     assert not agrees
     assert "nats apart" in report.notes[0]
