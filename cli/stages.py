@@ -7,6 +7,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
+from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.output import show_report
 
 
@@ -234,7 +235,10 @@ def run(
     flags: dict[str, Any] = {"out": out, "teacher": teacher, "student": student, "allow": allow or None}
     flags["prompts"] = options.prompts_of(prompts, columns)
     loaded = load_run(config or [], sets or [], options.given(flags), RECIPES)
-    report = pipeline.run(loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each))
+    with never_silent("run"):
+        report = pipeline.run(
+            loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each)
+        )
     show_report(report, as_json)
 
 
@@ -253,15 +257,12 @@ def _run_stage(
 ) -> None:
     from lightopd.config import load_stage
     from lightopd.pipelines import RECIPES
+    from lightopd.pipelines.run import RUNNERS
 
     # The kind comes before the settings of that kind, which would be lost when it changed after them.
     chosen = flags.get("engine") or {}
     kind = [f"engine.kind={chosen['kind']}"] if chosen else []
     loaded = load_stage(stage, files or [], [*kind, *(sets or [])], options.given(flags), RECIPES)
-    show_report(_runner(stage)(loaded, **arguments), as_json)
-
-
-def _runner(stage: str) -> Callable[..., Any]:
-    from lightopd.pipelines.run import RUNNERS
-
-    return RUNNERS[stage]
+    with never_silent(stage):
+        report = RUNNERS[stage](loaded, **arguments)
+    show_report(report, as_json)

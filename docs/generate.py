@@ -16,6 +16,7 @@ from typing import Any
 from lightopd.config import describe
 from lightopd.pipelines import RECIPES
 from lightopd.pipelines.methods import list_methods, methods_table
+from lightopd.schemas.metrics import COLUMNS, FIGURES
 from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,20 @@ def methods_page(text: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + methods_table(list_methods(RECIPES / "methods")) + END + after
+
+
+def metrics() -> str:
+    """The page of what every printed number is."""
+    parts = [
+        "# Metrics",
+        "",
+        "What every printed number is, by its name. Means are over trained tokens unless a line says",
+    ]
+    parts += ["so; healthy values: [sizes, settings and questions](sizing.md#healthy-values)."]
+    for title, names in (("Columns of `metrics.csv`", COLUMNS), ("Figures of the reports", FIGURES)):
+        parts += ["", f"## {title}", "", "| name | is |", "|---|---|"]
+        parts += [f"| `{name}` | {sentence} |" for name, sentence in names.items()]
+    return "\n".join(parts) + "\n"
 
 
 def method_pages() -> dict[Path, str]:
@@ -175,6 +190,7 @@ def _figure(value: float) -> str:
 
 
 if __name__ == "__main__":
+    (ROOT / "docs" / "metrics.md").write_text(metrics(), encoding="utf-8")
     (ROOT / "docs" / "configuration.md").write_text(configuration(), encoding="utf-8")
     picture = ROOT / "docs" / "architecture.md"
     picture.write_text(architecture(picture.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,6 +7,7 @@ anything else is refused. A signal lies in `CACHE/signals/NAME/`, row by row bes
 second teacher or a reference model is added later without touching what is there.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
-from lightopd.cache.index import build_index
+from lightopd.cache.index import refresh_index
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import (
@@ -38,10 +39,10 @@ from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
-from lightopd.pipelines.shared.gap import gap_figures, verdict
+from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
-from lightopd.pipelines.shared.preflight import said_now
-from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.preflight import check_top_k, said_now
+from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
@@ -51,6 +52,8 @@ from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -77,7 +80,7 @@ def run(
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
         report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
-        build_index(open_cache(config.cache, incomplete=True))
+        refresh_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
 
@@ -85,11 +88,7 @@ def run(
 def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, Contexts | None]:
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
-    if config.top_k > limits.vocabulary_size:
-        raise ConfigError(
-            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has "
-            f"{limits.vocabulary_size} tokens; set top_k to that or less"
-        )
+    check_top_k(config)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
@@ -180,11 +179,13 @@ def _score(
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
     if not missing:
+        log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
-    engine = load(config.engine, config.teacher)
+    with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
+        engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
         create_signal(cache, manifest.model_copy(update=measured))
@@ -224,7 +225,9 @@ def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
 ) -> tuple[list[str], list[Scores]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    scores = engine.score(sequences, own_top_k(config), config.min_probability)
+    tokens = cache.markers[index].tokens
+    with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
+        scores = engine.score(sequences, own_top_k(config), config.min_probability)
     return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
@@ -261,7 +264,11 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     }
     precision = precision_note(cache.manifest.precision, signal.manifest.precision)
     notes = (
-        *([verdict(figures["gap_nats"], cache.manifest.sampling)] if config.role == "teacher" else []),
+        *(
+            [verdict(measured_gap(cache, config.signal), cache.manifest.sampling)]
+            if config.role == "teacher"
+            else []
+        ),
         *([precision] if precision else []),
         *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightopd.config import build
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
+from lightopd.pipelines.run_checks import check_pipeline
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.schemas.run import STAGES, RunConfig
@@ -40,9 +41,12 @@ def run(
 ) -> Report:
     """Run every stage of the pipeline in order; `told` hears each stage's report.
 
-    With `dry_run` each stage says what it would do, as far as what it reads is there.
+    Everything that a later stage would refuse is refused before the first. With `dry_run` each stage says
+    what it would do, as far as what it reads is there.
     """
     started_s = time.monotonic()
+    settings_of = {name: settings for name, _, settings in config.pipeline()}
+    check_pipeline(config, lambda name: name in settings_of and _is_finished(name, settings_of[name]))
     if dry_run:
         return _plan(config, told)
     with writing(config.out):

@@ -25,7 +25,7 @@ from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.preparation.serving import check_cache, warnings_of
+from lightopd.objectives.preparation.serving import cache_remarks, check_cache, warnings_of
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -67,6 +67,7 @@ from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
+from lightopd.training.student.memory import estimate_memory
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
 from lightopd.training.student.training_mode import prepare_student
@@ -218,7 +219,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         start=start,
     )
     _make_room(run.out, start.step)
-    _say(warnings_of(run.objective), selected.notes)
+    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed)], selected.notes)
     index = selected.trained
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step)
@@ -315,10 +316,20 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     if run.finetune.precision == "bf16-true":
         check_low_memory()
         model.to(torch.bfloat16)
+    _say_memory(model, run.finetune, longest)
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
     return prepared
+
+
+def _say_memory(model: PreTrainedModel, finetune: FinetuneConfig, longest: int) -> None:
+    """What the memory of a GPU will go to; a share of a student is not worked out."""
+    if not torch.cuda.is_available() or finetune.accelerator == "cpu" or finetune.strategy == "fsdp":
+        return
+    available = torch.cuda.get_device_properties(0).total_memory
+    if is_first_rank():
+        log.info("%s", estimate_memory(model, finetune, longest).sentence(available))
 
 
 def _callbacks(run: _Run) -> list[Callback]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightopd import __version__
-from lightopd.cache.index import build_index, query
+from lightopd.cache.index import query, refresh_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
@@ -23,7 +23,7 @@ from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.sampling.red_flags import answer_flags, check_answers
 from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
-from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -165,16 +165,20 @@ def write_missing_shards(
     missing = [index for index in range(total) if valid_shard(folder, index, fingerprint) is None]
     if missing:
         progress = StageProgress(stage, path / "journal.jsonl", "shards", total, total - len(missing))
-        engine = load()
+        with doing(f"{stage}: loading the model"):
+            engine = load()
         try:
             for index in missing:
-                table = rollouts_to_table(make(engine, index))
+                with doing(f"{stage}: making shard {index + 1} of {total}"):
+                    table = rollouts_to_table(make(engine, index))
                 marker = write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint)
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
+    else:
+        log.info("%s: nothing to do, all %d shards are there", stage, total)
     cache = open_cache(path, signals=())
-    build_index(open_cache(path, incomplete=True))
+    refresh_index(open_cache(path, incomplete=True))
     return cache
 
 

@@ -8,7 +8,7 @@ from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import declared_teacher
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import Allowed, ModelConfig
+from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -69,6 +69,20 @@ def check_ids(
     _, found = identified_tokenizer(model)
     aligned = found.model_copy(update={"special_ids": cached.special_ids, "template": cached.template})
     return check_tokenizer(cached, aligned, allow, stage)
+
+
+def check_top_k(config: PrecomputeConfig) -> None:
+    """Refuse more entries at a position than the model has tokens.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    size = model_limits(config.teacher).vocabulary_size
+    if config.top_k > size:
+        raise ConfigError(
+            f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {size} tokens; set top_k "
+            "to that or less"
+        )
 
 
 def check_one_width(model: ModelConfig, other: ModelConfig) -> None:

@@ -1,13 +1,38 @@
-"""Progress of a stage: a log line for people and the same numbers as a record, at most every ten seconds."""
+"""Progress of a stage: a log line for people and the same numbers as a record, and what is under way."""
 
+import contextlib
+import datetime
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 10.0
+EVERY_S = 5.0
+
+_under_way: list[str] = []
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Within, `what` is what a person is told when nothing else was said for a while."""
+    _under_way.append(what)
+    try:
+        yield
+    finally:
+        _under_way.remove(what)
+
+
+def now_doing() -> str | None:
+    """What is under way, the innermost; None where nobody said."""
+    return _under_way[-1] if _under_way else None
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class StageProgress:
@@ -35,8 +60,8 @@ class StageProgress:
         left_s = (self.total - self.done) / rate if rate else 0.0
         tokens_per_s = self.tokens / max(seconds, 1e-9)
         log.info(
-            "%s: %d/%d %s, %.3g/s, %.0f tokens/s, %.0f s left",
-            *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, left_s),
+            "%s: %d/%d %s, %.3g/s, %.0f tokens/s, %s left",
+            *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, clock(left_s)),
         )
         record = {
             "stage": self.stage,

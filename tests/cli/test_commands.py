@@ -16,9 +16,11 @@ import pytest
 import typer
 from tiny_models import save_model
 
+from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.main import app
 from lightopd.cli.output import show_table
 from lightopd.errors import OutputError
+from lightopd.pipelines.shared.progress import doing
 from lightopd.pipelines.shared.run_folder import writing
 from lightopd.stopping import Terminated, sigterm_raises
 
@@ -294,3 +296,20 @@ def test_python_started_in_a_clone_finds_all_four_folders(tmp_path):
         check=False,
     )
     assert done.stdout.strip() == str(tmp_path / "schemas" / "__init__.py"), done.stderr
+
+
+def test_a_terminal_is_told_what_is_under_way_when_nothing_else_is_said(monkeypatch, caplog):
+    caplog.set_level("INFO", "lightopd")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with never_silent("rollout", silence_s=0.05):
+        with doing("rollout: sampling shard 2 of 3"):
+            time.sleep(0.3)
+        time.sleep(0.2)
+    said = [record.getMessage() for record in caplog.records]
+    assert "rollout: sampling shard 2 of 3, 0:00:00" in said
+    assert said[-1] == "rollout: working, 0:00:00"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    caplog.clear()
+    with never_silent("rollout", silence_s=0.01):
+        time.sleep(0.1)
+    assert not caplog.records

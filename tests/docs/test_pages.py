@@ -25,6 +25,10 @@ def test_the_page_of_settings_is_what_the_configs_say():
     )
 
 
+def test_the_page_of_metrics_is_what_the_schemas_say():
+    assert (ROOT / "docs" / "metrics.md").read_text() == generator().metrics(), "python docs/generate.py"
+
+
 def test_the_picture_of_the_rooms_is_the_tree():
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert generator().TREE in text

@@ -1,13 +1,16 @@
 """What a stage refuses it refuses before a model is loaded, and with nothing left behind."""
 
+import json
 import shutil
 
 import pytest
 from tiny_models import save_model
 
-from lightopd.config import build, load_stage
-from lightopd.errors import ConfigError, EngineError, InputError, LineageError, OutputError
+from lightopd.config import build, build_run, load_stage
+from lightopd.errors import ConfigError, EngineError, InputError, LightopdError, LineageError, OutputError
 from lightopd.pipelines import evaluate, precompute, rollout, sft
+from lightopd.pipelines import run as pipeline
+from lightopd.pipelines.run_checks import check_pipeline
 from lightopd.schemas.configs import EvalConfig, TrainConfig
 
 
@@ -18,6 +21,15 @@ def no_engine(*_):
 def evaluation(world, out, *sets, **flags):
     asked = {"model": world.sft / "student", "prompts": world.root / "prompts.jsonl", "out": out, **flags}
     return evaluate.run(load_stage("eval", [], ["sampling.max_tokens=8", *sets], asked), load=no_engine)
+
+
+def short_teacher(world, tmp_path):
+    """The teacher, with a context of 12 tokens."""
+    short = shutil.copytree(world.teacher, tmp_path / "short")
+    settings = (short / "config.json").read_text()
+    shorter = settings.replace('"max_position_embeddings": 64', '"max_position_embeddings": 12')
+    (short / "config.json").write_text(shorter)
+    return short
 
 
 @pytest.mark.parametrize("kind", ["vllm", "server"])
@@ -37,11 +49,7 @@ def test_evaluation_refuses_a_teacher_of_another_width_before_it_samples(world, 
 
 
 def test_evaluation_refuses_a_teacher_that_cannot_read_the_longest_answer(world, tmp_path):
-    short = shutil.copytree(world.teacher, tmp_path / "short")
-    settings = (short / "config.json").read_text()
-    (short / "config.json").write_text(
-        settings.replace('"max_position_embeddings": 64', '"max_position_embeddings": 12')
-    )
+    short = short_teacher(world, tmp_path)
     with pytest.raises(InputError, match=r"can have \d+ tokens .* is 12; set sampling.max_tokens to \d+ or"):
         evaluation(world, tmp_path / "eval", "sampling.max_tokens=20", teacher=short)
     assert not (tmp_path / "eval").exists()
@@ -128,3 +136,64 @@ def test_a_failed_start_leaves_nothing_that_blocks_the_next(world, tmp_path):
     rollout.run(load_stage("rollout", [], short, asked))
     with pytest.raises(OutputError, match="max_tokens"):
         rollout.run(load_stage("rollout", [], ["sampling.max_tokens=5", "prompts.limit=2"], asked))
+
+
+def pipeline_of(world, out, **changes):
+    plain = {"out": str(out), "teacher": str(world.teacher), "student": str(world.sft / "student")}
+    plain["prompts"] = str(world.root / "prompts.jsonl")
+    plain |= {"rollout": {"sampling": {"max_tokens": 8}}, "precompute": {"top_k": 4}, "train": {"steps": 1}}
+    for section, change in changes.items():
+        plain[section] = {**plain[section], **change} if isinstance(plain.get(section), dict) else change
+    return build_run(plain)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precompute": {"top_k": 99}}, "top_k is 99, the vocabulary of"),
+        ({"train": {"objective": {"signal": "other"}}}, "planned cache cannot serve .* no signal other"),
+        ({"train": {"objective": {"token_weights": [{"kind": "ratio"}], "signal": "z"}}}, "no signal z"),
+        (
+            {"precompute": {"top_k": 0}, "train": {"objective": {"target": {"kind": "divergence"}}}},
+            "0 top-k entries and 1 or more",
+        ),
+        ({"train": {"loggers": ["wandb"]}}, "logger wandb needs"),
+        ({"train": {"nodes": 2}}, "nodes is 2, without MASTER_ADDR"),
+        ({"teacher": "OTHER"}, "precompute refused: the SFT teacher is"),
+        ({"rollout": {"sft_teacher": "none"}}, "--sft-teacher says none"),
+        ({"teacher": "SHORT", "allow": ["teacher-mismatch"]}, "prompt and response can have"),
+        ({"eval_prompts": "heldout.jsonl", "eval": {"teacher": "WIDE"}}, "KL over the whole vocabulary"),
+    ],
+)
+def test_a_pipeline_refuses_before_its_first_stage_what_any_stage_would(
+    world, tmp_path, monkeypatch, changes, message, dry_run
+):
+    made = {
+        "OTHER": lambda: save_model(tmp_path / "other", 5),
+        "SHORT": lambda: short_teacher(world, tmp_path),
+    }
+    made["WIDE"] = lambda: save_model(tmp_path / "wide", 6, vocabulary=32)
+    changes = json.loads(json.dumps(changes))
+    for place in (changes, changes.get("eval", {})):
+        if place.get("teacher") in made:
+            place["teacher"] = str(made[place["teacher"]]())
+    monkeypatch.setattr(rollout, "sample", no_engine)
+    with pytest.raises(LightopdError, match=message):
+        pipeline.run(pipeline_of(world, tmp_path / "run", **changes), dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_of_finished_stages_may_be_gone(world, tmp_path):
+    config = pipeline_of(world, tmp_path / "run", teacher=str(tmp_path / "gone"))
+    check_pipeline(config, lambda name: name in ("rollout", "precompute"))
+    with pytest.raises(InputError, match="gone"):
+        check_pipeline(config, lambda _: False)
+
+
+def test_a_disk_too_small_for_students_and_checkpoints_is_refused(world, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="1e-06 GB free, students and checkpoints alone take"):
+        pipeline.run(pipeline_of(world, tmp_path / "run"))
+    pipeline.run(pipeline_of(world, tmp_path / "run", train={"adapter": {}}), dry_run=True)

@@ -13,8 +13,9 @@ from lightopd.config import load_run, load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
 from lightopd.pipelines import run as pipeline
-from lightopd.pipelines.shared.gap import verdict
+from lightopd.pipelines.shared.gap import Gap, verdict
 from lightopd.schemas.configs import SamplingConfig
+from lightopd.schemas.metrics import COLUMNS, FIGURES
 
 
 def run_train(world, cache, out, *sets, **flags):
@@ -131,7 +132,8 @@ def test_a_flag_changes_the_path_and_keeps_what_the_file_says_beside_it(tmp_path
     ],
 )
 def test_the_verdict_on_a_gap_names_its_size_only_where_it_is_a_divergence(gap, temperature, words):
-    assert words in verdict(gap, SamplingConfig(temperature=temperature))
+    found = None if gap is None else Gap(gap, 0.001, gap)
+    assert words in verdict(found, SamplingConfig(temperature=temperature))
 
 
 def test_an_adapter_that_was_trained_samples_is_evaluated_and_is_trained_again(world, tmp_path):
@@ -231,3 +233,16 @@ def test_a_declared_teacher_that_contradicts_the_record_is_refused(world, tmp_pa
     flags = {"cache": world.cache, "teacher": other, "signal": "x", "top_k": 4, "sft_teacher": str(other)}
     with pytest.raises(LineageError, match="is recorded"):
         precompute.run(load_stage("precompute", [], [], flags))
+
+
+def test_every_number_that_is_printed_has_its_line_on_the_page_of_metrics(world, tmp_path):
+    run_train(world, world.cache, tmp_path / "t", "held_out=3", steps=3)
+    lines = (tmp_path / "t" / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {*columns} <= {*COLUMNS}, "schemas/metrics.py"
+    reports = [tmp_path / "t", world.cache, world.cache / "signals" / "teacher"]
+    for folder in reports:
+        figures = json.loads(next(folder.glob("*.report.json")).read_text())["figures"]
+        assert {*figures} <= {*COLUMNS, *FIGURES}, folder
+    trained = json.loads((tmp_path / "t" / "train.report.json").read_text())["figures"]["tokens"]
+    assert trained == sum(int(float(line.split(",")[columns.index("tokens")])) for line in lines[1:])

@@ -1,0 +1,51 @@
+"""What every printed number is: columns of `metrics.csv` and figures of the reports, by their names."""
+
+COLUMNS = {
+    "step": "optimiser step, from 1",
+    "loss": "the objective's value over the step's rollouts, nats where its target is in nats",
+    "entropy": "mean entropy of the student now at the trained tokens, nats",
+    "log_ratio": "mean of teacher minus student now, log-probability of the sampled token, nats",
+    "advantage": "mean of what multiplies the student's log-probability, after baseline, shift and clip",
+    "baseline": "mean of what is subtracted from the advantage",
+    "clipped": "share of the trained tokens whose advantage met its limit",
+    "w_mean": "mean of w = probability now / at rollout of the trained tokens; 1 before the first step",
+    "w_std": "standard deviation of w over the trained tokens",
+    "ess": "effective sample size, (mean w)^2 / mean w^2: the share of the tokens that still count",
+    "chi2": "mean w^2 - 1, the chi-square of the student now against the student at rollout, per token",
+    "log_ratio_lost": "mean of log-probability at rollout minus now of the trained tokens, nats",
+    "stale": "1 where a limit of `staleness` is passed",
+    "held_out": "the measure on the rollouts held out; nan where none was made",
+    "avg_at_k": "mean reward over prompts and k answers to each; in `metrics.csv` nan where none was made",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "tokens": "prompt and response tokens trained on: of the step in `metrics.csv`, of all steps in a report",
+    "tokens_per_second": "of these tokens, in the step",
+    "router_loss": "the load-balancing loss times its weight; `loss` contains it",
+    "seconds": "on the clock: since the run began in `metrics.csv`, of the stage in a report",
+}
+"""Columns of `metrics.csv`; further ones are the objective's own, named for a term or a part."""
+
+FIGURES = {
+    "rollouts": "rows: responses of the student",
+    "answers": "responses of a model that is evaluated, or of the teacher in `sft`",
+    "prompts": "prompts with at least one response",
+    "response_tokens": "tokens of all responses, end tokens included",
+    "mean_response_tokens": "of one response",
+    "truncated_share": "share of the responses that ended at `max_tokens` or at the context",
+    "mean_reward": "mean over the responses that have a reward",
+    "bytes_per_token": "bytes of the shards on disk, for each response token",
+    "pass_at_k": "share of the prompts with at least one of k answers of reward 1",
+    "standard_error": "of avg_at_k, over prompts",
+    "reverse_kl_nats": "KL(student || teacher) over the whole vocabulary, mean per response token",
+    "forward_kl_nats": "KL(teacher || student) likewise",
+    "gap_nats": "mean of student at rollout minus teacher, log-probability of the sampled tokens",
+    "mean_logprob_nats": "mean log-probability of the sampled tokens under the signal's model",
+    "mean_tail_mass": "mean probability outside the kept entries",
+    "noise_mean_nats": "mean difference of two scorings of the same tokens by this engine",
+    "noise_max_nats": "the largest of these differences",
+    "cross_check_mean_nats": "mean difference from transformers in float32",
+    "cross_check_max_nats": "the largest of these differences",
+    "tokens_per_s": "response tokens scored per second, writing included; nothing where all was there",
+    "steps": "optimiser steps of the run",
+}
+"""Figures of the reports that are no column of `metrics.csv`."""
