@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 SETTINGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-dev-shm-usage",
+    ),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
 )
 
@@ -52,6 +59,6 @@ def _found(*names: str) -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    raise FileNotFoundError(f"none of {', '.join(names)} is installed: apt-get install chromium chromium-driver")
-
-
+    raise FileNotFoundError(
+        f"none of {', '.join(names)} is installed: apt-get install chromium chromium-driver"
+    )

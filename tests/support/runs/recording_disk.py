@@ -17,7 +17,7 @@ class RecordingDisk:
         fsync, replace, rename = os.fsync, os.replace, os.rename
 
         def recorded_fsync(descriptor):
-            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
             self.events.append(("fsync", path, path.read_bytes() if path.is_file() else None))
             fsync(descriptor)
 
