@@ -16,7 +16,7 @@ from lightopd.prompts.tokens import prompt_text
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import list_of
 from lightopd.schemas.configs import ContextConfig
-from lightopd.schemas.contexts import SHIPPED_TEMPLATES
+from lightopd.schemas.prompts import SHIPPED_TEMPLATES
 from lightopd.schemas.records import Ids
 
 CONTEXTS = "contexts.parquet"

@@ -18,7 +18,7 @@ from lightopd.errors import ConfigError, InputError
 from lightopd.prompts.load import load_prompts
 from lightopd.prompts.tokens import DATED, render_prompt, writes_the_date
 from lightopd.schemas.configs import ContextConfig, PromptRendering
-from lightopd.schemas.contexts import SHIPPED_TEMPLATES
+from lightopd.schemas.prompts import SHIPPED_TEMPLATES
 from lightopd.schemas.records import Ids, Prompt
 
 
