@@ -67,8 +67,11 @@ def index(cache: CacheFolder, as_json: options.Json = False) -> None:
     """
     from lightopd.cache.index import build_index
     from lightopd.cache.store import open_cache
+    from lightopd.pipelines.shared.run_folder import writing
 
-    path = str(build_index(open_cache(cache, incomplete=True)))
+    opened = open_cache(cache, incomplete=True)
+    with writing(cache):
+        path = str(build_index(opened))
     typer.echo(json.dumps({"index": path}) if as_json else path)
 
 
@@ -150,7 +153,7 @@ def export(
 
     Example: lightopd export runs/cache runs/dataset
     """
-    from lightopd.cache.convert import export_dataset
+    from lightopd.cache.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
     paths = [str(path) for path in export_dataset(open_cache(cache), out)]

@@ -29,6 +29,8 @@ def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error}); give a readable YAML file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply; no setting needs more than a few levels") from error
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
-from lightopd.cache.index import build_index
+from lightopd.cache.index import refresh_index
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import (
@@ -80,7 +80,7 @@ def run(
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
         report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
-        build_index(open_cache(config.cache, incomplete=True))
+        refresh_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
 

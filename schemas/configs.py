@@ -96,6 +96,20 @@ class StageConfig(StrictModel):
     """Refusals that are overridden; each is recorded in everything made afterwards."""
 
 
+def trained_in_float32(student: ModelConfig) -> ModelConfig:
+    """Refuse a number format that training would not use.
+
+    Raises:
+        ValueError: another format than float32 is set.
+    """
+    if student.dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"dtype is {student.dtype}, and weights are trained and stored in float32; leave it out, and set "
+            "precision to bf16-mixed to compute in half precision"
+        )
+    return student
+
+
 class SftConfig(StageConfig):
     """A teacher answers prompts; a student is fine-tuned on the answers."""
 
@@ -121,6 +135,7 @@ class SftConfig(StageConfig):
     """How the student is fitted to the answers."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
+    _student = field_validator("student")(trained_in_float32)
 
     @model_validator(mode="after")
     def _best_is_held_out(self) -> "SftConfig":
@@ -267,6 +282,8 @@ class TrainConfig(StageConfig, FinetuneConfig):
     """`out` of the run that made this student; its optimiser state is taken over. None: a new one."""
     accuracy: AccuracyConfig | None = None
     """Measure the student's answers during training; a run file lends `eval_prompts`, `eval.sampling`."""
+
+    _student = field_validator("student")(trained_in_float32)
 
     @model_validator(mode="after")
     def _best_accuracy_is_measured(self) -> "TrainConfig":

@@ -16,8 +16,8 @@ SHIPPED_TEMPLATES = {
     "state": "{{ state }}\n\n{{ prompt }}",
     "evidence": "{{ prompt }}\n\nEvidence:\n{{ evidence }}",
 }
-"""Templates that a config can name. Variables: `prompt` (text of the last user turn), `answer`, `domain`, and
-every further column of the prompts file, such as `solution`. The response stays the student's own."""
+"""Contexts that a config can name, as Jinja. Variables: `prompt` (text of the last user turn), `answer`,
+`domain`, and every further column of the prompts file, such as `solution`."""
 
 RESERVED_TEMPLATE_OPTIONS = {
     "add_generation_prompt",

@@ -125,14 +125,16 @@ class RunConfig(StageConfig):
         sampled_by = self.sampled_by()
         cache, allow = self.out / "cache", self.allow
         if name == "sft":
-            return {"prompts": self.prompts, "teacher": self.teacher, "student": self.student,
+            student = _as_trained(self.student)
+            return {"prompts": self.prompts, "teacher": self.teacher, "student": student,
                     "out": self.out / "sft", "allow": allow}  # fmt: skip
         if name == "rollout":
             return {"prompts": self.prompts, "student": sampled_by, "cache": cache, "allow": allow}
         if name == "precompute":
             return {"cache": cache, "teacher": self.teacher, "allow": allow}
         if name == "train":
-            return {"cache": cache, "student": sampled_by, "out": self.out / "train", "allow": allow}
+            student = _as_trained(sampled_by)
+            return {"cache": cache, "student": student, "out": self.out / "train", "allow": allow}
         return {"prompts": self.eval_prompts, "out": self.out / name, **self._evaluated(name, sampled_by)}
 
     def leaves_adapter(self) -> bool:
@@ -149,3 +151,10 @@ class RunConfig(StageConfig):
         model = {"eval_after": trained, "eval_teacher": self.teacher}.get(name, sampled_by)
         measured = {"teacher": self.teacher} if self.eval_divergence and name != "eval_teacher" else {}
         return {"model": model, **measured}
+
+
+def _as_trained(student: Any) -> Any:
+    """The student without the number format that it samples in: it is trained in float32."""
+    if isinstance(student, ModelConfig):
+        return student.model_copy(update={"dtype": "auto"})
+    return {k: v for k, v in student.items() if k != "dtype"} if isinstance(student, Mapping) else student

@@ -32,6 +32,7 @@ def sql(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the result here instead of the screen.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --out replace a file that is there.")] = False,
     runs: look.Runs = None,
     tokenizer: look.Tokenizer = None,
     timeout: look.Timeout = None,
@@ -55,6 +56,8 @@ def sql(
 
         run_shell(opened)
         return
+    if out is not None:
+        _check_output(out, cache, force)
     text, values = _chosen(query, file, parameters or [])
     look.warn_without_tokenizer(opened, text)
     with opened.stream(text, values) as reader:
@@ -64,6 +67,16 @@ def sql(
             )
         else:
             write_rows(reader, format, out)
+
+
+def _check_output(out: Path, cache: Path, force: bool) -> None:
+    """Refuse to write into the cache, or over a file that is there."""
+    from lightopd.errors import OutputError
+
+    if out.resolve().is_relative_to(cache.resolve()):
+        raise OutputError(f"{out} lies inside the cache {cache}, which SQL only reads; name a file outside")
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists; name another file, or replace it with --force")
 
 
 def _chosen(query: str | None, file: Path | None, words: list[str]) -> tuple[str, dict[str, Any]]:

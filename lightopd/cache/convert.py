@@ -1,4 +1,4 @@
-"""Caches from and to other formats: the official Lightning-OPD Parquet in, a plain dataset out."""
+"""The official Lightning-OPD Parquet as a cache."""
 
 import hashlib
 from collections import Counter
@@ -15,20 +15,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightopd import __version__
-from lightopd.cache.reader import read_columns
-from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
-from lightopd.cache.shards import file_sha256, shard_path, write_shard
+from lightopd.cache.row_checks import rollout_faults, score_faults
+from lightopd.cache.shards import file_sha256, write_shard
 from lightopd.cache.store import (
-    Cache,
     create_cache,
     create_signal,
     open_cache,
 )
-from lightopd.cache.tables import flat_column, rollout_id, rollouts_to_table, scores_to_table, split_lists
-from lightopd.errors import InputError, OutputError
-from lightopd.files import write_atomically
+from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table, split_lists
+from lightopd.errors import InputError
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, list_of
+from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
 from lightopd.schemas.records import Ids, Rollout, Scores
 
@@ -43,22 +40,6 @@ METADATA_FIELDS = {
     "loss_mask": pa.list_(pa.int64()),
     "response": pa.string(),
 }
-
-CARD = """---
-configs:
-- config_name: default
-  data_files: data/*.parquet
----
-
-# Rollouts with teacher log-probabilities
-
-{rollouts} rollouts, {tokens} response tokens; written by lightopd {version}.
-Responses by: {origin}; fine-tuning teacher: {proof}.
-
-One row per rollout. `response_ids`, `loss_mask`, `turns`, `logprobs` and `entropies` have one value per
-response token; log-probabilities are natural logarithms at temperature 1.
-
-{signals}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,29 +114,6 @@ def import_official(
         kind, fingerprint = scored.kind, scored.fingerprint()
         write_shard(out / kind, index, scores, kind=kind, fingerprint=fingerprint)
     return Imported(out, len(prompts), num_tokens, dropped)
-
-
-def export_dataset(cache: Cache, out: Path) -> list[Path]:
-    """Write a cache as plain Parquet with a dataset card; returns the Parquet files.
-
-    One row per rollout, its signals beside it as `<signal>_logprobs`, `<signal>_tail_logprobs` (float32 per
-    token), `<signal>_topk_ids` and `<signal>_topk_logprobs` (a list per token). `datasets` loads it by
-    `load_dataset("parquet", data_files="OUT/data/*.parquet")`, or by the folder's name.
-
-    Raises:
-        OutputError: `out` is not empty, or cannot be written.
-        CacheError: a shard is damaged.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is not an empty folder; name another one")
-    files, seen = [], set[str]()
-    for index in cache.shards:
-        sink = pa.BufferOutputStream()
-        pq.write_table(_joined(cache, index, seen), sink, compression="zstd")
-        files.append(out / "data" / shard_path(Path(), index).name)
-        write_atomically(files[-1], sink.getvalue())
-    write_atomically(out / "README.md", _card(cache).encode())
-    return files
 
 
 def _survey(source: _Source, signal: str) -> tuple[list[str], dict[str, int], int]:
@@ -373,47 +331,4 @@ def _imported_signal(name: str, manifest: CacheManifest) -> SignalManifest:
         topk_dtype="float32",
         tail="exact",
         engine=None,
-    )
-
-
-def _joined(cache: Cache, index: int, seen: set[str]) -> pa.Table:
-    """A shard's rollouts with the columns of every signal beside them, every row checked."""
-    rollouts = joined = read_columns(cache, index, ROLLOUTS.names)
-    refuse_faults(cache.file(index), rollout_faults(rollouts, cache.manifest, seen))
-    for name, signal in cache.signals.items():
-        table = read_columns(cache, index, SIGNALS.names, name)
-        faults = score_faults(table, rollouts, signal.manifest, cache.manifest.vocabulary_size)
-        refuse_faults(cache.file(index, name), faults)
-        for column in ("logprobs", "tail_logprobs"):
-            joined = joined.append_column(f"{name}_{column}", table.column(column))
-        for column in ("topk_ids", "topk_logprobs"):
-            joined = joined.append_column(f"{name}_{column}", _nested(table, column))
-    return joined.replace_schema_metadata(None)
-
-
-def _nested(table: pa.Table, column: str) -> pa.Array:
-    """Top-k entries as a list per token."""
-    counts, offsets = flat_column(table.column("topk_counts"))
-    values, _ = flat_column(table.column(column))
-    flat = pa.array(values)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    inner = pa.ListArray.from_arrays(pa.array(starts), flat, type=list_of(flat.type))
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), inner, type=list_of(inner.type))
-
-
-def _card(cache: Cache) -> str:
-    manifest, sampler = cache.manifest, cache.manifest.sampler
-    name = f" ({sampler.source}, {sampler.identity})" if sampler else ""
-    signals = "".join(
-        f"- signal `{name}` ({signal.manifest.role}, top {signal.manifest.top_k}): `{name}_logprobs`, "
-        f"`{name}_tail_logprobs`, `{name}_topk_ids`, `{name}_topk_logprobs`\n"
-        for name, signal in cache.signals.items()
-    )
-    return CARD.format(
-        rollouts=cache.num_rollouts,
-        tokens=cache.num_tokens,
-        version=__version__,
-        origin=f"{manifest.origin}{name}",
-        proof=manifest.sft.proof,
-        signals=signals,
     )

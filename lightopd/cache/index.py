@@ -10,8 +10,12 @@ checked only for a better message, since a SELECT can hide a COPY in a common ta
 """
 
 import json
+import logging
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -31,11 +35,13 @@ from lightopd.cache.store import (
     signal_folder,
     signal_names,
 )
-from lightopd.errors import CacheError, ConfigError
+from lightopd.errors import CacheError, ConfigError, LightopdError
 from lightopd.files import output_error, replaced_file
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+
+log = logging.getLogger(__name__)
 
 INDEX = "index.duckdb"
 VIEWS = ("rollouts", "tokens", "topk", "signals", "lineage")
@@ -76,9 +82,13 @@ def query(path: Path, sql: str) -> pa.Table:
     check_reads(sql)
     with connect(open_cache(path, incomplete=True)) as connection:
         try:
-            return connection.sql(sql).to_arrow_table()
+            found = _interruptible(connection, lambda: connection.sql(sql).to_arrow_table())
         except duckdb.Error as error:
             raise told(error, path) from None
+    twice = [name for name, number in Counter(found.column_names).items() if number > 1]
+    if twice:
+        raise ConfigError(f"the SQL names two columns {twice[0]!r}; give one of them another name with AS")
+    return found
 
 
 def view_columns(path: Path) -> pa.Table:
@@ -103,13 +113,34 @@ def build_index(cache: Cache) -> Path:
     """
     path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        with replaced_file(path) as part:
+        with replaced_file(path, f".{os.getpid()}") as part:
             part.unlink(missing_ok=True)
             with duckdb.connect(str(part), config=search) as connection:
                 _make_views(connection, cache, "")
     except (OSError, duckdb.IOException) as error:
         raise output_error(error, path) from error
     return path
+
+
+def refresh_index(cache: Cache) -> None:
+    """Build the index at the end of a stage, which is done without it: a failure is a warning."""
+    try:
+        build_index(cache)
+    except (LightopdError, duckdb.Error) as error:
+        log.warning("%s; `lightopd index %s` builds it later", str(error).splitlines()[0], cache.path)
+
+
+def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
+    """Work in a thread of its own, so that Ctrl-C reaches this one, which then stops the query."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sql") as pool:
+        running = pool.submit(work)
+        try:
+            while not running.done():
+                wait([running], timeout=0.2)
+            return running.result()
+        except KeyboardInterrupt:
+            connection.interrupt()
+            raise
 
 
 @contextmanager

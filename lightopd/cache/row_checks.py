@@ -172,6 +172,7 @@ def _finish_faults(
         "truncated", truncated != (reasons == "length"), "truncated and finish_reason disagree"
     )
     known: list[str] = [source.origin for source in manifest.joined] or [manifest.origin]
+    known += ["student", "teacher"] if manifest.origin == "imported" else []
     is_other = np.array([origin not in known for origin in origins], np.bool_)
     yield from _at_rows(
         "origin", is_other, f"its origin is not {' or '.join(map(repr, dict.fromkeys(known)))}"

@@ -130,7 +130,30 @@ def create_signal(cache: Cache, manifest: SignalManifest) -> None:
         CacheError: the signal speaks of other rollouts than the cache's, or its manifest is broken.
     """
     _check_belongs(cache.path, cache.manifest, manifest)
+    _refuse_orphans(cache, manifest)
     _create(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
+
+
+def _refuse_orphans(cache: Cache, manifest: SignalManifest) -> None:
+    """Shards without their manifest get it back where it is the very one they were made under."""
+    folder = signal_folder(cache.path, manifest.name)
+    if (folder / SIGNAL_MANIFEST).exists():
+        return
+    for index in range(cache.manifest.num_shards):
+        marker = read_marker(folder, index)
+        if marker is not None and marker.fingerprint != manifest.fingerprint():
+            raise OutputError(
+                f"{folder} has shards made under other settings, and no {SIGNAL_MANIFEST}; "
+                f"{restoring(folder)}, or name another signal"
+            )
+
+
+def restoring(folder: Path) -> str:
+    """How a signal's manifest that is gone comes back, without scoring anything again."""
+    return (
+        f"copy {SIGNAL_MANIFEST} again, or make it again from the settings it was scored with: "
+        f"lightopd precompute -c {folder / 'precompute.yaml'}"
+    )
 
 
 def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: bool = False) -> Cache:
@@ -163,6 +186,12 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
 def signal_names(path: Path) -> tuple[str, ...]:
     """Names of the signals in a cache folder, sorted."""
     return tuple(sorted(file.parent.name for file in (path / "signals").glob(f"*/{SIGNAL_MANIFEST}")))
+
+
+def orphaned_signals(path: Path) -> tuple[str, ...]:
+    """Names of folders with shards of a signal and no manifest, sorted."""
+    found = {file.parent.name for file in (path / "signals").glob("*/part-*")}
+    return tuple(sorted(found - set(signal_names(path))))
 
 
 def content_id(cache: Cache, signals: Sequence[str]) -> str:
@@ -254,6 +283,8 @@ def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
 
 def _open_signal(path: Path, manifest: CacheManifest, name: str) -> Signal:
     folder = signal_folder(path, name)
+    if name in orphaned_signals(path):
+        raise CacheError(f"{folder} has shards but no {SIGNAL_MANIFEST}; {restoring(folder)}")
     if not (folder / SIGNAL_MANIFEST).is_file():
         there = ", ".join(signal_names(path)) or "none"
         raise CacheError(
@@ -262,6 +293,12 @@ def _open_signal(path: Path, manifest: CacheManifest, name: str) -> Signal:
     signal = read_manifest(folder / SIGNAL_MANIFEST, SignalManifest)
     _check_belongs(path, manifest, signal)
     return Signal(signal, *_present(folder, manifest.num_shards, signal.fingerprint()))
+
+
+def differing(one: str, other: str) -> tuple[str, str]:
+    """The beginnings of two hashes, as long as it takes to tell them apart."""
+    length = next((n for n in range(12, len(one)) if one[:n] != other[:n]), len(one))
+    return one[:length], other[:length]
 
 
 def _check_belongs(path: Path, manifest: CacheManifest, signal: SignalManifest) -> None:
@@ -277,6 +314,13 @@ def _present(
 ) -> tuple[tuple[int, ...], tuple[ShardMarker, ...]]:
     """Shards that have a marker; a marker that is broken or speaks of another file or run is an error."""
     present = [index for index in range(num_shards) if marker_path(folder, index).exists()]
+    found = [marker.fingerprint for index in present if (marker := read_marker(folder, index)) is not None]
+    if len(set(found)) == 1 and found[0] != fingerprint:
+        theirs, own = differing(found[0], fingerprint)
+        raise CacheError(
+            f"{folder}: all its markers speak of settings {theirs}, its manifest is {own}; the manifest was "
+            "changed after the shards were made: copy it again from where it was made"
+        )
     return tuple(present), tuple(_checked_marker(folder, index, fingerprint) for index in present)
 
 

@@ -14,8 +14,11 @@ from lightopd.cache.contexts import CONTEXTS, read_contexts
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
 from lightopd.cache.store import (
+    differing,
     open_cache,
+    orphaned_signals,
     read_manifest,
+    restoring,
     rollouts_folder,
     row_count_fault,
     signal_folder,
@@ -72,6 +75,7 @@ def verify(path: Path) -> list[Finding]:
     findings += [finding for signal in signals for finding in _context_findings(path, signal)]
     findings += _stray_shards(path, manifest, signals)
     findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
+    findings += _manifest_findings(path, manifest, signals)
     seen: set[str] = set()
     for index in range(manifest.num_shards):
         findings += _shard_findings(path, index, manifest, signals, seen)
@@ -97,6 +101,10 @@ def _signal_manifests(path: Path) -> tuple[list[SignalManifest], list[Finding]]:
                     f"it names the signal {manifest.name!r}, not its folder",
                 )
             )
+    for name in orphaned_signals(path):
+        folder = signal_folder(path, name)
+        what = f"it is missing, beside shards of the signal; {restoring(folder)}"
+        findings.append(Finding(str((folder / SIGNAL_MANIFEST).relative_to(path)), None, what))
     return manifests, findings
 
 
@@ -127,6 +135,23 @@ def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
         read_contexts(folder, signal.context)
     except CacheError as error:
         yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
+
+
+def _manifest_findings(
+    path: Path, manifest: CacheManifest, signals: list[SignalManifest]
+) -> Iterator[Finding]:
+    """Manifests that all markers of their folder, which agree with each other, do not know."""
+    parts = [(CACHE_MANIFEST, rollouts_folder(path), manifest.fingerprint())]
+    for signal in signals:
+        folder = signal_folder(path, signal.name)
+        parts.append((str((folder / SIGNAL_MANIFEST).relative_to(path)), folder, signal.fingerprint()))
+    for file, folder, fingerprint in parts:
+        markers = [read_marker(folder, index) for index in range(manifest.num_shards)]
+        found = [marker.fingerprint for marker in markers if marker is not None]
+        if len(set(found)) == 1 and found[0] != fingerprint:
+            theirs, own = differing(found[0], fingerprint)
+            what = f"it is {own}, all markers speak of {theirs}: the manifest was changed; copy it again"
+            yield Finding(file, None, what)
 
 
 def _count_faults(path: Path, manifest: CacheManifest) -> Iterator[str]:

@@ -13,7 +13,9 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
+
+from pydantic import BaseModel, Field
 
 from lightopd.errors import InputError, OutputError
 from lightopd.files import write_atomically
@@ -25,6 +27,14 @@ MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format itself."""
 SETTLED_NS = 2_000_000_000
 """A file changed this recently could change again under the same time stamp, so it is not remembered."""
+
+
+class _Entry(BaseModel):
+    """One tensor in a file's header."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, strict=True)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
 
 
 class TensorHash(NamedTuple):
@@ -112,8 +122,8 @@ def _read_header(file: Path, stream: BinaryIO, size_bytes: int) -> tuple[int, di
     try:
         header: dict[str, Any] = json.loads(stream.read(header_bytes))
         header.pop("__metadata__", None)
-        last = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        last = max((_Entry.model_validate(entry).data_offsets[1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged from error
     if 8 + header_bytes + last != size_bytes:
         raise damaged

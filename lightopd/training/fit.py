@@ -67,6 +67,7 @@ from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import load_student
 from lightopd.training.student.compile import compile_layers
+from lightopd.training.student.memory import estimate_memory
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
 from lightopd.training.student.training_mode import prepare_student
@@ -315,10 +316,20 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     if run.finetune.precision == "bf16-true":
         check_low_memory()
         model.to(torch.bfloat16)
+    _say_memory(model, run.finetune, longest)
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
     return prepared
+
+
+def _say_memory(model: PreTrainedModel, finetune: FinetuneConfig, longest: int) -> None:
+    """What the memory of a GPU will go to; a share of a student is not worked out."""
+    if not torch.cuda.is_available() or finetune.accelerator == "cpu" or finetune.strategy == "fsdp":
+        return
+    available = torch.cuda.get_device_properties(0).total_memory
+    if is_first_rank():
+        log.info("%s", estimate_memory(model, finetune, longest).sentence(available))
 
 
 def _callbacks(run: _Run) -> list[Callback]:

@@ -9,6 +9,7 @@ from lightopd.cache.convert import import_official as convert
 from lightopd.models.limits import model_limits
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.reports import Report
+from lightopd.pipelines.shared.run_folder import writing
 from lightopd.prompts.tokens import render_prompt
 from lightopd.schemas.configs import FilePrompts, ModelConfig
 from lightopd.schemas.records import Prompt
@@ -35,6 +36,8 @@ def import_official(source: Path, cache: Path, tokenizer: str) -> Report:
         ids = render_prompt(Prompt("", messages, prompt if is_text else None), loaded, rendering)
         return [int(token) for token in ids]
 
-    made = convert(source, cache, encode_prompt=encode, vocabulary_size=model_limits(model).vocabulary_size)
+    width = model_limits(model).vocabulary_size
+    with writing(cache):
+        made = convert(source, cache, encode_prompt=encode, vocabulary_size=width)
     figures: dict[str, JsonValue] = {"rollouts": made.num_rollouts, "response_tokens": made.num_tokens}
     return Report("import", str(cache), figures, dropped=made.dropped, notes=(UNKNOWN,))

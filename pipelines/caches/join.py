@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import JsonValue
 
-from lightopd.cache.index import build_index
+from lightopd.cache.index import refresh_index
 from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache, rollouts_folder
@@ -60,7 +60,7 @@ def join(out: Path, sources: Sequence[Path], *, pairs: bool = False, allow: Sequ
     with writing(out):
         create_cache(out, manifest)
         _write_missing(out, manifest, caches, plan)
-        build_index(open_cache(out, incomplete=True))
+        refresh_index(open_cache(out, incomplete=True))
         report = _report(open_cache(out, signals=()), plan, started_s)
         save_report(report, out)
     return report

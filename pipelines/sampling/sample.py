@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightopd import __version__
-from lightopd.cache.index import build_index, query
+from lightopd.cache.index import query, refresh_index
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
 from lightopd.cache.tables import rollout_id, rollouts_to_table
@@ -178,7 +178,7 @@ def write_missing_shards(
     else:
         log.info("%s: nothing to do, all %d shards are there", stage, total)
     cache = open_cache(path, signals=())
-    build_index(open_cache(path, incomplete=True))
+    refresh_index(open_cache(path, incomplete=True))
     return cache
 
 

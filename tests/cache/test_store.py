@@ -2,11 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from cache_cases import cache_manifest, make_cache, signal_manifest
 
-from lightopd.cache.store import content_id, create_cache, create_signal, differences, open_cache
+from lightopd.cache.store import (
+    content_id,
+    create_cache,
+    create_signal,
+    differences,
+    differing,
+    open_cache,
+)
+from lightopd.cache.verify import verify
 from lightopd.errors import CacheError, OutputError
 from lightopd.schemas.configs import SamplingConfig
 
@@ -154,3 +163,42 @@ def test_a_cache_keeps_its_content_id_when_it_is_moved_and_loses_it_when_a_byte_
     changed = open_cache(tmp_path / "b")
     assert content_id(changed, ["teacher", "other"]) != before
     assert content_id(changed, ["teacher"]) == content_id(cache, ["teacher"])
+
+
+def test_shards_without_their_manifest_are_named_and_never_written_over(tmp_path):
+    cache, *_ = make_cache(tmp_path)
+    file = tmp_path / "signals" / "teacher" / "signal.json"
+    before, honest = file.read_bytes(), cache.signals["teacher"].manifest
+    file.unlink()
+    assert [finding.file for finding in verify(tmp_path)] == ["signals/teacher/signal.json"]
+    with pytest.raises(CacheError, match=r"teacher has shards but no signal.json; .*precompute.yaml"):
+        open_cache(tmp_path, signals=["teacher"])
+    bare = open_cache(tmp_path, signals=())
+    with pytest.raises(OutputError, match=r"teacher has shards made under other settings, and no signal"):
+        create_signal(bare, honest.model_copy(update={"top_k": 0}))
+    create_signal(bare, honest)
+    assert file.read_bytes() == before
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["lightopd.json", "signals/teacher/signal.json"])
+def test_a_changed_manifest_is_blamed_and_not_its_shards(tmp_path, file):
+    make_cache(tmp_path)
+    changes = {"prompts": "others"} if file == "lightopd.json" else {"min_probability": 0.5}
+    edit(tmp_path / file, **changes)
+    with pytest.raises(CacheError, match=r"all its markers speak of settings .*the manifest was changed"):
+        open_cache(tmp_path)
+    assert [one.file for one in verify(tmp_path) if "the manifest was changed" in one.what] == [file]
+
+
+def test_hashes_are_shown_as_far_as_it_takes_to_tell_them_apart():
+    assert differing("a" * 64, "a" * 20 + "b" * 44) == ("a" * 21, "a" * 20 + "b")
+    assert differing("c" * 64, "d" * 64) == ("c" * 12, "d" * 12)
+
+
+def test_the_content_id_does_not_depend_on_the_order_of_signals(tmp_path):
+    cache, *_ = make_cache(tmp_path, signals={"b": {}, "a": {}})
+    assert content_id(cache, ["a", "b"]) == content_id(cache, ["b", "a"])
+    turned = replace(cache, signals=dict(reversed(cache.signals.items())))
+    assert content_id(turned, ["b", "a"]) == content_id(cache, ["a", "b"])
+    assert content_id(cache, ["a"]) != content_id(cache, ["b"])

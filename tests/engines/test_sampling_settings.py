@@ -52,7 +52,7 @@ def sampled(world, tmp_path, *sets):
 
 
 def test_a_penalty_is_refused_by_name_where_the_engine_has_none(world, tmp_path):
-    with pytest.raises(ConfigError, match="repetition_penalty is 1.2, which engine hf does not have"):
+    with pytest.raises(ConfigError, match=r"repetition_penalty is 1.2, which engine hf does not have"):
         sampled(world, tmp_path, "sampling.repetition_penalty=1.2")
 
 

@@ -242,7 +242,7 @@ def write_signal(path, manifest, name, rollouts, scores, top_k):
         tokenizer=None,
         top_k=top_k,
         min_probability=1e-9,
-        topk_dtype="float32",
+        topk_dtype="float16" if name == "rounded" else "float32",
         tail="exact",
         engine=None,
     )
@@ -250,7 +250,7 @@ def write_signal(path, manifest, name, rollouts, scores, top_k):
     for index, start in enumerate(range(0, len(rollouts), per_shard)):
         part = rollouts[start : start + per_shard]
         ids = [rollout.rollout_id for rollout in part]
-        table = scores_to_table(ids, scores[start : start + per_shard], "float32")
+        table = scores_to_table(ids, scores[start : start + per_shard], signal.topk_dtype)
         kind, fingerprint = f"signals/{name}", signal.fingerprint()
         write_shard(signal_folder(path, name), index, table, kind=kind, fingerprint=fingerprint)
 

@@ -181,7 +181,7 @@ def test_a_log_probability_that_is_not_finite_is_named_before_the_first_step(tra
         table.schema.get_field_index("logprobs"), table.schema.field("logprobs"), column
     )
     write_shard(folder, 1, broken, kind="signals/teacher", fingerprint=marker.fingerprint)
-    with pytest.raises(CacheError, match=r"signal teacher: 1 values are not finite, .* token 2 of rollout"):
+    with pytest.raises(CacheError, match=r"teacher/part-00001.parquet row 3: logprobs has nan at place 2"):
         train("lightning_opd", cache=open_cache(cache.path))
 
 
