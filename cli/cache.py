@@ -30,8 +30,9 @@ def register(app: typer.Typer) -> None:
 def verify(
     cache: CacheFolder,
     rescore: Annotated[
-        int, typer.Option("--rescore", help="Also score so many rollouts again with the teacher.")
-    ] = 0,
+        int | None, typer.Option("--rescore", help="Also score so many rollouts again with the teacher.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the rollouts that are scored again.")] = 0,
     signal: Annotated[str, typer.Option("--signal", help="Signal that is scored again.")] = "teacher",
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Where the teacher is now, if it moved.")
@@ -45,10 +46,10 @@ def verify(
     from lightopd.cache.verify import verify as check
 
     findings = [str(finding) for finding in check(cache)]
-    if rescore and not findings:
+    if rescore is not None and not findings:
         from lightopd.pipelines.caches.rescore import rescore as again
 
-        report, agrees = again(cache, signal, rescore, teacher)
+        report, agrees = again(cache, signal, rescore, teacher, seed=seed)
         if not as_json:
             show_report(report)
         findings += [] if agrees else list(report.notes)
@@ -153,7 +154,7 @@ def export(
 
     Example: lightopd export runs/cache runs/dataset
     """
-    from lightopd.cache.dataset import export_dataset
+    from lightopd.cache.formats.dataset import export_dataset
     from lightopd.cache.store import open_cache
 
     paths = [str(path) for path in export_dataset(open_cache(cache), out)]

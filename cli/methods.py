@@ -75,7 +75,7 @@ def check(
     from lightopd.objectives.preparation.serving import cache_facts
     from lightopd.pipelines import RECIPES
     from lightopd.pipelines.methods import check_method, find_method
-    from lightopd.pipelines.shared.suggest import suggestion
+    from lightopd.pipelines.shared.gap import suggestion
 
     method = find_method(RECIPES / "methods", name)
     opened = open_cache(cache)
@@ -93,5 +93,6 @@ def check(
         raise typer.Exit(5)
     typer.echo(f"{cache} can serve {name}")
     wanted = {key: method.settings[key] for key in ("steps", "batch_sequences")}
-    if suggested := suggestion(opened, method.objective, **wanted):
+    rate = method.settings["optimizer"]["lr"]
+    if suggested := suggestion(opened, method.objective, **wanted, learning_rate=rate):
         typer.echo(f"! {suggested}")

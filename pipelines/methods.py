@@ -84,7 +84,7 @@ def needs_lines(wanted: Needs) -> list[str]:
 
 def check_method(method: Method, facts: CacheFacts) -> tuple[list[str], list[str]]:
     """What the cache lacks for a method, and warnings; both empty when it can serve it."""
-    return missing(method.objective, facts), warnings_of(method.objective)
+    return missing(method.objective, facts), [*warnings_of(method.objective), *facts.remarks]
 
 
 def methods_table(methods: tuple[Method, ...]) -> str:

@@ -39,7 +39,7 @@ from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
-from lightopd.pipelines.shared.gap import gap_figures, verdict
+from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.progress import StageProgress, doing
@@ -264,7 +264,11 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     }
     precision = precision_note(cache.manifest.precision, signal.manifest.precision)
     notes = (
-        *([verdict(figures["gap_nats"], cache.manifest.sampling)] if config.role == "teacher" else []),
+        *(
+            [verdict(measured_gap(cache, config.signal), cache.manifest.sampling)]
+            if config.role == "teacher"
+            else []
+        ),
         *([precision] if precision else []),
         *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),

@@ -17,10 +17,10 @@ from lightopd.lineage.checks import check_student, check_teacher, check_tokenize
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
+from lightopd.pipelines.shared.gap import suggestion
 from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
-from lightopd.pipelines.shared.suggest import suggestion
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
@@ -48,6 +48,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         config.objective,
         steps=config.steps,
         batch_sequences=config.batch_sequences,
+        learning_rate=config.optimizer.lr,
         student=config.student.path,
         out=str(config.out),
     )

@@ -25,7 +25,7 @@ from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.preparation.serving import check_cache, warnings_of
+from lightopd.objectives.preparation.serving import cache_remarks, check_cache, warnings_of
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -219,7 +219,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         start=start,
     )
     _make_room(run.out, start.step)
-    _say(warnings_of(run.objective), selected.notes)
+    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed)], selected.notes)
     index = selected.trained
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step)

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from lightopd.cache.convert import import_official as convert
+from lightopd.cache.formats.convert import import_official as convert
 from lightopd.models.limits import model_limits
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.reports import Report

@@ -1,28 +1,32 @@
 """`lightopd verify --rescore`: does the cache still say what its teacher says?"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, read_contexts
-from lightopd.cache.shards import shard_path
+from lightopd.cache.reader import read_columns
+from lightopd.cache.row_checks import HALF_ROUNDING
 from lightopd.cache.store import Cache, open_cache, signal_folder
-from lightopd.cache.tables import flat_column
+from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import load_engine
 from lightopd.engines.noise import compare, measure_noise
-from lightopd.errors import CacheError
+from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines.sampling.sample import LoadEngine
+from lightopd.pipelines.shared.estimate import own_top_k, support_of
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import read_sequences
+from lightopd.schemas.cache import SIGNALS
 from lightopd.schemas.configs import PrecomputeConfig
-from lightopd.schemas.manifest import NoiseFloor
-from lightopd.schemas.records import Floats
+from lightopd.schemas.records import Scores
 
 ROUNDING_NATS = 1e-5
 """Float32 rounding of log-probabilities, below which no engine's noise can be told from the format."""
@@ -31,72 +35,120 @@ TIMES_NOISE = 4.0
 
 
 def rescore(
-    path: Path, signal: str, count: int, teacher: str | None = None, load: LoadEngine = load_engine
+    path: Path,
+    signal: str,
+    count: int,
+    teacher: str | None = None,
+    load: LoadEngine = load_engine,
+    seed: int = 0,
 ) -> tuple[Report, bool]:
-    """Score `count` rollouts, spread over the shards, again and compare with the cache, nats.
+    """Score `count` rollouts, drawn by `seed`, again; compare log-probabilities, top-k and tails, nats.
 
-    The limit is `TIMES_NOISE` times the engine's own noise, measured now: alone against in a batch.
+    The limit is `TIMES_NOISE` times the engine's own noise, measured now: alone against in a batch. Ids of a
+    top-k may differ where their log-probability lies within the limit of the last entry: a tie.
 
     Returns:
         The report, and whether cache and teacher agree.
 
     Raises:
+        ConfigError: `count` is not positive.
         CacheError: the signal has no model (imported), or the model found is another one.
     """
+    if count < 1:
+        raise ConfigError(f"--rescore {count}: give the number of rollouts to score again, 1 or more")
     started_s = time.monotonic()
     cache = open_cache(path, signals=[signal])
     config = _settings_of(cache, signal, teacher)
-    described = cache.signals[signal].manifest.context
-    contexts = read_contexts(signal_folder(path, signal), described)
+    manifest = cache.signals[signal].manifest
+    contexts = read_contexts(signal_folder(path, signal), manifest.context)
     engine = load(config.engine, config.teacher)
     try:
-        cached, again = _score_again(cache, signal, count, engine, contexts)
+        cached, again = _score_again(cache, config, _drawn(cache, count, seed), engine, contexts)
         noise = measure_noise(engine, read_sequences(cache, cache.shards[0], contexts)[1])
     finally:
         engine.close()
-    found, limit = compare(cached, again), max(ROUNDING_NATS, TIMES_NOISE * noise.max_nats)
-    agrees = found.max_nats <= limit
+    found = compare([one.logprobs for one in cached], [one.logprobs for one in again])
+    limit = max(ROUNDING_NATS, TIMES_NOISE * noise.max_nats)
+    rounding = HALF_ROUNDING if manifest.topk_dtype == "float16" else 0.0
+    pairs = list(zip(cached, again, strict=True))
+    apart = max((_topk_apart(one, other, rounding, limit) for one, other in pairs), default=0.0)
+    tails = max((_tails_apart(one, other) for one, other in pairs), default=0.0)
+    agrees = max(found.max_nats, apart, tails) <= limit
     note = (
         f"agrees with its teacher within the engine's own noise (limit {limit:.3g} nats)"
         if agrees
-        else f"cached and re-scored log-probabilities lie {found.max_nats:.3g} nats apart, the engine's own "
-        f"noise allows {limit:.3g}; precompute into a new cache"
+        else f"cached and re-scored log-probabilities lie {found.max_nats:.3g} nats apart, those of the "
+        f"top-k {apart:.3g}, tails {tails:.3g} in probability; the engine's own noise allows {limit:.3g}: "
+        "precompute into a new cache"
     )
-    figures = _figures(len(cached), found, noise)
-    return Report("verify", str(path), figures, notes=(note,), seconds=time.monotonic() - started_s), agrees
-
-
-def _score_again(
-    cache: Cache, signal: str, count: int, engine: Engine, contexts: Contexts | None
-) -> tuple[list[Floats], list[Floats]]:
-    cached: list[Floats] = []
-    again: list[Floats] = []
-    num_shards = len(cache.shards)
-    for place, shard in enumerate(cache.shards):
-        share = count * (place + 1) // num_shards - count * place // num_shards
-        if share == 0:
-            continue
-        sequences = read_sequences(cache, shard, contexts)[1][:share]
-        again += [scores.logprobs for scores in engine.score(sequences, 0)]
-        cached += _cached_logprobs(cache, signal, shard, sequences)
-    return cached, again
-
-
-def _cached_logprobs(cache: Cache, signal: str, shard: int, sequences: Sequence[object]) -> list[Floats]:
-    table = pq.read_table(shard_path(signal_folder(cache.path, signal), shard), columns=["logprobs"])
-    values, offsets = flat_column(table.column("logprobs"))
-    return [values[offsets[row] : offsets[row + 1]] for row in range(len(sequences))]
-
-
-def _figures(num_rollouts: int, found: NoiseFloor, noise: NoiseFloor) -> dict[str, JsonValue]:
-    return {
-        "rollouts": num_rollouts,
+    figures: dict[str, JsonValue] = {
+        "rollouts": len(cached),
         "tokens": found.tokens,
         "mean_difference_nats": found.mean_nats,
         "max_difference_nats": found.max_nats,
+        "top_k_difference_nats": apart,
+        "tail_difference": tails,
         "noise_mean_nats": noise.mean_nats,
         "noise_max_nats": noise.max_nats,
     }
+    return Report("verify", str(path), figures, notes=(note,), seconds=time.monotonic() - started_s), agrees
+
+
+def _drawn(cache: Cache, count: int, seed: int) -> dict[int, list[int]]:
+    """Rows by shard, `count` in all, drawn from the whole cache."""
+    places = [(shard, row) for shard in cache.shards for row in range(cache.marker(shard).rows)]
+    chosen = np.random.default_rng(seed).permutation(len(places))[:count]
+    rows: dict[int, list[int]] = {}
+    for shard, row in (places[place] for place in sorted(chosen)):
+        rows.setdefault(shard, []).append(row)
+    return rows
+
+
+def _score_again(
+    cache: Cache,
+    config: PrecomputeConfig,
+    rows: dict[int, list[int]],
+    engine: Engine,
+    contexts: Contexts | None,
+) -> tuple[list[Scores], list[Scores]]:
+    cached: list[Scores] = []
+    again: list[Scores] = []
+    for shard, chosen in rows.items():
+        sequences = read_sequences(cache, shard, contexts, support_of(config))[1]
+        again += engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
+        table = read_columns(cache, shard, SIGNALS.names[1:], config.signal).take(pa.array(chosen))
+        columns: Any = (split_lists(table.column(name)) for name in table.column_names)
+        cached += [Scores(*row) for row in zip(*columns, strict=True)]
+    return cached, again
+
+
+def _topk_apart(cached: Scores, again: Scores, rounding: float, limit: float) -> float:
+    """Largest difference of a top-k's values, nats; infinite where an id is there once and is no tie."""
+    worst = 0.0
+    for one, other in zip(_by_position(cached), _by_position(again), strict=True):
+        for token in one.keys() & other.keys():
+            worst = max(worst, abs(one[token] - other[token]) - rounding * abs(other[token]))
+        for token in one.keys() ^ other.keys():
+            mine, theirs = (one, other) if token in one else (other, one)
+            last = min(theirs.values(), default=-np.inf)
+            if mine[token] > last + limit + rounding * abs(last):
+                return float("inf")
+    return worst
+
+
+def _by_position(scores: Scores) -> Iterator[dict[int, float]]:
+    """Log-probability by token id, at each position."""
+    end = 0
+    for count in scores.topk_counts.tolist():
+        start, end = end, end + count
+        ids, logprobs = (values[start:end].tolist() for values in (scores.topk_ids, scores.topk_logprobs))
+        yield dict(zip(ids, logprobs, strict=True))
+
+
+def _tails_apart(cached: Scores, again: Scores) -> float:
+    """Largest difference of the mass outside the top-k, in probability."""
+    gaps = np.abs(np.exp(cached.tail_logprobs.astype(np.float64)) - np.exp(again.tail_logprobs))
+    return float(gaps.max(initial=0.0))
 
 
 def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeConfig:

@@ -13,6 +13,7 @@ from lightopd.schemas.base import StrictModel
 from lightopd.schemas.objectives.targets import (
     AdvantagePart,
     DistanceExtrapolation,
+    DivergenceTarget,
     DomainRouter,
     ExpectedBaseline,
     Extrapolation,
@@ -119,6 +120,8 @@ class TermConfig(StrictModel):
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> "TermConfig":
+        if isinstance(self.target, DivergenceTarget) and self.target.residual and self.extrapolate:
+            raise ValueError("residual needs a teacher that is a distribution: leave extrapolate out")
         by_strength = any(isinstance(weight, InverseStrengthWeight) for weight in self.token_weights)
         if by_strength and not isinstance(self.extrapolate, DistanceExtrapolation):
             raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")

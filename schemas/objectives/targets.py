@@ -3,9 +3,9 @@
 Every part's config has a `kind`; `lightopd/objectives/parts/registry.py` names the function behind each.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lightopd.schemas.base import StrictModel
 
@@ -14,6 +14,25 @@ SignalName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 Column = Literal["ref_logprobs", "reward", "domain", "turns", "teacher_reward"]
 """Columns of a cache that not every cache has."""
+
+
+class GrownConfig(StrictModel):
+    """A part whose later settings are written only where they are set.
+
+    A checkpoint from before such a setting holds none, and must resume under the same settings.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in self.later or getattr(self, name) != fields[name].default
+        }
 
 
 class DomainRouter(StrictModel):
@@ -51,9 +70,10 @@ class ConstantExtrapolation(StrictModel):
     """Check of the factor against the cache before training; none leaves it unchecked."""
 
 
-class DistanceExtrapolation(StrictModel):
+class DistanceExtrapolation(GrownConfig):
     """Extrapolation with a strength per token, scale * sum|T - B| + floor (arXiv 2503.02832)."""
 
+    later: ClassVar[tuple[str, ...]] = ("max_tail",)
     kind: Literal["by_distance"]
     """The strength grows with the distance of the two models at the token."""
     reference: SignalName = "reference"
@@ -62,12 +82,14 @@ class DistanceExtrapolation(StrictModel):
     """beta2 of the paper: 15 on-policy, 10 off-policy."""
     floor: float = Field(1e-3, gt=0)
     """Strength where the two models agree."""
+    max_tail: float = Field(0.01, ge=0, le=1)
+    """Largest mean probability outside a model's top-k; tokens in the tail have not the tail's strength."""
 
 
 Extrapolation = Annotated[ConstantExtrapolation | DistanceExtrapolation, Field(discriminator="kind")]
 
 
-class TargetConfig(StrictModel):
+class TargetConfig(GrownConfig):
     """What every target has."""
 
     gives: ClassVar[Literal["advantage", "token_loss", "rollout_loss"]] = "token_loss"
@@ -123,9 +145,21 @@ class EstimatorTarget(TargetConfig):
         return self
 
 
+class Residual(StrictModel):
+    """What the tail as one outcome leaves out, from the sampled token where it lies outside the support."""
+
+    eta: float = Field(1.0, ge=0, le=1)
+    """1 is unbiased for the divergence of the whole vocabulary, given the prefix; 0 adds nothing."""
+    cap: float | None = Field(None, gt=0)
+    """Largest ratio of student now to the policy that sampled; none is unbiased."""
+    clip: float | None = Field(None, gt=0)
+    """The tail's log-ratio (reverse_kl) or ratio (forward_kl) is held within +-clip; none is unbiased."""
+
+
 class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
+    later: ClassVar[tuple[str, ...]] = ("residual",)
     kind: Literal["divergence"]
     """A differentiable loss at every position."""
     divergence: Literal[
@@ -140,8 +174,10 @@ class DivergenceTarget(TargetConfig):
     temperature: float = Field(1.0, gt=0)
     """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
     element_clip: float | None = Field(None, gt=0)
-    """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the minimum
-    would lie away from the teacher."""
+    """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the
+    minimum would lie away from the teacher."""
+    residual: Residual | None = None
+    """Adds the sampled token's residual outside the support; for reverse_kl and forward_kl with a tail."""
     route: Literal["loss", "advantage"] = "loss"
     """`advantage` is refused: a divergence over a support is no score of the sampled token."""
 
@@ -159,6 +195,10 @@ class DivergenceTarget(TargetConfig):
             )
         if self.support == "stop_gradient" and self.divergence != "reverse_kl":
             raise ValueError(f"support: stop_gradient is defined for reverse_kl, not for {self.divergence}")
+        if self.residual and (
+            self.divergence not in ("forward_kl", "reverse_kl") or self.support != "tail" or self.element_clip
+        ):
+            raise ValueError("residual needs reverse_kl or forward_kl with support: tail and no element_clip")
         if self.temperature != 1 and self.support != "renormalised":
             raise ValueError(
                 "temperature needs support: renormalised; a tail of tempered tokens is not in the cache"

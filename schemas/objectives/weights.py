@@ -248,8 +248,8 @@ class LengthCurriculum(StrictModel):
     every: int = Field(25, ge=1)
     """Steps on a rung before the next is considered."""
     min_entropy: float = Field(0.0, ge=0)
-    """The next rung needs at least this mean token entropy in nats on the step's trained tokens; the paper reads
-    held-out rollouts, and its value is not known."""
+    """The next rung needs at least this mean token entropy in nats on the step's trained tokens; the paper
+    reads held-out rollouts, and its value is not known."""
 
     @model_validator(mode="after")
     def _rising(self) -> "LengthCurriculum":

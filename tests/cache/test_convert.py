@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_cache
 
-from lightopd.cache.convert import import_official
-from lightopd.cache.dataset import export_dataset
+from lightopd.cache.formats.convert import import_official
+from lightopd.cache.formats.dataset import export_dataset
 from lightopd.cache.index import query
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.store import open_cache

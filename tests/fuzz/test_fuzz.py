@@ -16,7 +16,7 @@ import yaml
 from fuzzing import as_json, damaged, damaged_bytes
 from tiny_models import save_model, write_prompts
 
-from lightopd.cache.convert import import_official
+from lightopd.cache.formats.convert import import_official
 from lightopd.config import load_run, load_stage
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import LightopdError

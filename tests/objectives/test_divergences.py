@@ -127,6 +127,19 @@ def test_alpha_becomes_forward_and_reverse_kl_at_its_ends():
         torch.testing.assert_close(near_N, token_divergence(target(kind), outcomes), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 0.3, 0.5, 2.0])
+@pytest.mark.parametrize("gap", [-0.009, -0.004, 0.004, 0.009])
+def test_the_series_of_alpha_is_its_definition_to_the_last_term(alpha, gap):
+    """Below a gap of 0.01 the series is summed; without its last term it would be off by 1e-6 and more."""
+    teacher_NM = torch.tensor([[0.3, 0.7]], dtype=torch.float64).log()
+    student_NM = teacher_NM + gap
+    ones = torch.ones(1, 2, dtype=torch.bool)
+    found = token_divergence(target("alpha", alpha), Outcomes(teacher_NM, student_NM, ones)).item()
+    t, s = teacher_NM.exp(), student_NM.exp()
+    terms = (t**alpha * s ** (1 - alpha) - alpha * t - (1 - alpha) * s) / (alpha * (alpha - 1))
+    assert found == pytest.approx(terms.sum().item(), rel=3e-7)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_with_any_share_is_that_of_its_definition_and_bounded_by_the_shares_entropy(beta):
     teacher_NV, student_NV = (table.log_softmax(-1) for table in logits(6, tokens=30))

@@ -145,6 +145,13 @@ def test_medium_prompts_weigh_more_at_mean_one():
     assert found == pytest.approx([1.5, 1.5, 0.5, 0.5])
 
 
+def test_the_mean_of_difficulty_weights_is_over_the_rollouts_that_the_term_sees():
+    weights = [{"kind": "difficulty", "factor": 3.0}]
+    config = objective(target="mle", rows="correct", rollout_weights=weights)
+    found = column(config, cache([0] * 6, [1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 2, 2]), "main/weight")
+    assert found == pytest.approx([9 / 5, 0, 0, 0, 3 / 5, 3 / 5])
+
+
 def test_a_mean_over_rows_scales_by_the_share_of_the_cache():
     view = cache([0] * 4, [1] * 4, [1] * 4, origins=["teacher", "student", "student", "student"])
     config = objective(target="mle", rows="teacher", average_over="rows")
@@ -290,6 +297,19 @@ def test_the_guard_refuses_a_factor_above_the_limit_and_passes_one_below():
     assert "0.00%" in prepare_rollouts(guarded(1.25), [deterministic(0.99)]).notes[0]
 
 
+@pytest.mark.parametrize(("outside", "refused"), [(0.2, True), (0.001, False)])
+def test_an_extrapolation_by_distance_refuses_supports_that_leave_out_too_much(outside, refused):
+    view = cache([0.0, 0.0], [1, 1], [1, 1])
+    tail_N = np.full(4, np.log(outside), np.float32)
+    signals = {name: replace(signal, tail_logprobs_N=tail_N) for name, signal in view.signals.items()}
+    config = objective(target={"kind": "divergence"}, extrapolate="by_distance")
+    if refused:
+        with pytest.raises(CacheError, match=r"teacher leaves 0\.200 .* outside its top-k, more than 0.01"):
+            prepare_rollouts(config, [replace(view, signals=signals)])
+    else:
+        assert prepare_rollouts(config, [replace(view, signals=signals)]).keep_R.all()
+
+
 def test_a_value_that_is_not_finite_is_named_with_signal_rollout_and_token():
     view = cache([0.0] * 3, [1] * 3, [1] * 3)
     broken = view.signals["teacher"].logprobs_N.copy()
@@ -323,6 +343,13 @@ def test_weights_that_sum_to_zero_are_refused():
     view = cache([0.0] * 2, [1, 1], [1, 1])
     with pytest.raises(CacheError, match=r"term main: rollout weights sum to zero .*rows: incorrect"):
         prepare_rollouts(objective(target="mle", rows="incorrect"), [view])
+
+
+def test_weights_that_are_not_a_number_are_refused():
+    view = replace(cache([0.0] * 2, [1, 1], [1, 1]), logprobs_N=np.full(4, -1e38, np.float32))
+    config = objective(target="mle", rollout_weights=[{"kind": "perplexity", "tau": 1e-300}])
+    with np.errstate(all="ignore"), pytest.raises(CacheError, match="rollout weights sum to zero"):
+        prepare_rollouts(config, [view])
 
 
 def test_a_balance_without_one_outcome_is_refused():

@@ -288,6 +288,25 @@ def test_the_clip_bounds_the_advantage_after_baseline_and_shift():
     assert abs(metrics["advantage"]) <= 0.5
 
 
+def test_dual_clip_leaves_a_positive_advantage_alone_however_likely_its_token_has_become():
+    """The upper clip is set out of reach, so that only the dual clip could silence a token."""
+    world = make_world(2)
+    ids_N1, base_NV = world.ids_N[:, None], world.tables["rollout_student"]
+    grown_NV = base_NV.scatter_add(1, ids_N1, torch.full_like(ids_N1, 2, dtype=torch.float64))
+    teacher_NV = base_NV.scatter_add(1, ids_N1, torch.full_like(ids_N1, 9, dtype=torch.float64))
+    one = replace(world, tables={**world.tables, "teacher": teacher_NV.log_softmax(-1)})
+    free, dual = (
+        evaluate(
+            objective(target=PLAIN, token_weights=[{"kind": "ppo_clip", "high": 1e9, "dual": limit}]),
+            one,
+            student_NV=grown_NV,
+        )
+        for limit in (None, 1.0 + 1e-9)
+    )
+    assert free[1].abs().max() > 0.01
+    torch.testing.assert_close(dual[1], free[1], atol=0, rtol=0)
+
+
 def test_dual_clip_silences_a_negative_advantage_that_has_grown_likely():
     world = make_world(2)
     ids_N1, base_NV = world.ids_N[:, None], world.tables["rollout_student"]

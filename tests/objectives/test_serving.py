@@ -1,5 +1,7 @@
 """Recipes and caches that cannot work are refused before the first step, in one line that says what to do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,7 +24,14 @@ from lightopd.config import build
 from lightopd.errors import CacheError, ConfigError
 from lightopd.objectives.preparation.cache_tables import cache_views
 from lightopd.objectives.preparation.prepare import prepare_rollouts
-from lightopd.objectives.preparation.serving import CacheFacts, check_cache, missing, teachers_of, warnings_of
+from lightopd.objectives.preparation.serving import (
+    CacheFacts,
+    cache_remarks,
+    check_cache,
+    missing,
+    teachers_of,
+    warnings_of,
+)
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.methods import (
     check_method,
@@ -31,6 +40,7 @@ from lightopd.pipelines.methods import (
     methods_table,
     needs_lines,
 )
+from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.objectives.objective import MLE_OBJECTIVE, ObjectiveConfig
 
 REFUSED = {
@@ -57,6 +67,18 @@ REFUSED = {
         "defined for reverse_kl",
     ),
     "tempered tail": ({"target": {"kind": "divergence", "temperature": 2.0}}, "needs support: renormalised"),
+    "residual of another": (
+        {"target": {"kind": "divergence", "divergence": "jsd", "residual": {}}},
+        "residual needs reverse_kl or forward_kl",
+    ),
+    "residual without a tail": (
+        {"target": {"kind": "divergence", "support": "renormalised", "residual": {}}},
+        "with support: tail",
+    ),
+    "residual of an extrapolation": (
+        {"target": {"kind": "divergence", "residual": {}}, "extrapolate": {"factor": 2.0}},
+        "leave extrapolate out",
+    ),
     "k1": ({"target": {"kind": "estimator", "estimator": "k1"}}, "zero-mean gradient without the teacher"),
     "sampled token in the support": (
         {"baseline": {"support": "topk_and_sampled"}},
@@ -96,6 +118,17 @@ def test_strings_stand_for_kinds_and_the_default_kind_may_be_left_out():
 def test_a_resolved_objective_reads_back_equal(name):
     config = recipe(name)
     assert ObjectiveConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_divergence_without_a_residual_is_written_as_before_there_was_one():
+    plain = recipe("f_reverse_kl").model_dump(mode="json")["terms"][0]["target"]
+    assert "residual" not in plain
+    config = objective(target={"kind": "divergence", "residual": {"cap": 2.0}})
+    assert config.model_dump(mode="json")["terms"][0]["target"]["residual"] == {
+        "eta": 1.0,
+        "cap": 2.0,
+        "clip": None,
+    }
 
 
 def test_configs_are_frozen():
@@ -178,6 +211,46 @@ def test_a_real_cache_is_checked_by_its_manifests_and_columns(tmp_path):
     check_cache(recipe("tcod"), small_cache(tmp_path / "turns", turns=2)[0])
     with pytest.raises(CacheError, match="it has no rewards"):
         check_cache(recipe("scope"), small_cache(tmp_path / "unjudged", reward=None)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("dgrpo", {"reward": 0.0}, "all rewards are 0"),
+        ("lightning_opd", {"reward": 0.0}, None),
+        ("lightning_opd", {"truncated": True, "finish_reason": "length"}, "every rollout is truncated"),
+    ],
+)
+def test_a_cache_that_says_nothing_to_an_objective_is_remarked_upon(tmp_path, name, changes, line):
+    rng = np.random.default_rng(0)
+    rollouts = [make_rollout(rng, 4, prompt_id="p", sample_index=index, **changes) for index in range(2)]
+    cache = write_rollouts(tmp_path / "cache", [rollouts])
+    remarks = cache_remarks(cache, needs(recipe(name)))
+    assert [line in found for found in remarks] == ([True] if line else [])
+
+
+def test_groups_of_equal_rewards_are_remarked_upon_where_rollouts_are_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    rewards = {"p": (1.0, 1.0), "q": (0.0, 0.0)}
+    rollouts = [
+        make_rollout(rng, 4, prompt_id=prompt, sample_index=index, reward=reward)
+        for prompt, pair in rewards.items()
+        for index, reward in enumerate(pair)
+    ]
+    cache = write_rollouts(tmp_path / "cache", [rollouts])
+    (line,) = cache_remarks(cache, needs(recipe("dgrpo")))
+    assert "no prompt has rollouts of differing rewards" in line
+
+
+def test_a_ratio_over_rollouts_at_another_temperature_is_remarked_upon(tmp_path):
+    rng = np.random.default_rng(0)
+    cache = write_rollouts(tmp_path / "cache", [[make_rollout(rng, 4)]])
+    sampling = SamplingConfig(temperature=0.8)
+    warm = replace(cache, manifest=cache.manifest.model_copy(update={"sampling": sampling}))
+    (line,) = cache_remarks(warm, needs(recipe("truncated_importance")))
+    assert "temperature 0.8" in line
+    assert "no importance ratio" in line
+    assert cache_remarks(warm, needs(recipe("lightning_opd"))) == []
 
 
 def test_a_function_that_cannot_be_imported_is_refused_before_training(tmp_path):

@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightopd.cache.store import open_cache
+from lightopd.pipelines.caches.rescore import _drawn, rescore
+
 ROLLOUTS, TEACHER = "rollouts/part-00000.parquet", "signals/teacher/part-00000.parquet"
 
 
@@ -123,3 +126,36 @@ def test_a_shard_with_too_few_rows_is_refused_by_the_number_of_prompts(world, li
         code, out, err = lightopd(*commands(world, tmp_path)[door])
         assert code != 0
         assert "23 rollouts are there, 12 prompts with 2 each make 24" in out + err
+
+
+@pytest.mark.parametrize("column", ["topk_logprobs", "topk_ids", "tail_logprobs"])
+def test_rescoring_compares_the_top_k_and_the_tail_too(world, tmp_path, column):
+    """The sampled tokens are right, and the rest is not the teacher's."""
+    shutil.copytree(world.cache, tmp_path / "cache")
+    for shard in range(4):
+        path = tmp_path / "cache/signals/teacher" / f"part-{shard:05d}.parquet"
+        table = pq.read_table(path)
+        wrong = [
+            [(value + 1) % 24 if column == "topk_ids" else value - 0.5 for value in row]
+            for row in table.column(column).to_pylist()
+        ]
+        seal(
+            path,
+            lambda table, wrong=wrong: table.set_column(
+                table.column_names.index(column),
+                table.schema.field(column),
+                pa.array(wrong, table.schema.field(column).type),
+            ),
+        )
+    report, agrees = rescore(tmp_path / "cache", "teacher", 3, seed=1)
+    assert not agrees
+    assert report.figures["max_difference_nats"] < 1e-4
+
+
+def test_rows_that_are_scored_again_are_drawn_by_the_seed(world, lightopd):
+    cache = open_cache(world.cache)
+    drawn = [_drawn(cache, 6, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sum(map(len, drawn[0].values())) == 6
+    assert any(rows != list(range(len(rows))) for rows in drawn[0].values())
+    assert lightopd("verify", world.cache, "--rescore", "-1")[0] == 2

@@ -13,7 +13,7 @@ from lightopd.config import load_run, load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
 from lightopd.pipelines import run as pipeline
-from lightopd.pipelines.shared.gap import verdict
+from lightopd.pipelines.shared.gap import Gap, verdict
 from lightopd.pipelines.shared.metrics import COLUMNS, FIGURES
 from lightopd.schemas.configs import SamplingConfig
 
@@ -132,7 +132,8 @@ def test_a_flag_changes_the_path_and_keeps_what_the_file_says_beside_it(tmp_path
     ],
 )
 def test_the_verdict_on_a_gap_names_its_size_only_where_it_is_a_divergence(gap, temperature, words):
-    assert words in verdict(gap, SamplingConfig(temperature=temperature))
+    found = None if gap is None else Gap(gap, 0.001, gap)
+    assert words in verdict(found, SamplingConfig(temperature=temperature))
 
 
 def test_an_adapter_that_was_trained_samples_is_evaluated_and_is_trained_again(world, tmp_path):

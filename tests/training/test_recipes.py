@@ -33,6 +33,9 @@ def objective_of(name, caches):
     for selection in plain["select"]:
         if "answers" in selection:
             selection |= {"answers": str(caches["answers"].path), "prompts": 4}
+    for term in plain["terms"]:
+        if term["extrapolate"] and term["extrapolate"]["kind"] == "by_distance":
+            term["extrapolate"]["max_tail"] = 1.0  # models without training leave much to the tail
     return ObjectiveConfig.model_validate(plain)
 
 

@@ -81,7 +81,12 @@ def _log_softmax(logprobs_NM: Tensor, is_real_NM: Tensor) -> Tensor:
 
 
 def _kl_terms(p_NM: Tensor, q_NM: Tensor) -> Tensor:
-    """p log(p/q) - p + q of log-probabilities p and q, term by term, never negative."""
+    """p log(p/q) - p + q of log-probabilities p and q, term by term, never negative.
+
+    Near p = q it is p (e^g - 1 - g) with g = log q - log p: expm1(g) - g keeps the second-order rest that
+    q - p (1 + g) would lose to rounding. The near branch sees a clamped g, since torch.where differentiates
+    both branches and an overflow in the one not taken turns its zero gradient into NaN.
+    """
     gap_NM = q_NM - p_NM
     near_NM = gap_NM.clamp(-1.0, 1.0)
     near_NM = p_NM.exp() * (near_NM.expm1() - near_NM)

@@ -34,6 +34,8 @@ class Needs:
     """Every step needs a pass without gradient that collects `step_sums`."""
     together: bool = False
     """All rollouts of a prompt must lie in one micro-batch."""
+    ratio: bool = False
+    """The student at rollout stands for the policy that sampled, in an importance ratio."""
     state: bool = False
     """The objective has a state that `advance` moves after each step and that checkpoints hold."""
     answers: tuple[Path, ...] = ()
@@ -102,6 +104,10 @@ class Scene:
         assert self.batch.ref_logprobs_N is not None, "a part does not declare the column ref_logprobs"
         return self.batch.ref_logprobs_N
 
+    def ratio_N(self) -> Tensor:
+        """Probability of the sampled token under the student now over that under who sampled it, detached."""
+        return (self.student.logprobs_N.detach() - self.ref_logprobs_N()).exp()
+
     def prepared_N(self, name: str) -> Tensor:
         """A column of `prepare`, spread over the tokens."""
         return self.batch.prepared_R[f"{self.term.name}/{name}"][self.batch.row_N]
@@ -112,6 +118,8 @@ NeedsOf = Callable[[Any, Any], Needs]
 
 REF = Needs(columns=("ref_logprobs",))
 """The student at rollout on the sampled tokens."""
+RATIO = Needs(columns=("ref_logprobs",), ratio=True)
+"""The policy that sampled, for a ratio."""
 REWARDS = Needs(columns=("reward",), prepared=True)
 GROUPS = Needs(groups=True, prepared=True)
 """Several rollouts of a prompt."""

@@ -139,7 +139,13 @@ def _strength(
 
 
 def _common_support(teacher: Teacher, outcomes: Outcomes, reference: SignalTokens) -> tuple[Outcomes, Tensor]:
-    """Teacher, student and reference on the ids both models kept; all others join the tails."""
+    """Teacher, student and reference on the ids both models kept; all others join the tails.
+
+    A token that only one model kept has no log-probability under the other, so log T - log B is known for the
+    ids in both and for the sum of the rest. Each side's own tail is kept exact: what the reference kept alone
+    is added to the tail that it stored, and never taken from one minus a sum, which would lose every tail
+    below float32's 1e-7.
+    """
     found_NK, reference_NK = align(teacher.topk_ids_NK, reference.topk_ids_NK, reference.topk_logprobs_NK)
     is_found_J = _is_in(reference.topk_ids_NK, teacher.topk_ids_NK)
     lost_NJ = reference.topk_logprobs_NK.masked_fill(is_found_J, float("-inf"))
@@ -151,7 +157,12 @@ def _common_support(teacher: Teacher, outcomes: Outcomes, reference: SignalToken
 
 
 def _into_tail(outcomes: Outcomes, is_kept_NK: Tensor) -> Outcomes:
-    """Moves the outcomes that are not kept into the tail; the probabilities stay exact."""
+    """Moves the outcomes that are not kept into the tail; the probabilities stay exact.
+
+    Masking comes before the sum and padding after it: a padded outcome is 0, probability one, and would swamp
+    the tail. A row without a tail is summed over all its outcomes and then masked, because a logsumexp over
+    nothing is -inf and its gradient NaN, which no later mask takes back.
+    """
     is_tail_NM = torch.cat([~is_kept_NK, torch.ones_like(is_kept_NK[:, :1])], dim=1) & outcomes.is_real_NM
     has_tail_N1 = is_tail_NM.any(-1, keepdim=True)
     is_real_NM = torch.cat([is_kept_NK, has_tail_N1], dim=1)

@@ -28,8 +28,7 @@ def expected_baseline(config: ExpectedBaseline, scene: Scene) -> Tensor:
     baseline_N = (support_weights(outcomes) * advantage_NK).sum(-1)
     if config.ratio_cap is None:
         return baseline_N
-    ratio_N = (scene.student.logprobs_N.detach() - scene.ref_logprobs_N()).exp()
-    return baseline_N * ratio_N.clamp(max=config.ratio_cap)
+    return baseline_N * scene.ratio_N().clamp(max=config.ratio_cap)
 
 
 def margin_shift(config: MarginShift, scene: Scene, advantage_N: Tensor) -> Tensor:

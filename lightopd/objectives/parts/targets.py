@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lightopd.errors import ConfigError, TrainingError
-from lightopd.objectives.base.divergences import token_divergence
-from lightopd.objectives.base.part import Needs, Scene
+from lightopd.objectives.base.divergences import normalised_teacher, token_divergence
+from lightopd.objectives.base.part import RATIO, Needs, Scene
 from lightopd.objectives.base.segments import rollout_sums
+from lightopd.objectives.base.teacher import needs_support
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import (
     CustomTarget,
@@ -22,6 +23,7 @@ from lightopd.schemas.objectives.targets import (
     LogRatioTarget,
     MleTarget,
     PreferenceTarget,
+    Residual,
     RewardTarget,
 )
 
@@ -60,7 +62,39 @@ def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
 
 def divergence(config: DivergenceTarget, scene: Scene) -> Tensor:
     """Divergence between teacher and student over the support, [N]."""
-    return token_divergence(config, scene.outcomes())
+    loss_N = token_divergence(config, scene.outcomes())
+    return loss_N if config.residual is None else loss_N + _residual(config, config.residual, scene)
+
+
+def _residual(config: DivergenceTarget, residual: Residual, scene: Scene) -> Tensor:
+    """eta 1[a outside K] sg[ratio h] log s(a), of value zero, [N].
+
+    With g = log s - log T, of the token (a) or of the two tails (R), h = g_a - g_R for KL(s || T), and
+    h = T_R / s_R - T_a / s_a for KL(T || s). In expectation over who sampled, with eta 1 and no cap or clip,
+    it turns the gradient over K + 1 outcomes into the one over the vocabulary: the tail's term is
+    E[1[a outside K] ratio f(g_R) grad log s(a)], which is taken off, and the same with g_a is put on. The two
+    agree at s = T, so every single sample has gradient zero there.
+    """
+    teacher, outcomes = scene.taught(), normalised_teacher(scene.outcomes())
+    gap_N = scene.student.logprobs_N - teacher.logprobs_N
+    tail_gap_N = outcomes.student_NM[:, -1] - outcomes.teacher_NM[:, -1]
+    if config.divergence == "reverse_kl":
+        excess_N = gap_N - tail_gap_N
+    else:
+        excess_N = (-tail_gap_N).exp() - (-gap_N).exp()
+    if residual.clip is not None:
+        excess_N = excess_N.clamp(-residual.clip, residual.clip)
+    is_outside_N = ~(teacher.topk_ids_NK == scene.batch.ids_N[:, None]).any(-1)
+    ratio_N = scene.ratio_N() if residual.cap is None else scene.ratio_N().clamp(max=residual.cap)
+    weight_N = residual.eta * ratio_N * excess_N.detach()
+    # Where the token is inside, the tail may not exist and its gap means nothing: no 0 * inf.
+    weight_N = torch.where(is_outside_N, weight_N, torch.zeros_like(weight_N))
+    return weight_N * (scene.student.logprobs_N - scene.student.logprobs_N.detach())
+
+
+def needs_divergence(config: DivergenceTarget, term: TermConfig) -> Needs:
+    """Teacher and student on the support; who sampled, for a residual."""
+    return needs_support(config, term) | (Needs() if config.residual is None else RATIO)
 
 
 def preference(config: PreferenceTarget, scene: Scene) -> Tensor:

@@ -24,13 +24,13 @@ from lightopd.schemas.objectives.weights import (
 
 def ratio(config: RatioWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
     """min(student now / student at rollout, cap), [N]."""
-    return _ratio(scene).clamp(max=config.cap)
+    return scene.ratio_N().clamp(max=config.cap)
 
 
 def ppo_clip(config: PpoClipWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
     """The ratio where PPO's clipped objective has a gradient, 0 elsewhere, [N]."""
     assert advantage_N is not None, "the config refuses ppo_clip without an advantage"
-    ratio_N = _ratio(scene)
+    ratio_N = scene.ratio_N()
     is_up_N = advantage_N > 0
     is_open_N = torch.where(is_up_N, ratio_N < 1 + config.high, ratio_N > 1 - config.low)
     if config.dual is not None:
@@ -135,7 +135,3 @@ def _pivot_scores(config: PivotWeight, scene: Scene) -> Tensor:
     number_R = rollout_sums(is_pivot_N, scene.batch)
     mean_R = rollout_sums(gap_N * is_pivot_N, scene.batch) / number_R.clamp(min=1)
     return torch.where(number_R > 0, (mean_R / config.temperature).exp(), torch.ones_like(mean_R))
-
-
-def _ratio(scene: Scene) -> Tensor:
-    return (scene.student.logprobs_N.detach() - scene.ref_logprobs_N()).exp()

@@ -7,6 +7,7 @@ only the values of the cache can tell (NaN, missing rewards, single rollouts) is
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightopd.cache.reader import read_columns
@@ -30,6 +31,8 @@ class CacheFacts:
     """Signal name to the number of top-k entries it was scored with."""
     columns: frozenset[str]
     """Columns that not every cache has, and this one has."""
+    remarks: tuple[str, ...] = ()
+    """What is there and of no use to the objective, one line each."""
 
 
 COLUMN_SOURCES = {
@@ -53,7 +56,36 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
         there -= {"ref_logprobs"}  # the teacher's rows have none
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
-    return CacheFacts(str(cache.path), signals, frozenset(there))
+    return CacheFacts(str(cache.path), signals, frozenset(there), tuple(cache_remarks(cache, wanted)))
+
+
+def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
+    """What the columns hold that no training of this objective can use, one line each."""
+    tables = [read_columns(cache, shard, ["prompt_id", "reward", "truncated"]) for shard in cache.shards]
+    if not tables or not cache.num_rollouts:
+        return []
+    table = pa.concat_tables(tables)
+    rewards = pc.drop_null(table.column("reward"))
+    groups = table.filter(pc.is_valid(table.column("reward"))).group_by("prompt_id")
+    spread = groups.aggregate([("reward", "min"), ("reward", "max")])
+    lines = []
+    if pc.all(table.column("truncated")).as_py():
+        lines.append("every rollout is truncated: no response was ever ended; sample with more max_tokens")
+    if "reward" in wanted.columns and len(rewards):
+        low, high = pc.min(rewards).as_py(), pc.max(rewards).as_py()
+        if low == high:
+            lines.append(f"all rewards are {low:g}: nothing tells one rollout from another by its reward")
+        elif wanted.groups and pc.all(pc.equal(spread["reward_min"], spread["reward_max"])).as_py():
+            lines.append(
+                "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
+            )
+    sampling = cache.manifest.sampling
+    if wanted.ratio and sampling is not None and not sampling.is_raw:
+        lines.append(
+            f"rollouts were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, and "
+            f"the stored log-probabilities are at 1: a ratio of them is no importance ratio"
+        )
+    return lines
 
 
 def _has(cache: Cache, name: str) -> bool:

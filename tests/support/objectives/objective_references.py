@@ -366,5 +366,6 @@ REFERENCES: dict[str, Reference] = {
     "hy_embodied": Reference(full_divergence("forward_kl")),
     "truncated_importance": Reference(truncated_importance),
     "recommended_topk_reverse_kl": Reference(full_divergence("reverse_kl")),
+    "recommended_residual": Reference(full_divergence("reverse_kl")),
     "recommended_baseline_ratio": Reference(baseline_ratio),
 }
