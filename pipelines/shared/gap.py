@@ -98,8 +98,8 @@ def verdict(gap: Gap | None, sampling: SamplingConfig | None) -> str:
         return "gap unknown: the rollouts carry no student log-probabilities, so drift cannot be measured"
     if not is_divergence(sampling):
         return (
-            f"{gap} is no KL divergence, since the rollouts were not sampled at temperature 1 from all tokens; "
-            f"compare it between caches only"
+            f"{gap} is no KL divergence, since the rollouts were not sampled at temperature 1 from all "
+            f"tokens; compare it between caches only"
         )
     if gap.nats <= SMALL_NATS:
         return (
