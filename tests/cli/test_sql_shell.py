@@ -114,10 +114,16 @@ def test_on_a_terminal_it_prompts_remembers_and_ends_with_ctrl_d(world, tmp_path
     seen = read_until(descriptor, b"lightopd>")
     os.write(descriptor, b"select 40 + 2 as answer;\r")
     seen += read_until(descriptor, b"42")
+    seen += read_until(descriptor, b"lightopd>")
     os.write(descriptor, b"\x04")
     with contextlib.suppress(OSError):  # the terminal's other end is gone
         read_until(descriptor, b"never said")
-    assert os.waitpid(pid, 0)[1] == 0
+    deadline_s = time.monotonic() + 30
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+    assert ended == (pid, 0)
     assert b".help for help" in seen
     assert "select 40 + 2 as answer;" in (tmp_path / "lightopd" / "sql_history").read_text()
 
