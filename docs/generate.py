@@ -16,7 +16,7 @@ from typing import Any
 from lightopd.config import describe
 from lightopd.pipelines import RECIPES
 from lightopd.pipelines.methods import list_methods, methods_table
-from lightopd.schemas.metrics import COLUMNS, FIGURES
+from lightopd.pipelines.shared.metrics import COLUMNS, FIGURES
 from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]

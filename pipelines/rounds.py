@@ -35,8 +35,7 @@ from lightopd.schemas.configs import (
     RolloutConfig,
     TrainConfig,
 )
-from lightopd.schemas.rounds import RoundsConfig
-from lightopd.schemas.run import RunConfig
+from lightopd.schemas.run import RoundsConfig, RunConfig
 from lightopd.training.checkpoints.export import export_student
 from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 

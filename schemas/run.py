@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,6 @@ from lightopd.schemas.configs import (
     TrainConfig,
     as_prompts,
 )
-from lightopd.schemas.rounds import RoundsConfig
 
 STAGES: dict[str, type[StrictModel]] = {
     "sft": SftConfig,
@@ -28,6 +27,21 @@ STAGES: dict[str, type[StrictModel]] = {
     "eval": EvalConfig,
 }
 """Config of each stage, in the order they run."""
+
+
+class RoundsConfig(StrictModel):
+    """Rounds of rollout, precompute and train, each from the student that the round before it made."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps over all rounds; `train.steps` is the most of one round."""
+    prompts_per_round: int | None = Field(None, ge=1)
+    """Prompts of a round, in their order, and after the last the first. None: all, every round."""
+    optimizer: Literal["carried", "fresh"] = "carried"
+    """Whether the optimiser's moments are carried from round to round, or begin at zero in each."""
+    keep_teacher: bool = False
+    """Keep the teacher loaded between rounds, as rounds of one step want, at the price of its memory."""
+    eval_every: int = Field(1, ge=1)
+    """Rounds between evaluations on `eval_prompts`; the last round always makes one."""
 
 
 class RunConfig(StageConfig):

@@ -14,8 +14,8 @@ from lightopd.errors import CacheError, ConfigError, InputError, LineageError, O
 from lightopd.pipelines import evaluate, precompute, rollout, sft, train
 from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.shared.gap import Gap, verdict
+from lightopd.pipelines.shared.metrics import COLUMNS, FIGURES
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.metrics import COLUMNS, FIGURES
 
 
 def run_train(world, cache, out, *sets, **flags):

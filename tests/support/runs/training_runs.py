@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import OptimizerConfig
 from lightopd.training.data.batches import collate, collect_rows
-from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.data.plan import pack
 from lightopd.training.data.shard_store import FirstReading, index_cache
+from lightopd.training.measures.metrics_file import read_metrics
 
 CLOCKED = ("seconds", "tokens_per_second")
 """Columns that no two runs share."""
