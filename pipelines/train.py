@@ -160,6 +160,7 @@ def _report(
         figures={
             "steps": result.steps,
             **{name: value for name, value in result.metrics.items() if name != "step"},
+            **({"exported_step": result.exported_step} if config.best else {}),
             "tokens": result.tokens,  # of the whole run; the last row's are of its step
             "seconds": round(seconds, 2),
         },

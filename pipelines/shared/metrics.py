@@ -39,6 +39,8 @@ FIGURES = {
     "reverse_kl_nats": "KL(student || teacher) over the whole vocabulary, mean per response token",
     "forward_kl_nats": "KL(teacher || student) likewise",
     "gap_nats": "mean of student at rollout minus teacher, log-probability of the sampled tokens",
+    "gap_error_nats": "standard error of the gap, over rollouts",
+    "gap_trimmed_nats": "the gap without the outermost tokens at either end",
     "mean_logprob_nats": "mean log-probability of the sampled tokens under the signal's model",
     "mean_tail_mass": "mean probability outside the kept entries",
     "noise_mean_nats": "mean difference of two scorings of the same tokens by this engine",

@@ -279,7 +279,7 @@ def test_a_top_k_above_the_vocabulary_is_refused(world, tmp_path):
 def test_a_prompt_longer_than_the_context_is_refused_by_row(world, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"prompt": "1+1=", "id": "a"}\n' + json.dumps({"prompt": "1+" * 40, "id": "b"}) + "\n")
-    with pytest.raises(InputError, match=r"prompt 2 \(id b\) has 80 tokens"):
+    with pytest.raises(InputError, match=r"long.jsonl, row 2 \(id b\) has 80 tokens"):
         run_rollout(world, tmp_path / "cache", prompts=path)
     assert not (tmp_path / "cache").exists()
 

@@ -98,7 +98,7 @@ def test_kl_between_models_of_other_tokens_is_refused(world, tmp_path):
 def test_two_prompts_of_equal_tokens_are_refused_by_row(world, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "id": "a"}\n{"prompt": "1+1=", "id": "b"}\n')
     asked = {"student": world.base, "prompts": tmp_path / "p.jsonl", "cache": tmp_path / "cache"}
-    with pytest.raises(InputError, match=r"prompt 2 \(id b\) has the same tokens as prompt 1 \(id a\)"):
+    with pytest.raises(InputError, match=r"row 2 \(id b\) has the tokens of .*p.jsonl, row 1 \(id a\)"):
         rollout.run(load_stage("rollout", [], [], asked))
 
 
@@ -239,7 +239,7 @@ def test_every_number_that_is_printed_has_its_line_on_the_page_of_metrics(world,
     run_train(world, world.cache, tmp_path / "t", "held_out=3", steps=3)
     lines = (tmp_path / "t" / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")
-    assert {*columns} <= {*COLUMNS}, "schemas/metrics.py"
+    assert {*columns} <= {*COLUMNS}, "pipelines/shared/metrics.py"
     reports = [tmp_path / "t", world.cache, world.cache / "signals" / "teacher"]
     for folder in reports:
         figures = json.loads(next(folder.glob("*.report.json")).read_text())["figures"]

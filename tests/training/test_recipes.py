@@ -163,10 +163,12 @@ def test_pairs_stay_together_and_their_number_divides_the_batch(train, wide_cach
         train("soda", micro_batch_tokens=21)
 
 
-def test_warnings_and_what_was_dropped_are_said_once(train, caplog):
+def test_warnings_and_what_was_dropped_are_said_once(train, wide_caches, caplog):
     caplog.set_level("INFO")
-    result = train("exopd")
-    said = [record for record in caplog.records if "without a baseline" in record.getMessage()]
+    bare = objective_of("exopd", wide_caches).model_dump(mode="json")
+    bare["terms"][0]["token_weights"] = []
+    result = train("exopd", objective=ObjectiveConfig(**bare))
+    said = [record for record in caplog.records if "add baseline: expected" in record.getMessage()]
     assert [record.levelname for record in said] == ["WARNING"]
     assert "selection balance_outcomes dropped" in train("uni_opd", "uni").notes[0]
     assert result.notes == ()

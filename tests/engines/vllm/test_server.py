@@ -17,6 +17,7 @@ from lightopd.engines.kinds import describe_engine, tail_of
 from lightopd.engines.vllm import server_http
 from lightopd.engines.vllm.server import load_server_engine
 from lightopd.errors import ConfigError, EngineError
+from lightopd.pipelines.run import RUNNERS
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
 
 TOY = FakeEngine(seed=3, vocabulary_size=VOCABULARY, context_length=CONTEXT)
@@ -250,7 +251,7 @@ def test_several_addresses_may_stand_in_one_string():
 )
 def test_the_command_takes_engine_or_server_and_settings_of_it(monkeypatch, given, found):
     seen = []
-    monkeypatch.setattr(stages, "_runner", lambda stage: lambda loaded, **_: seen.append(loaded.engine))
+    monkeypatch.setitem(RUNNERS, "precompute", lambda loaded, **_: seen.append(loaded.engine))
     monkeypatch.setattr(stages, "show_report", lambda *_: None)
     done = CliRunner().invoke(app, ["precompute", "--cache", "c", "--teacher", "t", *given])
     assert done.exit_code == 0, done.output

@@ -170,7 +170,7 @@ def test_the_student_with_the_highest_accuracy_is_exported(run, prompts, tmp_pat
     values = column(report)
     assert max(values) > values[-1]
     assert report.figures["avg_at_k"] == max(values) == evaluated(report, prompts, tmp_path / "eval")
-    assert report.figures["step"] == 1 + values.index(max(values))
+    assert report.figures["exported_step"] == 1 + values.index(max(values))
     with pytest.raises(ValidationError, match=r"nothing measures it; set accuracy\.prompts"):
         run(asked=None, best=best)
     model_settings = {"prompts": "p.jsonl", "out": "out", "teacher": "t", "student": "s"}
