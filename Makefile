@@ -43,7 +43,7 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not vllm and not ray and not browser'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not fuzz and not vllm and not ray and not browser'
 
 # On a machine with a GPU; elsewhere every one of these tests is skipped and says so.
 test-gpu: $(VENV)/.ready

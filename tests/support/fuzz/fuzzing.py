@@ -60,6 +60,17 @@ def as_json(value: Any) -> str:
     return json.dumps(value)
 
 
+def depth_of(value: Any) -> int:
+    """How many lists and objects lie within one another at most."""
+    deepest, waiting = 0, [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        inner = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        waiting += [(part, depth + 1) for part in inner]
+    return deepest
+
+
 def _depth(value: Any) -> int:
     depth = 0
     while isinstance(value, list | dict) and value:
