@@ -12,6 +12,7 @@ import click
 import typer
 
 from lightopd.errors import LightopdError, OutputError
+from lightopd.ranks import is_worker
 from lightopd.stopping import TERMINATED, sigterm_raises
 
 Arguments = ParamSpec("Arguments")
@@ -53,6 +54,8 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             except (typer.Exit, typer.Abort, click.ClickException):
                 raise
             except Exception as error:  # what nobody foresaw: one line, and the rest in a file
+                if is_worker():  # it hands its mistakes to the process that started it
+                    raise
                 typer.echo(f"error: {_unforeseen(error)}", err=True)
                 raise typer.Exit(UNFORESEEN) from error
             except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 # N = response tokens of a rollout, K = cached ids at each position
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,20 @@ def write_random_cache(
     create_cache(path, manifest)
     signal = _signal(manifest, top_k)
     create_signal(open_cache(path, incomplete=True), signal)
-    own = rollouts_to_table(rollouts)
-    scored = scores_to_table([one.rollout_id for one in rollouts], scores, "float16")
     for index in range(num_shards):
+        rows = [_sample_of(one, index) for one in rollouts]
+        own = rollouts_to_table(rows)
+        scored = scores_to_table([one.rollout_id for one in rows], scores, "float16")
         write_shard(rollouts_folder(path), index, own, kind="rollouts", fingerprint=manifest.fingerprint())
         folder, fingerprint = signal_folder(path, "teacher"), signal.fingerprint()
         write_shard(folder, index, scored, kind="signals/teacher", fingerprint=fingerprint)
     return open_cache(path)
+
+
+def _sample_of(rollout: Rollout, index: int) -> Rollout:
+    """The same tokens as the sample of another shard: no two rows of a cache have one id."""
+    name = rollout_id(rollout.prompt_ids, rollout.response_ids, "student", index)
+    return replace(rollout, rollout_id=name, sample_index=index)
 
 
 def _rollout(
@@ -76,7 +84,7 @@ def _rollout(
     prompt_ids = numbers.integers(1, vocabulary_size, prompt_tokens).astype(np.int32)
     response_ids = numbers.integers(1, vocabulary_size, size).astype(np.int32)
     return Rollout(
-        rollout_id=rollout_id(prompt_ids, response_ids, "student", index),
+        rollout_id=rollout_id(prompt_ids, response_ids, "student", 0),
         prompt_id=f"prompt-{index}",
         sample_index=0,
         origin="student",

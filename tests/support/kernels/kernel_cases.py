@@ -160,7 +160,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # Triton's interpreter copies whole storages as bytes; no tensor of the kernel is of bytes.
+        sizes = [tensor.numel() for tensor in tensors if tensor.dtype != torch.uint8]
         self.num_elements = max(self.num_elements, *sizes, 0)
         self.num_products += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
         return result

@@ -360,7 +360,11 @@ def test_two_processes_measure_what_one_does(world, prompts, tmp_path):
         sets += [f"accuracy={json.dumps(asked)}"]
         words = ["train", "--cache", world.cache, "--student", world.sft / "student", "--out", out]
         words += ["--steps", 5, *more, *(word for one in sets for word in ("--set", one))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2] / "support" / "models"),
+        }
         lightopd = Path(sys.executable).with_name("lightopd")
         done = subprocess.run(
             [str(lightopd), *map(str, words)], env=environment, capture_output=True, text=True, timeout=300
