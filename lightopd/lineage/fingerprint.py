@@ -26,7 +26,17 @@ from lightopd.schemas.manifest import (
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "README.md",
+)
 STUDENT_LINEAGE_VERSION = 1
 
 # Written anew by every save, or read by `generate` only; the end tokens among them are part of the
@@ -107,7 +117,7 @@ def fingerprint_model(model: ModelConfig) -> ModelFingerprint:
         InputError: no such folder, no safetensors weights, a damaged file, or no readable config.
     """
     folder = model_folder(model)
-    weights = _hash_of(hash_tensors(_weight_files(folder.path)))
+    weights = _hash_of(hash_tensors(weight_files(folder.path)))
     config = canonical_hash(architecture(read_json(folder.path / "config.json")))
     adapter = None if model.adapter is None else _fingerprint_adapter(model.adapter)
     return ModelFingerprint(
@@ -243,7 +253,7 @@ def _fold_rope(config: dict[str, Any]) -> None:
         config["rope_parameters"] = rope
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files transformers would load, and no others that lie beside them."""
     if (folder / "adapter_config.json").exists():
         raise InputError(
