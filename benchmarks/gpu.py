@@ -3,9 +3,10 @@
     python benchmarks/gpu.py
 
 prints one JSON line per figure: ours, against, ratio (ours / against, or the share reached) and its goal.
-Each case runs in a process of its own that is ended after its time limit, and no case begins or goes on after
-eight minutes; a case without a figure, or a peer that is not there, is one plain line. Peers (Liger's fused cross-entropy, Cut Cross-Entropy) are installed into
-build/gpu-peers, from benchmarks/wheels or the registry, unless `--no-peers` is given.
+Each case runs in a process of its own that is ended after its time limit, and none begins or goes on after
+eight minutes; a case without a figure, or a peer that is not there, is one plain line. Peers (Liger's fused
+cross-entropy, Cut Cross-Entropy) are installed into build/gpu-peers, from benchmarks/wheels or the registry,
+unless `--no-peers` is given.
 
 `--device cpu --tiny` runs every case on a CPU at sizes that say nothing, to see that the file itself works.
 """

@@ -285,7 +285,7 @@ def _bare_pass(loaded: Any, sequences: Any, batch_tokens: int) -> None:
 
 
 def measure_large(sizes: Sizes) -> dict[str, Any]:
-    """Peak memory of full fine-tuning with the fewest bytes: two steps of one rollout, as the trainer makes them.
+    """Peak memory of full fine-tuning with the fewest bytes: two steps of one rollout.
 
     On a CPU the peak is that of the whole process, which says nothing.
     """
