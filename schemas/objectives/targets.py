@@ -119,7 +119,7 @@ class RewardTarget(TargetConfig):
 
 
 class SignalRatioTarget(TargetConfig):
-    """Advantage log T - log B of two cached models, the student not in it (ERPD, arXiv 2605.25582; inferred)."""
+    """Advantage log T - log B of two cached models, the student not in it (arXiv 2605.25582; inferred)."""
 
     gives: ClassVar[Literal["advantage"]] = "advantage"
     kind: Literal["signal_ratio"]

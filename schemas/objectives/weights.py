@@ -214,7 +214,7 @@ class PassRateSelection(StrictModel):
 
 
 class BestOfSelection(StrictModel):
-    """Keeps one of the teacher's answers to each prompt, and all of the student's (BRTS, arXiv 2605.09725)."""
+    """Keeps one of the teacher's answers to each prompt, and all of the student's (arXiv 2605.09725)."""
 
     kind: Literal["best_of"]
     """A correct answer before any other; among equals the one whose top-k is most like the student's."""

@@ -67,7 +67,8 @@ def overlaps(one_NK: NDArray[np.int64], other_NK: NDArray[np.int64]) -> Floats:
 
 def _top(signal: SignalColumns, top_k: int) -> NDArray[np.int64]:
     """The most likely ids of each position, -1 where there are fewer, [N, K]."""
-    assert signal.topk_offsets is not None and signal.topk_ids_C is not None, "needs_best_of asks for both"
+    assert signal.topk_offsets is not None, "needs_best_of asks for it"
+    assert signal.topk_ids_C is not None, "needs_best_of asks for it"
     place_NK = signal.topk_offsets[:-1, None] + np.arange(top_k)
     is_there_NK = place_NK < signal.topk_offsets[1:, None]
     ids_NK = signal.topk_ids_C[np.where(is_there_NK, place_NK, 0)] if len(signal.topk_ids_C) else place_NK
