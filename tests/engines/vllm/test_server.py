@@ -273,3 +273,8 @@ def test_a_server_that_calls_its_model_by_the_key_does_not_get_it_printed(
         connect(serve(served=[f"one-{key}", key]), api_key_env="TEACHER_KEY")
     assert "one-***" in str(caught.value)
     assert key not in str(caught.value) + caplog.text
+
+
+def test_a_server_whose_model_lies_at_no_path_is_as_one_whose_weights_cannot_be_seen(serve, connect, caplog):
+    connect(serve(root="a" * 3000))
+    assert "cannot be seen from here" in caplog.text
