@@ -68,7 +68,8 @@ def _reduced(config: dict[str, Any]) -> dict[str, Any]:
     added = dict(_ADDED.get(str(kept.get("model_type")), {}))
     if kept.get("model_type") == "deepseek_v3":
         added["head_dim"] = kept.get("qk_rope_head_dim")
-        added["qk_head_dim"] = kept.get("qk_rope_head_dim", 0) + kept.get("qk_nope_head_dim", 0)
+        parts = kept.get("qk_rope_head_dim"), kept.get("qk_nope_head_dim")
+        added["qk_head_dim"] = sum(part for part in parts if isinstance(part, int))
     return {key: value for key, value in kept.items() if key not in added or value != added[key]}
 
 

@@ -106,7 +106,7 @@ def _in_format(settings: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 
 def _read(places: dict[str, Path]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted({*places.values()}):
         with safe_open(file, "pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name, place in places.items() if place == file}

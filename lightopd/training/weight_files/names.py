@@ -21,7 +21,7 @@ def keep_stored_names(model: PreTrainedModel, stored: Collection[str]) -> None:
         if not isinstance(change, PrefixChange) or _occurs(change, stored)
     ]
     if conversions:
-        model._weight_conversions = conversions  # type: ignore[assignment]
+        model._weight_conversions = conversions
 
 
 def unread(model: PreTrainedModel, stored: Collection[str]) -> list[str]:
