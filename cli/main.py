@@ -3,11 +3,14 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
+from lightopd.cli.guard import debug_file
+from lightopd.cli.output import printable
 
 app = typer.Typer(
     name="lightopd",
@@ -30,8 +33,14 @@ def _options(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    debug: Path | None = typer.Option(
+        None, "--debug", dir_okay=False, help="Keep the traceback of an error in this file."
+    ),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more."),
 ) -> None:
+    if debug is not None and not debug.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{debug.absolute().parent} is no folder", param_hint="--debug")
+    debug_file.set(debug)
     logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -41,9 +50,17 @@ app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")
 
 
+class _Printable(logging.Formatter):
+    """Lines of the log without control characters that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time and message."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lightopd")
     logger.handlers = [handler]
     logger.propagate = False

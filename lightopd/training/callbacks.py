@@ -1,5 +1,6 @@
 """What happens after a step: its row in metrics.csv, a checkpoint when one is due, a progress line."""
 
+import contextlib
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from pydantic import JsonValue
 
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
+from lightopd.stopping import stops_wait
 from lightopd.training.checkpoints.checkpoint import TrainerState, checkpoint_path, prune_checkpoints
 from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.measures.best import is_over, updated_best
@@ -118,11 +120,29 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
 
 class StepDone(Callback):  # type: ignore[misc]
-    """The last to hear of a step: all that belongs to it is done."""
+    """The last to hear of a step: all that belongs to it is done, and a single process may be stopped."""
+
+    def __init__(self) -> None:
+        self._held = contextlib.ExitStack()
+        self._allow_stop: Callable[[], None] = lambda: None
+
+    def on_train_start(self, trainer: Trainer, module: StudentModule) -> None:
+        """Let a stop wait for its step; several processes stop at once: each would wait for the others."""
+        if trainer.world_size == 1:
+            self._allow_stop = self._held.enter_context(stops_wait())
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
-        """Note it."""
+        """Note it, and stop if that was requested."""
         module.is_between_steps = True
+        self._allow_stop()
+
+    def on_exception(self, trainer: Trainer, module: StudentModule, exception: BaseException) -> None:
+        """Signals act at once again."""
+        self._held.close()
+
+    def on_train_end(self, trainer: Trainer, module: StudentModule) -> None:
+        """Signals act at once again."""
+        self._held.close()
 
 
 class Progress(Callback):  # type: ignore[misc]
