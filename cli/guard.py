@@ -14,6 +14,7 @@ import typer
 from lightopd.errors import LightopdError, OutputError
 from lightopd.ranks import is_worker
 from lightopd.stopping import TERMINATED, sigterm_raises
+from lightopd.telling import live_line_cleared
 
 Arguments = ParamSpec("Arguments")
 
@@ -43,7 +44,8 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         with sigterm_raises() as is_terminated:
             try:
-                command(*args, **kwargs)
+                with live_line_cleared():
+                    command(*args, **kwargs)
             except LightopdError as error:
                 typer.echo(f"error: {printable(str(error))}", err=True)
                 raise typer.Exit(error.exit_code) from error

@@ -8,6 +8,7 @@ import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
+from lightopd.telling import LogLines
 
 app = typer.Typer(
     name="lightopd",
@@ -32,7 +33,9 @@ def _options(
     ),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more."),
 ) -> None:
-    logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
+    for handler in logging.getLogger("lightopd").handlers:
+        if isinstance(handler, LogLines):
+            handler.shows_debug = verbose
 
 
 for group in (stages, cache, inspection, tools):
@@ -42,10 +45,9 @@ app.add_typer(methods.app, name="methods")
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lightopd")
-    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [LogLines(sys.stderr)]
     logger.propagate = False
 
 
