@@ -17,6 +17,19 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+def printable(text: str) -> str:
+    """Text in one line, without control characters that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+class _Printable(logging.Formatter):
+    """Time and message, without control characters that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 class LogLines(logging.StreamHandler[TextIO]):
     """Writes a log to a stream; on a terminal, lines marked `LIVE` are drawn in one place.
 
@@ -28,7 +41,7 @@ class LogLines(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        self.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
         self.shows_debug = False
         self._is_drawn = False
 
@@ -36,7 +49,7 @@ class LogLines(logging.StreamHandler[TextIO]):
         """Draw a live line over the last one, write any other below."""
         if getattr(record, "is_live", False) and self.stream.isatty():
             columns = shutil.get_terminal_size().columns
-            self.stream.write(_CLEARED + record.getMessage()[: columns - 1])
+            self.stream.write(_CLEARED + printable(record.getMessage())[: columns - 1])
             self.flush()
             self._is_drawn = True
         elif record.levelno >= logging.INFO or self.shows_debug:

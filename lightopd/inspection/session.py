@@ -94,6 +94,11 @@ def run(
                     f"the query ran longer than {limits.seconds:g} s and was stopped; narrow it, or raise "
                     "the time limit"
                 ) from None
+            if "Out of Memory Error" in str(error):
+                most = limits.memory or "there is"
+                raise ConfigError(
+                    f"the query needs more memory than {most}; narrow it, or raise --memory"
+                ) from None
             raise _one_line(error, cache) from None
 
 
