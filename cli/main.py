@@ -57,6 +57,8 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.DEBUG)
     logger.handlers = [LogLines(sys.stderr)]
     logger.propagate = False
+    # torchao, where it is installed, makes torch warn of torchao's own code in two long lines.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def main() -> None:
