@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lightopd.telling import printable
+
 if TYPE_CHECKING:
     from lightopd.pipelines.shared.reports import Report
 
 
 SHORTEST = 12
 """Characters to which a column may shrink."""
-
-
-def printable(text: str) -> str:
-    """Text in one line, without control characters that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def say(text: str, err: bool = False) -> None:

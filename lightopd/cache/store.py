@@ -206,7 +206,7 @@ def content_id(cache: Cache, signals: Sequence[str]) -> str:
     content: dict[str, Any] = {
         "rollouts": [cache.manifest.fingerprint(), *(marker.sha256 for marker in cache.markers)]
     }
-    for name in sorted(set(signals)):
+    for name in signals:
         signal = cache.signals[name]
         content[f"signals/{name}"] = [
             signal.manifest.fingerprint(),
