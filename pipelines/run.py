@@ -12,6 +12,7 @@ of one setting of `train`:
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def sweep(
     started_s = time.monotonic()
     runs = variants(config, assignment)
     for each in runs.values():
-        check_pipeline(each, lambda name, run=each: _has_finished(run, name), trainings=len(runs))
+        check_pipeline(each, partial(_has_finished, each), trainings=len(runs))
     if dry_run:
         for each in runs.values():
             report = _plan(each, told)
@@ -129,7 +130,7 @@ def sweep(
                 reports[name] = RUNNERS[stage](build(STAGES[stage], settings))
                 told(reports[name])
             told_already |= reports.keys() - {"train", "eval_after"}
-            own = {name: reports[name] for name in ("train", "eval_after") if name in reports}
+            own = {name: report for name, report in reports.items() if name in ("train", "eval_after")}
             rows.append(_swept(assignment.partition("=")[0], value, own))
         report = Report(
             "sweep", str(config.out / "sweep"), {"trainings": len(rows)}, rows=tuple(rows),
