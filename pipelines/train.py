@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache, signal_names
+from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.gap import suggestion
+from lightopd.pipelines.shared.model_card import scored_by, write_model_card
 from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
@@ -71,15 +73,16 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         )
         leave_unless(result.is_main)
         report = _report(config, result, overrides, started_s)
-        _write_lineage(config, cache, student, overrides, result.student)
+        _write_lineage(config, cache, student, overrides, result.student, result.exported_step)
         save_config(config, "train", config.out)
         save_report(report, config.out)
     return report
 
 
 def _signals_there(config: TrainConfig) -> list[str]:
-    """Signals the objective reads and the cache has; another signal may still be in the making."""
-    return [name for name in needs(config.objective).signals if name in signal_names(config.cache)]
+    """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
+    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    return [name for name in needs(config.objective).signals if name in there]
 
 
 def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:
@@ -105,6 +108,7 @@ def _write_lineage(
     student: ModelFingerprint,
     overrides: tuple[Override, ...],
     folder: Path,
+    steps: int,
 ) -> None:
     used = needs(config.objective).signals
     trained = fingerprint_model(trained_student(config.student, folder))
@@ -118,6 +122,13 @@ def _write_lineage(
         overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
     )
     write_student_lineage(folder, lineage)
+    rollouts = sum(marker.rows for marker in cache.markers)
+    facts = {
+        **scored_by({name: cache.signals[name].manifest.model for name in used}),
+        "rollouts": f"{rollouts} of {cache.manifest.num_prompts} prompts",
+        "steps": steps,
+    }
+    write_model_card(folder, lineage, config.student, config, facts)
 
 
 def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: AccuracyMeter | None) -> Report:
