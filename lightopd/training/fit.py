@@ -21,6 +21,7 @@ from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
+from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
@@ -57,7 +58,7 @@ from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_token
 from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import SelectedRollouts, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
-from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.distributed.strategies import check_strategy, uses_gpu
 from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
@@ -320,6 +321,8 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
         check_low_memory()
         model.to(torch.bfloat16)
     _say_memory(model, run.finetune, longest)
+    if uses_gpu(run.finetune) and not use_causal_attention(model):
+        log.info("attention of the student is that of transformers, which makes masks of [T, T]")
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
