@@ -23,6 +23,7 @@ from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
+from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
@@ -276,7 +277,8 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     reading = FirstReading(run.cache, signals, topk, limit)
-    selected = select_rollouts(run.cache, run.objective, run.needed, run.finetune.held_out, reading)
+    held_out, width = run.finetune.held_out, _id_limit(run)
+    selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained
     for some in (index, selected.held_out) if selected.held_out else (index,):
         check_lengths(some, run.finetune.micro_batch_tokens)
@@ -284,6 +286,13 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     if index.num_left_out:
         log.info("%d rollouts have no trained token and are left out", index.num_left_out)
     return selected, reading.store(index)
+
+
+def _id_limit(run: _Run) -> int | None:
+    """Width of a student that learns the answers of a wider teacher, which may have drawn an id beyond it."""
+    width = model_limits(run.student).vocabulary_size
+    manifest = run.cache.manifest
+    return width if manifest.origin == "teacher" and manifest.vocabulary_size > width else None
 
 
 def _refuse_ids_beyond(run: _Run, width: int) -> None:
@@ -306,7 +315,7 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
-    if run.cache.manifest.vocabulary_size > width:
+    if run.cache.manifest.vocabulary_size > width and _id_limit(run) is None:
         _refuse_ids_beyond(run, width)
     if longest > context_length_of(model):
         raise TrainingError(

@@ -1,7 +1,7 @@
 """What a later moment of a stage would refuse, refused before anything is paid for; no weights are read."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
@@ -82,6 +82,21 @@ def check_top_k(config: PrecomputeConfig) -> None:
         raise ConfigError(
             f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {size} tokens; set top_k "
             "to that or less"
+        )
+
+
+def check_head_holds(student: ModelConfig, vocabulary: Mapping[str, int]) -> None:
+    """Refuse a student without an output for a token of the tokenizer; rows beyond those do not matter.
+
+    Raises:
+        InputError: names the token and the width.
+    """
+    width = model_limits(student).vocabulary_size
+    token, largest = max(vocabulary.items(), key=lambda entry: entry[1])
+    if largest >= width:
+        raise InputError(
+            f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it more "
+            f"with resize_token_embeddings({largest + 1}), and save it"
         )
 
 
