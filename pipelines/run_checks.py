@@ -64,7 +64,7 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
         check_training(sft.finetune, MLE_OBJECTIVE, asks_student=False)
         tokenizer, taught = identified_tokenizer(sft.teacher)
         check_ids(sft.student, taught, sft.allow, "sft")
-        check_head_holds(sft.student, tokenizer.get_vocab())
+        check_head_holds(sft.student, tokenizer)
     if is_finished("rollout"):
         return
     # The fine-tuned student takes over its teacher's tokenizer, and keeps the base's width and context.

@@ -108,7 +108,7 @@ def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
     teacher, taught = identified_tokenizer(config.teacher)
     student, found = identified_tokenizer(config.student)
     learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
-    check_head_holds(config.student, teacher.get_vocab())
+    check_head_holds(config.student, teacher)
     return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
 
 

@@ -1,7 +1,8 @@
 """What a later moment of a stage would refuse, refused before anything is paid for; no weights are read."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
@@ -85,18 +86,23 @@ def check_top_k(config: PrecomputeConfig) -> None:
         )
 
 
-def check_head_holds(student: ModelConfig, vocabulary: Mapping[str, int]) -> None:
-    """Refuse a student without an output for a token of the tokenizer; rows beyond those do not matter.
+def check_head_holds(student: ModelConfig, tokenizer: Any) -> None:
+    """Refuse a student without an output for a token of text.
+
+    Added tokens do not count: text models share the tokenizer of a larger one that also sees. Answers
+    with such an id are left out of fine-tuning.
 
     Raises:
         InputError: names the token and the width.
     """
     width = model_limits(student).vocabulary_size
-    token, largest = max(vocabulary.items(), key=lambda entry: entry[1])
+    added = tokenizer.get_added_vocab()
+    of_text = ((index, token) for token, index in tokenizer.get_vocab().items() if token not in added)
+    largest, token = max(of_text, default=(0, ""))
     if largest >= width:
         raise InputError(
-            f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it more "
-            f"with resize_token_embeddings({largest + 1}), and save it"
+            f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it "
+            f"more with resize_token_embeddings({largest + 1}), and save it"
         )
 
 
