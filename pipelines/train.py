@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache, signal_names
+from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
 from lightopd.models.load import context_length_of, outline
@@ -81,8 +82,9 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
 
 
 def _signals_there(config: TrainConfig) -> list[str]:
-    """Signals the objective reads and the cache has; another signal may still be in the making."""
-    return [name for name in needs(config.objective).signals if name in signal_names(config.cache)]
+    """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
+    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    return [name for name in needs(config.objective).signals if name in there]
 
 
 def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:

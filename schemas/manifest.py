@@ -263,6 +263,8 @@ class ShardMarker(StrictModel):
     """Fingerprint of the manifest it was made under."""
     dropped: dict[str, int] = {}
     """Rows left out, by reason."""
+    made_from: dict[str, JsonValue] | None = None
+    """The manifest that it was made under, so that one that is lost can be made again; None in older ones."""
 
 
 _NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at", "sft_declared"}

@@ -14,8 +14,8 @@ from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import REVERSE_KL, assert_close, assert_same_bits, rows_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
 from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.checkpoints.checkpoint import newest_checkpoint

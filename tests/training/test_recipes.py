@@ -10,8 +10,9 @@ import torch
 from host_reads import NoHostReads
 from transformers import AutoModelForCausalLM
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path, write_shard
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.methods import read_method
