@@ -17,7 +17,6 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
-from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
@@ -57,7 +56,7 @@ from lightopd.training.checkpoints.untouched import check_names
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
-from lightopd.training.data.split import SelectedRollouts, select_rollouts
+from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy, uses_gpu
 from lightopd.training.jumps import check_jump
@@ -295,17 +294,6 @@ def _id_limit(run: _Run) -> int | None:
     return width if manifest.origin == "teacher" and manifest.vocabulary_size > width else None
 
 
-def _refuse_ids_beyond(run: _Run, width: int) -> None:
-    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs."""
-    for shard in run.cache.shards:
-        largest = largest_id(run.cache, shard)
-        if largest >= width:
-            raise TrainingError(
-                f"{run.cache.file(shard)} has token id {largest}, {run.student.path} has {width} outputs; "
-                f"train a student that has it, or leave out the responses with such ids"
-            )
-
-
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     if checkpoint is None and not is_adapted(model):
@@ -316,7 +304,7 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
     if run.cache.manifest.vocabulary_size > width and _id_limit(run) is None:
-        _refuse_ids_beyond(run, width)
+        refuse_ids_beyond(run.cache, width, run.student.path)
     if longest > context_length_of(model):
         raise TrainingError(
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "

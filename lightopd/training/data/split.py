@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightopd.cache.reader import rows_beyond
+from lightopd.cache.reader import largest_id, rows_beyond
 from lightopd.cache.store import Cache
-from lightopd.errors import CacheError, ConfigError
+from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.cache_tables import cache_views
 from lightopd.objectives.preparation.prepare import prepare_rollouts
@@ -71,6 +71,21 @@ def select_rollouts(
     trained, validation = split(index, held_out)
     notes.append(f"{len(validation.row_P)} rollouts are held out")
     return SelectedRollouts(trained, validation, tuple(notes))
+
+
+def refuse_ids_beyond(cache: Cache, width: int, student: str) -> None:
+    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs.
+
+    Raises:
+        TrainingError: names the shard and the id.
+    """
+    for shard in cache.shards:
+        largest = largest_id(cache, shard)
+        if largest >= width:
+            raise TrainingError(
+                f"{cache.file(shard)} has token id {largest}, {student} has {width} outputs; "
+                f"train a student that has it, or leave out the responses with such ids"
+            )
 
 
 def _below(cache: Cache, index: CacheIndex, limit: int) -> tuple[CacheIndex, int]:
