@@ -70,6 +70,9 @@ class RolloutBatch:
     """Totals of the optimiser step this micro-batch is part of."""
     prepared_R: dict[str, Tensor] = field(default_factory=dict)
     """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+    behavior_logprobs_N: Tensor | None = None
+    """float32, of the sampled token under the distribution it was drawn from, with its temperature and
+    truncation; None where that is taken to be the student at rollout."""
 
 
 @dataclass(frozen=True, slots=True)
