@@ -5,9 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 TERMINATED = 143
 """Exit code after SIGTERM, as shells count: 128 and the signal's number."""
+GRACE_S = 5.0
+"""Seconds that a stop waits for the step that is being made."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,3 +47,50 @@ def sigterm_raises() -> Iterator[Callable[[], bool]]:
         yield lambda: arrived
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def stops_wait(grace_s: float = GRACE_S) -> Iterator[Callable[[], None]]:
+    """Within, Ctrl-C and SIGTERM take effect where the caller allows it, or after a grace period.
+
+    A second signal takes effect at once. Outside the main thread, and for a signal that is ignored, nothing
+    is changed.
+
+    Args:
+        grace_s: seconds that a signal waits at most.
+
+    Yields:
+        Function to call where a stop does no harm; it raises what the signal would have raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    process = os.getpid()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if callable(handler)}
+    waiting: list[tuple[signal.Signals, threading.Timer]] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if waiting or os.getpid() != process:
+            before[signal.Signals(number)](number, frame)
+            return
+        timer = threading.Timer(grace_s, os.kill, (process, number))
+        timer.daemon = True
+        waiting.append((signal.Signals(number), timer))
+        timer.start()
+
+    def allow() -> None:
+        if waiting:
+            number, timer = waiting[0]
+            timer.cancel()
+            before[number](number, None)
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield allow
+    finally:
+        for _, timer in waiting:
+            timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)

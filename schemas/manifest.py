@@ -172,7 +172,7 @@ class CacheManifest(StrictModel):
     """Number of prompts."""
     shard_rollouts: int = Field(ge=1)
     """Rollouts in a full shard."""
-    num_shards: int = Field(ge=0)
+    num_shards: int = Field(ge=0, le=1_000_000)
     """Shards when complete."""
     engine: EngineRecord | None
     """What ran the sampler."""

@@ -7,12 +7,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from support.workers import peak_mib
 from torch import Tensor
 
+GIB = 2**30
 CHUNK = 2048
 """Positions of a chunk of the chunked cross-entropy."""
 
@@ -280,8 +284,49 @@ def _bare_pass(loaded: Any, sequences: Any, batch_tokens: int) -> None:
             pass
 
 
+def measure_large(sizes: Sizes) -> dict[str, Any]:
+    """Peak memory of full fine-tuning with the fewest bytes: two steps of one rollout.
+
+    On a CPU the peak is that of the whole process, which says nothing.
+    """
+    from lightopd.schemas.finetune import FinetuneConfig
+    from lightopd.training.optimizer import clip_gradients, make_optimizer
+    from lightopd.training.student.memory import estimate_memory
+    from lightopd.training.student.training_mode import prepare_student
+
+    finetune = FinetuneConfig(
+        precision="bf16-true", gradient_checkpointing=True, micro_batch_tokens=sizes.large_tokens
+    )
+    model = make_model(sizes, sizes.large_model, torch.bfloat16, tied=False)
+    estimate = estimate_memory(model, finetune, sizes.large_tokens)
+    student = prepare_student(model, gradient_checkpointing=True)
+    optimizer = make_optimizer(student, finetune.optimizer, low_memory=True)
+    ids_BT = torch.randint(0, sizes.vocabulary, (1, sizes.large_tokens), device=sizes.device)
+
+    def run() -> None:
+        hidden_ND = student.model(input_ids=ids_BT, use_cache=False).last_hidden_state[0, :-1]
+        our_loss(hidden_ND, student.lm_head.weight, ids_BT[0, 1:, None]).backward()
+        clip_gradients(student, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    is_cuda = sizes.device == "cuda"
+    # torchao compiles its step, which on a CPU takes a minute and is of no interest here.
+    with nullcontext() if is_cuda else torch.compiler.set_stance("force_eager"):
+        found = timed(run, sizes._replace(rounds=1))
+    peak = torch.cuda.max_memory_allocated() if is_cuda else int(peak_mib() * 2**20)
+    split = {name: round(size / GIB, 2) for name, size in asdict(estimate).items()}
+    return {
+        "peak_gib": peak / GIB,
+        "estimate_gib": estimate.total / GIB,
+        "split": split,
+        "s": found["s"],
+    }
+
+
 CASES: dict[str, Callable[..., Any]] = {
     "kernel": measure_kernel,
     "step": measure_step,
     "scoring": measure_scoring,
+    "large": measure_large,
 }

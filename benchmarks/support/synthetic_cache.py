@@ -26,6 +26,9 @@ from lightopd.training.data.plan import CacheIndex
 from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import select_rollouts
 
+NO_SAMPLER = ""
+"""The identity that ids are made with where a manifest names no sampler."""
+
 
 def open_data(
     path: Path, objective: ObjectiveConfig, window_bytes: int = 2**31
@@ -74,7 +77,7 @@ def write_random_cache(
 
 def _sample_of(rollout: Rollout, index: int) -> Rollout:
     """The same tokens as the sample of another shard: no two rows of a cache have one id."""
-    name = rollout_id(rollout.prompt_ids, rollout.response_ids, "student", index)
+    name = rollout_id(rollout.prompt_ids, rollout.response_ids, NO_SAMPLER, index)
     return replace(rollout, rollout_id=name, sample_index=index)
 
 
@@ -84,7 +87,7 @@ def _rollout(
     prompt_ids = numbers.integers(1, vocabulary_size, prompt_tokens).astype(np.int32)
     response_ids = numbers.integers(1, vocabulary_size, size).astype(np.int32)
     return Rollout(
-        rollout_id=rollout_id(prompt_ids, response_ids, "student", 0),
+        rollout_id=rollout_id(prompt_ids, response_ids, NO_SAMPLER, 0),
         prompt_id=f"prompt-{index}",
         sample_index=0,
         origin="student",

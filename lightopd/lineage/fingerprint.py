@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lightopd.errors import InputError, LineageError
-from lightopd.files import write_atomically
+from lightopd.files import streams_in, write_atomically
 from lightopd.lineage.tensor_hashes import TensorHash, hash_tensors
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
@@ -75,9 +75,12 @@ def model_folder(model: ModelConfig) -> ModelFolder:
     """The folder of a model; a hub repository is downloaded, or found in the local hub cache.
 
     Raises:
-        InputError: no such folder, or the repository can neither be reached nor found locally.
+        InputError: no such folder, one with a FIFO, socket or device in it, or the repository can neither be
+            reached nor found locally.
     """
     folder = Path(model.path).expanduser()
+    for stream in streams_in(folder, *([model.adapter] if model.adapter else [])):
+        raise InputError(stream)
     if folder.is_dir():
         return ModelFolder(folder, None)
     if not HUB_ID.fullmatch(model.path):

@@ -17,7 +17,7 @@ from lightopd.objectives.parts.registry import PARTS
 from lightopd.objectives.requirements import term_needs
 from lightopd.objectives.state import ObjectiveState, term_factor
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
-from lightopd.schemas.objectives.targets import LogRatioTarget
+from lightopd.schemas.objectives.targets import LogRatioTarget, SignalRatioTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _advantage(scene: Scene, metrics: MetricSums, loss_mask_N: Tensor) -> Tensor
         advantage_N = advantage_N - baseline_N
     for config in term.advantage:
         advantage_N = _apply(config, scene, advantage_N)
-    limit = term.target.clip if isinstance(term.target, LogRatioTarget) else None
+    limit = term.target.clip if isinstance(term.target, LogRatioTarget | SignalRatioTarget) else None
     if limit is not None:
         metrics["clipped"] = token_mean((advantage_N.abs() > limit).float(), loss_mask_N)
         advantage_N = advantage_N.clamp(-limit, limit)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.objectives.targets import (
     AdvantagePart,
+    ConstantTarget,
     DistanceExtrapolation,
     DivergenceTarget,
     DomainRouter,
@@ -21,6 +22,7 @@ from lightopd.schemas.objectives.targets import (
     MleTarget,
     PreferenceTarget,
     SignalName,
+    SignalRatioTarget,
     Target,
 )
 from lightopd.schemas.objectives.weights import (
@@ -115,6 +117,11 @@ class TermConfig(StrictModel):
             raise ValueError(
                 "a frozen advantage (student: rollout) has no fixed point at the teacher and collapses over "
                 "many steps; add token weight ppo_clip, or use student: now"
+            )
+        if isinstance(self.target, SignalRatioTarget | ConstantTarget) and not clips:
+            raise ValueError(
+                f"the student is not in the advantage of target {self.target.kind}, so nothing ends its "
+                f"training; add token weight ppo_clip"
             )
         return self
 

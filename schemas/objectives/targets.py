@@ -118,6 +118,34 @@ class RewardTarget(TargetConfig):
     """Added to the standard deviation."""
 
 
+class SignalRatioTarget(TargetConfig):
+    """Advantage log T - log B of two cached models, the student not in it (arXiv 2605.25582; inferred)."""
+
+    gives: ClassVar[Literal["advantage"]] = "advantage"
+    kind: Literal["signal_ratio"]
+    """loss = -A log s on the sampled token; nothing ends the training but `ppo_clip`, which it needs."""
+    reference: SignalName = "reference"
+    """Signal of B, the model that training started from."""
+    clip: float | None = Field(None, gt=0)
+    """A is held within +-clip nats, after shifts; none leaves it as it is."""
+
+
+class ConstantTarget(TargetConfig):
+    """One advantage for every token: a control without a teacher (arXiv 2608.31046)."""
+
+    gives: ClassVar[Literal["advantage"]] = "advantage"
+    kind: Literal["constant"]
+    """loss = -value log s on the sampled token; nothing ends the training but `ppo_clip`, which it needs."""
+    value: float = -1.0
+    """The advantage, not 0; Adam divides its size out again, so that the sign is what counts."""
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> "ConstantTarget":
+        if self.value == 0:
+            raise ValueError("an advantage of 0 trains nothing; give value a sign, such as -1")
+        return self
+
+
 class MleTarget(TargetConfig):
     """Maximum likelihood of the sampled tokens."""
 
@@ -130,8 +158,12 @@ class EstimatorTarget(TargetConfig):
 
     kind: Literal["estimator"]
     """k2 has the gradient of `log_ratio`; k3 on frozen samples has the gradient of the forward KL."""
-    estimator: Literal["k1", "k2", "k3"] = "k2"
-    """k1 is refused: its gradient has zero mean and does not contain the teacher."""
+    later: ClassVar[tuple[str, ...]] = ("delta",)
+    estimator: Literal["k1", "k2", "k3", "huber"] = "k2"
+    """huber is k2 up to a gap of `delta` and linear beyond it. k1 is refused: its gradient has zero mean and
+    does not contain the teacher."""
+    delta: float = Field(1.0, gt=0)
+    """Gap of log T and log s, in nats, from which huber is linear."""
     max_log_ratio: float = Field(20.0, gt=0)
     """log T - log s is held below this inside the exponential of k3."""
 
@@ -250,6 +282,8 @@ class CustomTarget(TargetConfig):
 
 Target = Annotated[
     LogRatioTarget
+    | SignalRatioTarget
+    | ConstantTarget
     | RewardTarget
     | MleTarget
     | EstimatorTarget
@@ -306,6 +340,15 @@ class GroupRewardShift(StrictModel):
     """Added to the standard deviation."""
 
 
+class ShuffleAdvantage(StrictModel):
+    """Deals a rollout's advantages out to its tokens anew: a control without token credit (2608.31046)."""
+
+    kind: Literal["shuffle"]
+    """A permutation of the trained tokens of each rollout, the same at every step; sums stay as they are."""
+    seed: int = 0
+    """With the rollout's id it decides the permutation."""
+
+
 class StepDriftScale(StrictModel):
     """Scales the advantage of a turn by how far student and teacher have drifted (arXiv 2605.07725)."""
 
@@ -327,5 +370,6 @@ class CoefficientScale(StrictModel):
 
 
 AdvantagePart = Annotated[
-    MarginShift | GroupRewardShift | StepDriftScale | CoefficientScale, Field(discriminator="kind")
+    MarginShift | GroupRewardShift | ShuffleAdvantage | StepDriftScale | CoefficientScale,
+    Field(discriminator="kind"),
 ]

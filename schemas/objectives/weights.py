@@ -74,6 +74,23 @@ class DriftFadeWeight(StrictModel):
     """Weight that is always kept."""
 
 
+class HorizonWeight(StrictModel):
+    """Trains the beginning of each rollout alone (arXiv 2606.22600, 2605.31490)."""
+
+    kind: Literal["horizon"]
+    """Weight 1 for the first tokens of a rollout's trained ones, else 0; one of the two limits is given."""
+    share: float | None = Field(None, gt=0, le=1)
+    """The first ceil(share * tokens) tokens."""
+    tokens: int | None = Field(None, ge=1)
+    """The first so many tokens."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "HorizonWeight":
+        if (self.share is None) == (self.tokens is None):
+            raise ValueError("horizon needs one of share and tokens")
+        return self
+
+
 class InverseStrengthWeight(StrictModel):
     """Divides by the strength of a per-token extrapolation (arXiv 2503.02832)."""
 
@@ -89,6 +106,7 @@ TokenWeight = Annotated[
     | LogRatioCutWeight
     | TokenSelectionWeight
     | DriftFadeWeight
+    | HorizonWeight
     | InverseStrengthWeight,
     Field(discriminator="kind"),
 ]
@@ -195,6 +213,19 @@ class PassRateSelection(StrictModel):
     """Pass rates from this on are dropped; 2 keeps all."""
 
 
+class BestOfSelection(StrictModel):
+    """Keeps one of the teacher's answers to each prompt, and all of the student's (arXiv 2605.09725)."""
+
+    kind: Literal["best_of"]
+    """A correct answer before any other; among equals the one whose top-k is most like the student's."""
+    signal: SignalName = "teacher"
+    """Signal of the teacher over its own answers, with a top-k."""
+    student_signal: SignalName = "rollout_student"
+    """Signal of the student at rollout over the teacher's answers, with a top-k."""
+    top_k: int = Field(16, ge=1)
+    """Tokens of each that are compared."""
+
+
 class TeacherValidatedSelection(StrictModel):
     """Keeps prompts that the teacher solves and the student does not (TVDF, arXiv 2602.02994)."""
 
@@ -220,7 +251,11 @@ class TeacherValidatedSelection(StrictModel):
 
 
 Selection = Annotated[
-    MarginSelection | OutcomeBalanceSelection | PassRateSelection | TeacherValidatedSelection,
+    MarginSelection
+    | OutcomeBalanceSelection
+    | PassRateSelection
+    | BestOfSelection
+    | TeacherValidatedSelection,
     Field(discriminator="kind"),
 ]
 

@@ -22,7 +22,6 @@ from lightopd.cli.output import show_table
 from lightopd.errors import OutputError
 from lightopd.pipelines.shared.progress import doing
 from lightopd.pipelines.shared.run_folder import writing
-from lightopd.stopping import Terminated, sigterm_raises
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
@@ -230,24 +229,6 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_resume(world, tmp_path, 
     assert "run the same command again to resume" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "cache").rglob("*.tmp"))
-
-
-def test_sigterm_is_taken_once_and_never_in_a_forked_process():
-    with sigterm_raises() as is_terminated:
-        is_up, says_up = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(says_up, b"1")
-            time.sleep(20)
-            os._exit(0)
-        os.read(is_up, 1)  # a signal that comes before Python is set up after the fork is lost
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        with pytest.raises(Terminated):
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert is_terminated()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_version_is_printed(lightopd):

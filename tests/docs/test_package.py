@@ -23,6 +23,7 @@ ROOMS = [
     "files",
     "ranks",
     "stopping",
+    "telling",
     "config",
     "lineage",
     "models",
@@ -58,6 +59,7 @@ ROOMS = [
 HEAVY = ("torch", "transformers", "vllm", "ray", "lightning", "reasoning_gym")
 
 SOURCES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).rglob("*.py"))]
+TEST_FOLDERS = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 def room_of(module: str) -> str:
@@ -107,9 +109,15 @@ def test_imports_run_one_way_between_all_rooms(path):
     assert not beyond
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=str)
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES} | TEST_FOLDERS), ids=str)
 def test_no_folder_holds_more_than_ten_modules(folder):
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 10
+
+
+def test_tests_lie_in_the_rooms_of_what_they_test():
+    rooms = {module_of(path.parent / "__init__.py").removeprefix("lightopd.") for path in SOURCES}
+    for folder in TEST_FOLDERS - {ROOT / "tests", ROOT / "tests" / "docs", ROOT / "tests" / "fuzz"}:
+        assert ".".join(folder.relative_to(ROOT / "tests").parts) in rooms
 
 
 def test_the_command_and_the_schemas_import_nothing_heavy():

@@ -7,7 +7,7 @@ from objective_cases import METHODS, evaluate, make_world, recipe
 from lightopd.objectives.state import ObjectiveState
 
 STEPS = 6
-ADVANTAGES = {"log_ratio", "reward"}
+ADVANTAGES = {"log_ratio", "reward", "signal_ratio", "constant"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in METHODS.glob("*.yaml")))

@@ -23,7 +23,7 @@ from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
 
 METHODS = Path(__file__).parents[2] / "pipelines" / "recipes" / "methods"
-MIXED = ("soda", "raft", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
+MIXED = ("soda", "raft", "brts", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
 """Recipes over answers of both the teacher and the student."""
 
 
@@ -70,7 +70,11 @@ def distance(objective, row):
     """What falls when the student moves the right way: its losses, or, where the value of a loss says nothing
     (an advantage, a stopped gradient), the teacher's lead on the sampled tokens."""
     targets = [term.target for term in objective.terms]
+    if targets[0].kind == "constant":
+        return targets[0].value * row["log_ratio_lost"]
     leads = [value for name, value in row.items() if name.endswith("log_ratio")]
+    if len(leads) > 1 and all("stop_gradient" in dict(one).values() for one in targets):
+        return sum(map(abs, leads))
     if any(one.kind in ("log_ratio", "reward") or "stop_gradient" in dict(one).values() for one in targets):
         return abs(leads[0])
     parts = [value for name, value in row.items() if name.endswith("/loss")]

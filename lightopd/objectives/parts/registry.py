@@ -4,7 +4,7 @@ from typing import Any
 
 from lightopd.objectives.base.part import GROUPS, RATIO, REF, REWARDS, Needs, Part
 from lightopd.objectives.base.teacher import needs_support, needs_teacher
-from lightopd.objectives.parts import advantages, columns, selections, targets, weights
+from lightopd.objectives.parts import advantages, best_of, columns, controls, selections, targets, weights
 from lightopd.objectives.parts import extrapolation_limit as limit
 from lightopd.schemas.objectives import targets as t
 from lightopd.schemas.objectives import weights as w
@@ -15,6 +15,8 @@ PARTS: dict[type[Any], Part] = {
         targets.log_ratio,
         (needs_teacher, lambda config, term: REF if config.student == "rollout" else Needs()),
     ),
+    t.SignalRatioTarget: Part(targets.signal_ratio, (targets.needs_signal_ratio,)),
+    t.ConstantTarget: Part(controls.constant),
     t.RewardTarget: Part(targets.reward, (REWARDS, GROUPS), column=columns.group_reward),
     t.MleTarget: Part(targets.mle),
     t.EstimatorTarget: Part(targets.estimator, (needs_teacher,)),
@@ -48,6 +50,7 @@ PARTS: dict[type[Any], Part] = {
         measures=columns.margin_measures,
     ),
     t.GroupRewardShift: Part(advantages.group_reward_shift, (REWARDS, GROUPS), column=columns.group_reward),
+    t.ShuffleAdvantage: Part(controls.shuffle),
     t.StepDriftScale: Part(advantages.step_drift_scale, (needs_teacher, REF, Needs(columns=("turns",)))),
     t.CoefficientScale: Part(advantages.coefficient_scale),
     # token weights
@@ -56,6 +59,7 @@ PARTS: dict[type[Any], Part] = {
     w.LogRatioCutWeight: Part(weights.log_ratio_cut, (needs_teacher,)),
     w.TokenSelectionWeight: Part(weights.select_tokens, (weights.needs_selection,)),
     w.DriftFadeWeight: Part(weights.drift_fade, (weights.needs_drift_fade,)),
+    w.HorizonWeight: Part(weights.horizon),
     w.InverseStrengthWeight: Part(weights.inverse_strength, (needs_teacher,)),
     # rollout weights
     w.PerplexityWeight: Part(
@@ -83,6 +87,9 @@ PARTS: dict[type[Any], Part] = {
     ),
     w.OutcomeBalanceSelection: Part(selections.select_balance, (REWARDS,)),
     w.PassRateSelection: Part(selections.select_pass_rate, (REWARDS,)),
+    w.BestOfSelection: Part(
+        best_of.select_best_of, (REWARDS, best_of.needs_best_of), measures=best_of.best_of_measures
+    ),
     w.TeacherValidatedSelection: Part(
         selections.select_teacher_validated,
         (REWARDS, lambda config, term: Needs(columns=("teacher_reward",), answers=(config.answers,))),

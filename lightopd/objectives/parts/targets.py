@@ -8,13 +8,13 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import huber_loss, logsigmoid
 
 from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.base.divergences import normalised_teacher, token_divergence
 from lightopd.objectives.base.part import RATIO, Needs, Scene
 from lightopd.objectives.base.segments import rollout_sums
-from lightopd.objectives.base.teacher import needs_support
+from lightopd.objectives.base.teacher import needs_support, needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import (
     CustomTarget,
@@ -25,6 +25,7 @@ from lightopd.schemas.objectives.targets import (
     PreferenceTarget,
     Residual,
     RewardTarget,
+    SignalRatioTarget,
 )
 
 
@@ -38,6 +39,16 @@ def log_ratio(config: LogRatioTarget, scene: Scene) -> Tensor:
     return scene.taught().logprobs_N - student_N
 
 
+def signal_ratio(config: SignalRatioTarget, scene: Scene) -> Tensor:
+    """Advantage log T - log B of the sampled token, [N]; both are cached (arXiv 2605.25582, inferred)."""
+    return scene.taught().logprobs_N - scene.batch.signals[config.reference].logprobs_N
+
+
+def needs_signal_ratio(config: SignalRatioTarget, term: TermConfig) -> Needs:
+    """Both signals on the sampled tokens."""
+    return needs_teacher(config, term) | Needs(signals=(config.reference,))
+
+
 def reward(config: RewardTarget, scene: Scene) -> Tensor:
     """The group-normalised reward of the rollout at each of its tokens, [N]."""
     return scene.prepared_N("reward")
@@ -49,13 +60,15 @@ def mle(config: MleTarget, scene: Scene) -> Tensor:
 
 
 def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
-    """k2 = (log T - log s)^2 / 2 or k3 = T/s - 1 - log(T/s) of the sampled token, [N].
+    """k2 = (log T - log s)^2 / 2, Huber's form of it, or k3 = T/s - 1 - log(T/s) of the sampled token, [N].
 
-    Source: arXiv 2606.08432 (k3 with the log-ratio held below 20).
+    Source: arXiv 2606.08432 (k3 with the log-ratio held below 20), 2609.35505 (Huber).
     """
     gap_N = scene.taught().logprobs_N - scene.student.logprobs_N
     if config.estimator == "k2":
         return gap_N.square() / 2
+    if config.estimator == "huber":
+        return huber_loss(gap_N, torch.zeros_like(gap_N), reduction="none", delta=config.delta)
     gap_N = gap_N.clamp(max=config.max_log_ratio)
     return gap_N.expm1() - gap_N
 

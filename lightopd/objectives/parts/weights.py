@@ -13,6 +13,7 @@ from lightopd.objectives.base.teacher import align, needs_support, needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.weights import (
     DriftFadeWeight,
+    HorizonWeight,
     InverseStrengthWeight,
     LogRatioCutWeight,
     PivotWeight,
@@ -109,6 +110,19 @@ def needs_drift_fade(config: DriftFadeWeight, term: TermConfig) -> Needs:
     teachers = needs_teacher(config, term)
     own = (config.rollout_signal,) if config.bad == "overlap" else ()
     return teachers | Needs(signals=own, topk=(*teachers.signals, *own))
+
+
+def horizon(config: HorizonWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
+    """1 for the first tokens of each rollout's trained ones, 0 after them, [N]."""
+    batch = scene.batch
+    number_RL = pad_rollouts(batch.loss_mask_N.to(torch.int64), batch, 0).cumsum(1)
+    if config.tokens is not None:
+        kept_R = torch.full_like(batch.lengths_R, config.tokens)
+    else:
+        assert config.share is not None
+        kept_R = (config.share * batch.lengths_R.double() - 1e-9).ceil().to(torch.int64)
+    is_kept_N = flatten_rollouts(number_RL, batch) <= kept_R[batch.row_N]
+    return (is_kept_N & batch.loss_mask_N).to(scene.student.logprobs_N.dtype)
 
 
 def inverse_strength(config: InverseStrengthWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:

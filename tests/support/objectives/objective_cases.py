@@ -178,12 +178,24 @@ def places_of(world: World, rows: Sequence[int]) -> Tensor:
     return torch.cat([(world.row_N == row).nonzero()[:, 0] for row in rows])
 
 
-def signals_of(logprobs_N: dict[str, np.ndarray]) -> dict[str, SignalColumns]:
-    """Signals of sampled tokens only."""
-    return {name: SignalColumns(values, None, None, None, None) for name, values in logprobs_N.items()}
+def signals_of(
+    logprobs_N: dict[str, np.ndarray], tables: dict[str, np.ndarray] | None = None
+) -> dict[str, SignalColumns]:
+    """Signals of sampled tokens; with tables [N, V], every token in its order as the top-k."""
+    found = {name: SignalColumns(values, None, None, None, None) for name, values in logprobs_N.items()}
+    for name, table_NV in (tables or {}).items():
+        order_NV = np.argsort(-table_NV, axis=1)
+        offsets = np.arange(len(table_NV) + 1) * table_NV.shape[1]
+        sorted_C = np.take_along_axis(table_NV, order_NV, axis=1).ravel()
+        found[name] = replace(
+            found[name], topk_offsets=offsets, topk_ids_C=order_NV.ravel(), topk_logprobs_C=sorted_C
+        )
+    return found
 
 
-def make_columns(*, signals: dict[str, np.ndarray], **given: object) -> ShardColumns:
+def make_columns(
+    *, signals: dict[str, np.ndarray], tables: dict[str, np.ndarray] | None = None, **given: object
+) -> ShardColumns:
     """Columns of rollouts; what no selection and no column reads is left empty."""
     num_rollouts, num_tokens = len(given["rollout_ids"]), int(given["offsets"][-1])
     unread = {
@@ -195,7 +207,7 @@ def make_columns(*, signals: dict[str, np.ndarray], **given: object) -> ShardCol
         "entropies_N": None,
         "is_truncated_R": np.zeros(num_rollouts, bool),
     }
-    return ShardColumns(**unread, **given, signals=signals_of(signals))
+    return ShardColumns(**unread, **given, signals=signals_of(signals, tables))
 
 
 def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
@@ -215,6 +227,7 @@ def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
         loss_mask_N=world.loss_mask_N[places_N].numpy(),
         logprobs_N=sampled["rollout_student"],
         signals=sampled,
+        tables={name: table_NV[places_N].numpy() for name, table_NV in world.tables.items()},
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
 

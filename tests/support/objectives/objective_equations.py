@@ -1,12 +1,26 @@
 """Tools for references, and the equations of methods on the sampled token, on full float64 distributions."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from statistics import fmean
 
 import torch
 from objective_cases import World
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a recipe is held to."""
+
+    loss: Callable[[World, Tensor], Tensor]
+    rests_at: str = "teacher"
+    """Signal at which its gradient vanishes token by token."""
+    moves: str = ""
+    """Why it does not rest there, where it does not."""
+    is_surrogate: bool = False
+    """Its value is a clipped surrogate; only the gradient is the trainer's."""
 
 
 def sampled(world: World, logprobs_NV: Tensor, n: int) -> Tensor:

@@ -6,12 +6,12 @@ Methods whose paper writes a clipped surrogate return that surrogate; their valu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import torch
 from objective_cases import World
 from objective_equations import (
+    Reference,
     baseline_ratio,
     batch_mean,
     extrapolated,
@@ -29,6 +29,7 @@ from objective_equations import (
     uni_opd_mask,
     vopd,
 )
+from sampled_token_references import SAMPLED_TOKEN
 from torch import Tensor
 
 
@@ -301,19 +302,6 @@ def raft(world: World, student_NV: Tensor) -> Tensor:
     return sft + batch_mean(world, tempered, student)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What a recipe is held to."""
-
-    loss: Callable[[World, Tensor], Tensor]
-    rests_at: str = "teacher"
-    """Signal at which its gradient vanishes token by token."""
-    moves: str = ""
-    """Why it does not rest there, where it does not."""
-    is_surrogate: bool = False
-    """Its value is a clipped surrogate; only the gradient is the trainer's."""
-
-
 REFERENCES: dict[str, Reference] = {
     "lightning_opd": Reference(lightning_opd),
     "effopd": Reference(opd),
@@ -368,4 +356,5 @@ REFERENCES: dict[str, Reference] = {
     "recommended_topk_reverse_kl": Reference(full_divergence("reverse_kl")),
     "recommended_residual": Reference(full_divergence("reverse_kl")),
     "recommended_baseline_ratio": Reference(baseline_ratio),
+    **SAMPLED_TOKEN,
 }

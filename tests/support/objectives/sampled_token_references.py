@@ -1,0 +1,87 @@
+"""References of controls, horizons and of what else matches sampled tokens, from their equations."""
+
+from hashlib import sha256
+from math import ceil
+
+import numpy as np
+import torch
+from objective_cases import World
+from objective_equations import Reference, batch_mean, log_ratio, opd, ppo, ratio, sampled
+from torch import Tensor
+
+
+def constant(world: World, student_NV: Tensor) -> Tensor:
+    """PPO's surrogate of an advantage of -1 at every token."""
+    minus_one = torch.tensor(-1.0, dtype=torch.float64)
+    return batch_mean(world, lambda n: ppo(ratio(world, student_NV, n), minus_one, 0.2, 0.28))
+
+
+def shuffled(world: World, student_NV: Tensor) -> Tensor:
+    """-A_pi(t) log s(a_t), pi a permutation of the rollout's trained tokens."""
+    advantage = log_ratio(world, student_NV)
+    credit: dict[int, Tensor] = {}
+    for row in range(world.size):
+        tokens = world.tokens(row)
+        seed = int.from_bytes(sha256(f"0/{world.names[row]}".encode()).digest()[:8], "little")
+        order = np.random.default_rng(seed).permutation(len(tokens))
+        credit |= {n: advantage(tokens[place]) for n, place in zip(tokens, order, strict=True)}
+    return batch_mean(world, lambda n: -credit[n].clamp(-10, 10) * sampled(world, student_NV, n))
+
+
+def horizon(share: float):
+    """Lightning OPD on the first ceil(share n) of the n tokens of a rollout, divided by their number."""
+
+    def reference(world: World, student_NV: Tensor) -> Tensor:
+        advantage = log_ratio(world, student_NV)
+        rows = []
+        for row in range(world.size):
+            tokens = world.tokens(row)
+            first = tokens[: ceil(share * len(tokens))]
+            losses = [-advantage(n).clamp(-10, 10) * sampled(world, student_NV, n) for n in first]
+            rows.append(torch.stack(losses).mean())
+        return torch.stack(rows).mean()
+
+    return reference
+
+
+def erpd(world: World, student_NV: Tensor) -> Tensor:
+    """PPO's surrogate of A = log E - log B."""
+    gap_NV = world.tables["teacher"] - world.tables["reference"]
+    return batch_mean(world, lambda n: ppo(ratio(world, student_NV, n), sampled(world, gap_NV, n), 0.2, 0.2))
+
+
+def brts(world: World, student_NV: Tensor) -> Tensor:
+    """sum_v s_v sg[log s_v - log T_v] over the student's rows, plus 0.05 of it over the teacher's.
+
+    Each prompt of this world has one answer of the teacher, so that the choice among them keeps all.
+    """
+    gap_NV = (student_NV - world.tables["teacher"]).detach()
+
+    def term(origin: str) -> Tensor:
+        rows = [row for row in range(world.size) if world.origins[row] == origin]
+        return batch_mean(world, lambda n: (student_NV[n].exp() * gap_NV[n]).sum(), rows)
+
+    return term("student") + 0.05 * term("teacher")
+
+
+def lspd(world: World, student_NV: Tensor) -> Tensor:
+    """min(s / s0, 2) h(log s - log T), h(g) = g^2 / 2 within 1 nat, |g| - 1/2 beyond."""
+
+    def loss(n: int) -> Tensor:
+        gap = sampled(world, student_NV, n) - sampled(world, world.tables["teacher"], n)
+        value = gap**2 / 2 if gap.abs() <= 1 else gap.abs() - 0.5
+        return ratio(world, student_NV, n).detach().clamp(max=2.0) * value
+
+    return batch_mean(world, loss)
+
+
+SAMPLED_TOKEN = {
+    "semi_opd": Reference(opd),
+    "control_constant": Reference(constant, moves="no teacher", is_surrogate=True),
+    "control_shuffled": Reference(shuffled),
+    "horizon": Reference(horizon(0.3)),
+    "topd": Reference(horizon(0.1)),
+    "erpd": Reference(erpd, moves="the student is not in the advantage", is_surrogate=True),
+    "brts": Reference(brts),
+    "lspd": Reference(lspd),
+}
