@@ -13,7 +13,7 @@ COLUMNS = {
     "ess": "effective sample size, (mean w)^2 / mean w^2: the share of the tokens that still count",
     "chi2": "mean (w - 1)^2, the chi-square of the student now against who sampled, per token",
     "chi2_error": "standard error of what `chi2` grew by since the rollout",
-    "overlap": "(mean root of w)^2 over its value at rollout, a squared Bhattacharyya coefficient; 1 at first",
+    "overlap": "(mean root of w)^2 over that at rollout, a squared Bhattacharyya coefficient, 1 at first",
     "log_ratio_lost": "mean of log-probability at rollout minus now of the trained tokens, nats",
     "stale": "1 where a limit of `staleness` is passed for the third step in a row",
     "held_out": "the measure on the rollouts held out; nan where none was made",
