@@ -56,7 +56,7 @@ class TokenColumns:
     logprobs_N: Floats | None
     """Student at rollout; None for an imported cache."""
     entropies_N: Floats | None
-    behavior_logprobs_N: Floats | None
+    behavior_logprobs_N: Floats | None = None
     """Of who sampled, after temperature and truncation; the student's own where the cache does not say."""
 
 
