@@ -56,6 +56,8 @@ class TokenColumns:
     logprobs_N: Floats | None
     """Student at rollout; None for an imported cache."""
     entropies_N: Floats | None
+    behavior_logprobs_N: Floats | None = None
+    """Of who sampled, after temperature and truncation; the student's own where the cache does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +222,8 @@ def _token_columns(path: Path, table: pa.Table) -> tuple[dict[str, Any], Offsets
         if not table.num_rows or column.null_count < table.num_rows:
             tokens[f"{name}_N"], found = flat_column(column)
             check_offsets(path, name, found, offsets)
+    if tokens["behavior_logprobs_N"] is None:  # exact where responses were drawn at temperature 1 from all
+        tokens["behavior_logprobs_N"] = tokens["logprobs_N"]
     return tokens, offsets
 
 

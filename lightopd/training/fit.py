@@ -95,8 +95,8 @@ class FitResult:
     """Prompt and response tokens trained on, padding left out."""
     seconds: float
     """Time spent in steps, over all resumptions."""
-    first_stale_step: int | None
-    """The first step that passed a staleness limit."""
+    stale_steps: tuple[int, ...]
+    """Steps at which the cache was stale."""
     rollouts_left_out: int | None
     """Rollouts without a trained token; None when the run was finished before."""
     notes: tuple[str, ...]
@@ -202,7 +202,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
     best = known_best(checkpoint.parent, state) if finetune.best else None
-    return Start(state.step, checkpoint, objective, best)
+    return Start(state.step, checkpoint, objective, best, state.num_exceeded)
 
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
         metrics={name: value for name, value in measured.items() if not math.isnan(value)},
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
-        first_stale_step=stale[0] if stale else None,
+        stale_steps=tuple(stale),
         rollouts_left_out=said.get("rollouts_left_out"),
         notes=tuple(said.get("notes", ())),
         is_main=is_main(),
