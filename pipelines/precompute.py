@@ -36,7 +36,7 @@ from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
-from lightopd.pipelines.shared.progress import StageProgress, doing
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
@@ -46,6 +46,7 @@ from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ HUB_FILES = (
     "NOTICE*",
     "README.md",
 )
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 STUDENT_LINEAGE_VERSION = 1
 
 # Where the adapter came from and who saved it; `inference_mode` is set by every save.
@@ -247,7 +248,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         # Python's reader takes Infinity and NaN, which a canonical hash cannot hold as numbers.
-        plain = json.loads(path.read_text("utf-8"), parse_constant=str)
+        text = path.read_text("utf-8")
+        plain = json.loads(text, parse_constant=str)
+        if HALF_CHARACTER.search(text):  # written as an escape, half a pair is JSON and no text
+            json.dumps(plain, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise InputError(f"no {path}; give the folder of a complete Hugging Face model") from error
     except OSError as error:

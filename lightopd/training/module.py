@@ -58,6 +58,7 @@ from lightopd.training.student.router_loss import (
     step_load,
 )
 from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR
+from lightopd.under_way import each_told
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +179,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
         step_sums, load = self._look_ahead(shown)
-        last = len(shown) - 1
+        told, last = each_told(shown, f"train: step {self.step + 1}, micro-batch"), len(shown) - 1
         sums = [
-            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(shown)
+            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(told)
         ]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)

@@ -23,6 +23,7 @@ ROOMS = [
     "files",
     "ranks",
     "stopping",
+    "under_way",
     "telling",
     "config",
     "lineage",

@@ -20,6 +20,7 @@ from lightopd.errors import EngineError
 from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
 from lightopd.schemas.records import Scores, Support
+from lightopd.under_way import so_far
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def score(
     """
     results = [empty_scores()] * len(sequences)
     filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    done, total = 0, sum(len(sequences[index].response_ids) for index in filled)
     with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
         for indices, hidden_ND in _batches(loaded, sequences, filled, settings):
             ids_N = np.concatenate([sequences[index].response_ids for index in indices]).astype(np.int64)
@@ -54,6 +56,8 @@ def score(
             _check_finite(scores, sequences, indices)
             for index, part in _split(scores, sequences, indices):
                 results[index] = part
+            done += len(ids_N)
+            so_far(f"{done:,} of {total:,} response tokens")
     return results
 
 

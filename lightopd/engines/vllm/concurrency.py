@@ -5,6 +5,8 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from lightopd.under_way import so_far
+
 Result = TypeVar("Result")
 
 
@@ -80,6 +82,7 @@ async def run_all(
             index = running.pop(done)
             in_use -= sizes[index]
             results[index] = done.result()
+            so_far(f"{len(results):,} of {len(sizes):,} requests")
     finally:
         for task in running:
             task.cancel()
