@@ -62,7 +62,7 @@ def score(
             _check_finite(scores, sequences, indices)
             for index, part in _split(scores, sequences, indices):
                 results[index] = part
-            done += len(ids_N)
+            done += sum(len(sequences[index].response_ids) for index in indices)
             so_far(f"{done:,} of {total:,} response tokens")
     return results
 
