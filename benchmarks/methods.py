@@ -153,6 +153,7 @@ SPECIAL = (
         Case(name, PAIRS, cache="pairs")
         for name in ("decoupling_teacher_fkl", "decoupling_teacher_rkl", "soda")
     ),
+    Case("trd", f"{PAIRS}; its answers are the rewritten ones, scored on the plain prompt", cache="pairs"),
     Case("raft", f"{PAIRS}; {PRIVILEGED}, and its answers are the refined ones", cache="pairs"),
     Case(
         "video_opd",

@@ -23,7 +23,7 @@ CONTEXTS = "contexts.parquet"
 """File of a signal's rendered prompts, in its folder."""
 
 Contexts = Mapping[str, Ids]
-"""Ids of the rendered prompt, int32, by prompt id."""
+"""Ids of the rendered prompt, int32, by prompt id, or by rollout id where each rollout has its own."""
 
 _SCHEMA = pa.schema(
     [

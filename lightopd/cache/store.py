@@ -22,13 +22,15 @@ from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
+    TEXT_MANIFEST,
     CacheManifest,
     ShardMarker,
     SignalManifest,
+    TextManifest,
     compared_fields,
 )
 
-Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
+Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
 
 STAGES = {"student": "rollout", "teacher": "sft", "imported": "import", "mixed": "join"}
 """Command that makes the rollouts of a cache, by origin."""
@@ -119,7 +121,7 @@ def create_cache(path: Path, manifest: CacheManifest) -> None:
             without a manifest; or it cannot be written.
         CacheError: the manifest that lies there is broken or of a newer schema version.
     """
-    _create(path / CACHE_MANIFEST, manifest, [rollouts_folder(path), path / "signals"])
+    create_part(path / CACHE_MANIFEST, manifest, [rollouts_folder(path), path / "signals"])
 
 
 def create_signal(cache: Cache, manifest: SignalManifest) -> None:
@@ -131,7 +133,7 @@ def create_signal(cache: Cache, manifest: SignalManifest) -> None:
     """
     _check_belongs(cache.path, cache.manifest, manifest)
     _refuse_orphans(cache, manifest)
-    _create(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
+    create_part(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
 
 
 def _refuse_orphans(cache: Cache, manifest: SignalManifest) -> None:
@@ -247,6 +249,8 @@ def schema_version_at(path: Path) -> int:
         return SCHEMA_VERSION
     if path.name == SIGNAL_MANIFEST:
         return read_manifest(path, SignalManifest).schema_version
+    if path.name == TEXT_MANIFEST:
+        return read_manifest(path, TextManifest).schema_version
     return read_manifest(path, CacheManifest).schema_version
 
 
@@ -260,7 +264,8 @@ def differences(found: Manifest, wanted: Manifest) -> list[str]:
     ]
 
 
-def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
+def create_part(path: Path, manifest: Manifest, others: Sequence[Path] = ()) -> None:
+    """Write a manifest, or find it there made under the same settings."""
     if not path.exists():
         found = [folder.name for folder in others if folder.exists() and any(folder.iterdir())]
         if found:

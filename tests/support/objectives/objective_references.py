@@ -349,6 +349,7 @@ REFERENCES: dict[str, Reference] = {
     "decoupling_student_rkl": Reference(full_divergence("reverse_kl", rows="student")),
     "decoupling_teacher_fkl": Reference(full_divergence("forward_kl", rows="teacher")),
     "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
+    "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),
     "decoupling_mix": Reference(full_divergence("mix")),
     "decoupling_lengths": Reference(full_divergence("mix")),
     "hy_embodied": Reference(full_divergence("forward_kl")),
