@@ -9,7 +9,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
-from lightopd.cli.output import show_report
+from lightopd.cli.output import say, show_report
 
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
 
@@ -54,9 +54,9 @@ def verify(
             show_report(report)
         findings += [] if agrees else list(report.notes)
     if as_json:
-        typer.echo(json.dumps({"cache": str(cache), "is_whole": not findings, "findings": findings}))
+        say(json.dumps({"cache": str(cache), "is_whole": not findings, "findings": findings}))
     else:
-        typer.echo("\n".join(findings) if findings else f"{cache} is whole")
+        say("\n".join(findings) if findings else f"{cache} is whole")
     if findings:
         raise typer.Exit(5)
 
@@ -73,7 +73,7 @@ def index(cache: CacheFolder, as_json: options.Json = False) -> None:
     opened = open_cache(cache, incomplete=True)
     with writing(cache):
         path = str(build_index(opened))
-    typer.echo(json.dumps({"index": path}) if as_json else path)
+    say(json.dumps({"index": path}) if as_json else path)
 
 
 def join_(
@@ -158,4 +158,4 @@ def export(
     from lightopd.cache.store import open_cache
 
     paths = [str(path) for path in export_dataset(open_cache(cache), out)]
-    typer.echo(json.dumps({"files": paths}) if as_json else "\n".join(paths))
+    say(json.dumps({"files": paths}) if as_json else "\n".join(paths))

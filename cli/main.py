@@ -3,11 +3,14 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
+from lightopd.cli.guard import debug_file
+from lightopd.telling import LogLines
 
 app = typer.Typer(
     name="lightopd",
@@ -30,9 +33,17 @@ def _options(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    debug: Path | None = typer.Option(
+        None, "--debug", dir_okay=False, help="Keep the traceback of an error in this file."
+    ),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more."),
 ) -> None:
-    logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if debug is not None and not debug.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{debug.absolute().parent} is no folder", param_hint="--debug")
+    debug_file.set(debug)
+    for handler in logging.getLogger("lightopd").handlers:
+        if isinstance(handler, LogLines):
+            handler.shows_debug = verbose
 
 
 for group in (stages, cache, inspection, tools):
@@ -42,10 +53,9 @@ app.add_typer(methods.app, name="methods")
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lightopd")
-    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [LogLines(sys.stderr)]
     logger.propagate = False
 
 

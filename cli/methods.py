@@ -8,7 +8,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
-from lightopd.cli.output import show_table
+from lightopd.cli.output import say, show_table
 
 app = typer.Typer(no_args_is_help=True, help="List, show and check method recipes.", rich_markup_mode=None)
 
@@ -30,7 +30,7 @@ def list_(as_json: options.Json = False) -> None:
         for method in list_methods(RECIPES / "methods")
     ]
     if as_json:
-        typer.echo(json.dumps(rows))
+        say(json.dumps(rows))
     else:
         show_table(["method", "paper", "needs"], rows)
 
@@ -49,15 +49,13 @@ def show(name: Name, as_json: options.Json = False) -> None:
     if as_json:
         facts: dict[str, Any] = {"method": method.name, "title": method.title, "paper": method.paper}
         facts |= {"sentence": method.sentence, "needs": list(needs_lines(method.needs))}
-        typer.echo(json.dumps({**facts, "recipe": method.path.read_text(encoding="utf-8")}))
+        say(json.dumps({**facts, "recipe": method.path.read_text(encoding="utf-8")}))
         return
-    typer.echo(f"{method.title} ({method.paper})\n{method.sentence}\n\nneeds:")
+    say(f"{method.title} ({method.paper})\n{method.sentence}\n\nneeds:")
     for line in needs_lines(method.needs):
-        typer.echo(f"  {line}")
+        say(f"  {line}")
     recipe = method.path.read_text(encoding="utf-8").split("\n", 3)[-1].strip("\n")
-    typer.echo(
-        f"\nlightopd train -c methods/{method.name} --cache CACHE --student STUDENT --out RUN\n\n{recipe}"
-    )
+    say(f"\nlightopd train -c methods/{method.name} --cache CACHE --student STUDENT --out RUN\n\n{recipe}")
 
 
 @app.command()
@@ -81,18 +79,18 @@ def check(
     opened = open_cache(cache)
     lacks, warnings = check_method(method, cache_facts(opened, method.needs))
     if as_json:
-        typer.echo(json.dumps({"can_serve": not lacks, "lacks": list(lacks), "warnings": list(warnings)}))
+        say(json.dumps({"can_serve": not lacks, "lacks": list(lacks), "warnings": list(warnings)}))
         if lacks:
             raise typer.Exit(5)
         return
     for line in warnings:
-        typer.echo(f"! {line}")
+        say(f"! {line}")
     for line in lacks:
-        typer.echo(line)
+        say(line)
     if lacks:
         raise typer.Exit(5)
-    typer.echo(f"{cache} can serve {name}")
+    say(f"{cache} can serve {name}")
     wanted = {key: method.settings[key] for key in ("steps", "batch_sequences")}
     rate = method.settings["optimizer"]["lr"]
     if suggested := suggestion(opened, method.objective, **wanted, learning_rate=rate):
-        typer.echo(f"! {suggested}")
+        say(f"! {suggested}")

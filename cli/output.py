@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lightopd.telling import printable
+
 if TYPE_CHECKING:
     from lightopd.pipelines.shared.reports import Report
 
 
 SHORTEST = 12
 """Characters to which a column may shrink."""
+
+
+def say(text: str, err: bool = False) -> None:
+    """Lines for people, on stdout or stderr; what came from files and servers cannot steer the terminal."""
+    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
 def show_report(report: "Report", as_json: bool = False) -> None:
@@ -25,17 +32,17 @@ def show_report(report: "Report", as_json: bool = False) -> None:
     if as_json:
         typer.echo(report.as_json())
         return
-    typer.echo(f"{report.stage}: {report.out}")
+    say(f"{report.stage}: {report.out}")
     width = max((len(key) for key in report.figures), default=0)
     for key, value in report.figures.items():
-        typer.echo(f"  {key:<{width}}  {number(value)}")
+        say(f"  {key:<{width}}  {number(value)}")
     if report.rows:
-        typer.echo("")
+        say("")
         show_table(list(report.rows[0]), report.rows)
     for reason, count in report.dropped.items():
-        typer.echo(f"  dropped {count}: {reason}")
+        say(f"  dropped {count}: {reason}")
     for note in report.notes:
-        typer.echo(f"  ! {note}")
+        say(f"  ! {note}")
 
 
 def number(value: Any) -> str:
@@ -62,7 +69,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
             _cut(cell, width).rjust(width) if right else _cut(cell, width).ljust(width)
             for cell, width, right in zip(line, widths, is_number, strict=True)
         ]
-        typer.echo("  ".join(parts).rstrip())
+        say("  ".join(parts).rstrip())
 
 
 def _cell(value: Any) -> str:

@@ -7,6 +7,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
+from lightopd.cli.output import say
 
 if TYPE_CHECKING:
     from lightopd.schemas.base import StrictModel
@@ -32,11 +33,11 @@ def show(
 
     if as_json:
         found = _load(stage, config, sets).model_dump(mode="json") if config or sets else None
-        typer.echo(json.dumps(_model(stage).model_json_schema() if found is None else found))
+        say(json.dumps(_model(stage).model_json_schema() if found is None else found))
     elif config or sets:
-        typer.echo(as_yaml(_load(stage, config, sets)), nl=False)
+        say(as_yaml(_load(stage, config, sets)).rstrip("\n"))
     else:
-        typer.echo(describe(_model(stage)))
+        say(describe(_model(stage)))
 
 
 @app.command()
@@ -52,7 +53,7 @@ def check(
     Example: lightopd config check run -c run.yaml
     """
     _load(stage, config, sets)
-    typer.echo(json.dumps({"stage": stage, "is_right": True}) if as_json else f"{stage} config is right")
+    say(json.dumps({"stage": stage, "is_right": True}) if as_json else f"{stage} config is right")
 
 
 def _model(stage: str) -> "type[StrictModel]":

@@ -8,7 +8,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
-from lightopd.cli.output import show_report, show_table
+from lightopd.cli.output import say, show_report, show_table
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def demo(
         line = smollm2.run(out, engine=engine, seed=seed, told=told, shown=shown)
     else:
         raise ConfigError(f"no demo {name!r}; the demos are tiny and smollm2")
-    typer.echo(line)
+    say(line)
 
 
 def _say_nothing(*_: Any) -> None:
@@ -49,9 +49,9 @@ def _say_nothing(*_: Any) -> None:
 
 
 def _show_query(name: str, rows: list[dict[str, Any]]) -> None:
-    typer.echo(f"\nlightopd sql CACHE {name}")
+    say(f"\nlightopd sql CACHE {name}")
     show_table(list(rows[0]) if rows else [], rows)
-    typer.echo("")
+    say("")
 
 
 def smollm2(
@@ -74,4 +74,4 @@ def smollm2(
     folders = [str(convert_gguf(gguf or find_smollm2(), out))]
     if half is not None:
         folders.append(str(half_depth_student(out, half)))
-    typer.echo(json.dumps({"folders": folders}) if as_json else "\n".join(folders))
+    say(json.dumps({"folders": folders}) if as_json else "\n".join(folders))

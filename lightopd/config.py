@@ -1,7 +1,7 @@
 """Configs from YAML files, `--set a.b=1` and flags, in that order of weight; errors in the user's words."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightopd.errors import ConfigError
+from lightopd.files import stream_kind
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import FilePrompts, ModelConfig
 from lightopd.schemas.run import STAGES, RunConfig
@@ -24,6 +25,8 @@ def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
     """
     path = _find(name, shipped)
     try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_YAML_BYTES >> 20} MiB; name a file of settings")
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a readable YAML file") from error
@@ -38,14 +41,43 @@ def read_yaml(name: str, shipped: Path | None = None) -> dict[str, Any]:
     return value
 
 
+MAX_YAML_BYTES = 4 * 2**20
+MAX_YAML_VALUES = 100_000
+"""Values of a YAML file once its aliases are expanded; a few lines can stand for billions."""
+
+
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML itself takes the last of two equal keys without a word."""
+    """Refuses a key that is given twice, of which YAML takes the last without a word, and endless aliases."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The value of a document that is not too large."""
+        self._num_values(node, {})
+        return super().construct_document(node)
+
+    def _num_values(self, node: yaml.Node, known: dict[int, int]) -> int:
+        """Values under a node with its aliases expanded; a node within itself counts as too many."""
+        if id(node) not in known:
+            known[id(node)] = MAX_YAML_VALUES + 1
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            known[id(node)] = 1 + sum(self._num_values(one, known) for one in inner)
+        if known[id(node)] > MAX_YAML_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it stands for more than {MAX_YAML_VALUES:,} values", node.start_mark
+            )
+        return known[id(node)]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node whose keys differ."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is no text or number", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -62,6 +94,8 @@ def _find(name: str, shipped: Path | None) -> Path:
         recipe = shipped / f"{name.removesuffix('.yaml')}.yaml"
         if recipe.is_file() and recipe.resolve().is_relative_to(shipped.resolve()):
             return recipe
+    if kind := stream_kind(path):
+        raise ConfigError(f"{name} is {kind}, not a file; write the settings into a file")
     known = (
         sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
         if shipped
@@ -114,13 +148,18 @@ def parse_set(assignment: str) -> dict[str, Any]:
     if not separator or not all(parts):
         raise ConfigError(f"--set {assignment!r} is not key=value, such as --set optimizer.lr=1e-5")
     try:
-        value: Any = _number(text) if _number(text) is not None else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment!r}: the value is not YAML ({error})") from error
+        value: Any = _number(text) if _number(text) is not None else _yaml_value(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--set {assignment[:200]!r}: the value is not YAML ({reason})") from error
     for part in reversed(parts):
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _yaml_value(text: str) -> Any:
+    return yaml.load(text, Loader=_EachKeyOnce)  # a SafeLoader
 
 
 def _number(text: str) -> float | None:
@@ -233,7 +272,7 @@ def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message if key == "the whole" else f"{key}: {message}"
-    if location and location[-1] == "api_key_env":
+    if "api_key_env" in location:
         return f"{key}: give the name of an environment variable, not the key itself"
     found = repr(item["input"])
     return f"{key}: {message[:1].lower()}{message[1:]}, found {found[:200]}"

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,30 @@ def put_folder(part: Path, final: Path) -> None:
     part.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+STREAMS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def stream_kind(path: Path) -> str | None:
+    """What a path leads to, in words, where reading it as a file may never end; None for all else."""
+    try:
+        return STREAMS.get(stat.S_IFMT(path.stat().st_mode))
+    except (OSError, ValueError):
+        return None
+
+
+def streams_in(*folders: Path) -> list[str]:
+    """FIFOs, sockets and devices right inside some folders, links followed, each in words."""
+    return [
+        f"{entry.path} is {kind}, not a file; remove it"
+        for folder in folders
+        if folder.is_dir()
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if not entry.is_file() and not entry.is_dir() and (kind := stream_kind(Path(entry.path)))
+    ]
 
 
 def json_bytes(value: Any) -> bytes:

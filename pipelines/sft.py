@@ -27,6 +27,7 @@ from lightopd.pipelines.sampling.sample import (
     sample,
     sampling_figures,
 )
+from lightopd.pipelines.shared.model_card import write_model_card
 from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
@@ -132,3 +133,5 @@ def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, fo
         overrides=answers.manifest.overrides,
     )
     write_student_lineage(folder, lineage)
+    rows = sum(marker.rows for marker in answers.markers)
+    write_model_card(folder, lineage, config.student, config.finetune, {"answers": rows})

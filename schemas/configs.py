@@ -58,7 +58,7 @@ class ModelConfig(StrictModel):
 class SamplingConfig(StrictModel):
     """The sampling contract; it is stored with the rollouts."""
 
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=1_000_000)
     """Rollouts per prompt."""
     temperature: float = Field(1.0, ge=0.0)
     """Sampling temperature; 0 takes the most likely token. Stored log-probabilities are always at 1."""

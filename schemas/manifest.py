@@ -35,6 +35,12 @@ class ModelFingerprint(StrictModel):
     """Path or repository it was read from; for people, never compared."""
     commit: str | None = None
     """Commit of a hub repository."""
+    earlier: str | None = Field(None, exclude=True)
+    """Identity under the spelling of configs by which older caches know the model; never stored."""
+
+    def is_same_as(self, stored: "ModelFingerprint") -> bool:
+        """Whether this model, found now, is the one that a file speaks of."""
+        return stored.identity in (self.identity, self.earlier)
 
 
 class Precision(StrictModel):
@@ -173,7 +179,7 @@ class CacheManifest(StrictModel):
     """Number of prompts."""
     shard_rollouts: int = Field(ge=1)
     """Rollouts in a full shard."""
-    num_shards: int = Field(ge=0)
+    num_shards: int = Field(ge=0, le=1_000_000)
     """Shards when complete."""
     engine: EngineRecord | None
     """What ran the sampler."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lightopd.cli.inspection import look
+from lightopd.cli.output import say
 
 
 def doctor(
@@ -23,15 +24,15 @@ def doctor(
     facts = examine(folder)
     is_well = all(fact.is_well is not False for fact in facts)
     if as_json:
-        typer.echo(json.dumps({"is_well": is_well, "facts": [asdict(fact) for fact in facts]}))
+        say(json.dumps({"is_well": is_well, "facts": [asdict(fact) for fact in facts]}))
     else:
         width = max(len(fact.name) for fact in facts)
         group = ""
         for fact in facts:
             if fact.group != group:
                 group = fact.group
-                typer.echo(group)
+                say(group)
             mark = {True: "+", False: "!", None: " "}[fact.is_well]
-            typer.echo(f"  {mark} {fact.name:<{width}}  {fact.value}")
+            say(f"  {mark} {fact.name:<{width}}  {fact.value}")
     if not is_well:
         raise typer.Exit(1)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightopd.cli.output import say
+
 if TYPE_CHECKING:
     from lightopd.inspection.opened import OpenedCache
 
@@ -35,4 +37,4 @@ def open_for(
 def warn_without_tokenizer(opened: "OpenedCache", sql: str) -> None:
     """One line on stderr where a query asks for text and no tokenizer is there."""
     if ("decode(" in sql or "token(" in sql) and opened.texts.missing:
-        typer.echo(f"{opened.texts.missing}: ids are shown as #17; give --tokenizer FOLDER", err=True)
+        say(f"{opened.texts.missing}: ids are shown as #17; give --tokenizer FOLDER", err=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lightopd.cli.inspection import look
+from lightopd.cli.output import say
 
 
 def report(
@@ -35,10 +36,10 @@ def report(
     folder, own = find_cache(cache)
     opened = look.open_for(folder, [*own, *(runs or [])], tokenizer, None, None)
     if opened.texts.missing:
-        typer.echo(f"{opened.texts.missing}: ids are shown as #17; give --tokenizer FOLDER", err=True)
+        say(f"{opened.texts.missing}: ids are shown as #17; give --tokenizer FOLDER", err=True)
     path = opened.report(out, rollouts=rollouts, tokens=tokens, top_k=top_k, check=check)
     size_bytes = path.stat().st_size
     if as_json:
-        typer.echo(json.dumps({"report": str(path), "size_bytes": size_bytes}))
+        say(json.dumps({"report": str(path), "size_bytes": size_bytes}))
     else:
-        typer.echo(f"{path} ({size_bytes / 1e6:.1f} MB): open it in a browser")
+        say(f"{path} ({size_bytes / 1e6:.1f} MB): open it in a browser")

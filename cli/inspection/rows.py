@@ -1,5 +1,6 @@
 """A query's rows on the screen or in a file: table, Markdown, CSV, JSON lines or Parquet, as they come."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ def write_rows(reader: "pa.RecordBatchReader", format: str, out: Path | None) ->
 
 def table_lines(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
     """Aligned lines: names, a rule, then the rows; numbers to the right."""
+    columns = [cell(name) for name in columns]
     first = [row for _, row in zip(range(MEASURED_ROWS), rows, strict=False)]
     cells = [[cell(value) for value in row] for row in first]
     places = range(len(columns))
@@ -91,7 +93,7 @@ def _table(reader: "pa.RecordBatchReader", out: Path | None) -> int:
 
 def _markdown(reader: "pa.RecordBatchReader", out: Path | None) -> int:
     def lines() -> Iterator[str]:
-        yield _markdown_line(reader.schema.names)
+        yield _markdown_line([cell(name, None) for name in reader.schema.names])
         yield _markdown_line(["---"] * len(reader.schema.names))
         for row in rows_of(reader):
             yield _markdown_line([cell(value, None) for value in row])
@@ -116,24 +118,38 @@ def _csv(reader: "pa.RecordBatchReader", out: Path | None) -> int:
     import pyarrow as pa
     import pyarrow.csv
 
-    fields = [pa.field(f.name, pa.string()) if pa.types.is_nested(f.type) else f for f in reader.schema]
+    from lightopd.inspection.token_texts import visible
+
+    is_shown = out is None and sys.stdout.isatty()
+    fields = [
+        pa.field(
+            visible(field.name) if is_shown else field.name,
+            pa.string() if pa.types.is_nested(field.type) else field.type,
+        )
+        for field in reader.schema
+    ]
     schema, count = pa.schema(fields), 0
     with pyarrow.csv.CSVWriter(out or sys.stdout.buffer, schema) as writer:
         for batch in reader:
-            columns = [_flat(column) for column in batch.columns]
+            columns = [_flat(column, is_shown) for column in batch.columns]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             count += batch.num_rows
     return count
 
 
-def _flat(column: "pa.Array") -> "pa.Array":
-    """Nested values as JSON text, since CSV has no lists."""
+def _flat(column: "pa.Array", is_shown: bool) -> "pa.Array":
+    """Nested values as JSON text, since CSV has no lists; text for a terminal without control characters."""
     import pyarrow as pa
 
-    if not pa.types.is_nested(column.type):
+    from lightopd.inspection.token_texts import visible
+
+    if pa.types.is_nested(column.type):
+        write: Callable[[Any], str] = functools.partial(json.dumps, default=str)
+    elif is_shown and pa.types.is_string(column.type):
+        write = visible
+    else:
         return column
-    texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
-    return pa.array(texts, pa.string())
+    return pa.array([None if value is None else write(value) for value in column.to_pylist()], pa.string())
 
 
 def _parquet(reader: "pa.RecordBatchReader", out: Path | None) -> int:

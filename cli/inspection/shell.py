@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from lightopd.cli.inspection.look import warn_without_tokenizer
 from lightopd.cli.inspection.rows import FORMATS, rows_of, table_lines, write_rows
+from lightopd.cli.output import say
 
 if TYPE_CHECKING:
     from lightopd.inspection.opened import OpenedCache
@@ -34,7 +33,7 @@ SQL ends with ; and may run over several lines. Ctrl-C stops a query, Ctrl-D end
 class Shell:
     """The state of one session: the cache, a format, and where the next result goes."""
 
-    def __init__(self, opened: "OpenedCache", say: Callable[[str], None] = typer.echo) -> None:
+    def __init__(self, opened: "OpenedCache", say: Callable[[str], None] = say) -> None:
         self.opened, self.say = opened, say
         self.format = "table"
         self.out: tuple[Path, str] | None = None
@@ -50,9 +49,9 @@ class Shell:
             else:
                 self._run(text.rstrip().rstrip(";"), {})
         except (LightopdError, ValueError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
         except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
+            say("stopped", err=True)
 
     def _command(self, name: str, *words: str) -> None:
         from lightopd.errors import ConfigError
@@ -149,7 +148,7 @@ def run_shell(opened: "OpenedCache") -> None:
             if shell.is_over:
                 return
         return
-    typer.echo(f"{opened}\n.help for help, .queries for the named queries")
+    say(f"{opened}\n.help for help, .queries for the named queries")
     session = _prompt_session(opened)
     while not shell.is_over:
         try:
@@ -245,7 +244,7 @@ def _page(lines: Iterator[str]) -> None:
     command = shlex.split(os.environ.get("PAGER") or "less -FRSX")
     if shutil.which(command[0]) is None:
         for line in lines:
-            typer.echo(line)
+            say(line)
         return
     pager = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, encoding="utf-8")
     assert pager.stdin is not None

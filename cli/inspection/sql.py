@@ -8,7 +8,7 @@ import typer
 
 from lightopd.cli.inspection import look
 from lightopd.cli.inspection.rows import rows_of, write_rows
-from lightopd.cli.output import show_table
+from lightopd.cli.output import say, show_table
 
 if TYPE_CHECKING:
     from lightopd.inspection.opened import OpenedCache
@@ -62,9 +62,7 @@ def sql(
     look.warn_without_tokenizer(opened, text)
     with opened.stream(text, values) as reader:
         if as_json:
-            typer.echo(
-                json.dumps({"columns": reader.schema.names, "rows": list(rows_of(reader))}, default=str)
-            )
+            say(json.dumps({"columns": reader.schema.names, "rows": list(rows_of(reader))}, default=str))
         else:
             write_rows(reader, format, out)
 
@@ -108,9 +106,9 @@ def _show_schema(opened: "OpenedCache", as_json: bool) -> None:
     columns, queries = opened.columns(), named_queries()
     if as_json:
         purposes = {name: query.purpose for name, query in queries.items()}
-        typer.echo(json.dumps({"columns": columns, "queries": purposes}))
+        say(json.dumps({"columns": columns, "queries": purposes}))
         return
     show_table(["view", "column", "type"], columns)
-    typer.echo("\nshipped queries:")
+    say("\nshipped queries:")
     for name, query in queries.items():
-        typer.echo(f"  {name:<18} {query.purpose}")
+        say(f"  {name:<18} {query.purpose}")

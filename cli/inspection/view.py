@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lightopd.cli.inspection import look
+from lightopd.cli.output import say
 
 
 def view(
@@ -44,10 +45,10 @@ def view(
     look.warn_without_tokenizer(opened, "decode(")
 
     def told(address: str) -> None:
-        typer.echo(address)
-        typer.echo("Ctrl-C ends it", err=True)
+        say(address)
+        say("Ctrl-C ends it", err=True)
 
     try:
         asyncio.run(serve(Pages(opened, rollouts, every), host, port, told))
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        say("stopped", err=True)

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import tempfile
-from collections import Counter
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -66,6 +67,10 @@ RAW_MANIFESTS = pa.schema(
     ]
 )
 RAW_LINEAGE = pa.schema([("file", pa.string()), ("key", pa.string()), ("value", pa.string())])
+LISTEN_S = 0.1
+"""Seconds between two looks whether Ctrl-C was pressed."""
+
+Value = TypeVar("Value")
 
 
 def query(path: Path, sql: str) -> pa.Table:
@@ -82,24 +87,9 @@ def query(path: Path, sql: str) -> pa.Table:
     check_reads(sql)
     with connect(open_cache(path, incomplete=True)) as connection:
         try:
-            found = _interruptible(connection, lambda: connection.sql(sql).to_arrow_table())
+            return stoppable(connection, lambda: connection.sql(sql).to_arrow_table())
         except duckdb.Error as error:
             raise told(error, path) from None
-    twice = [name for name, number in Counter(found.column_names).items() if number > 1]
-    if twice:
-        raise ConfigError(f"the SQL names two columns {twice[0]!r}; give one of them another name with AS")
-    return found
-
-
-def view_columns(path: Path) -> pa.Table:
-    """Columns of every view: `view`, `column`, `type`."""
-    names = ", ".join(f"'{name}'" for name in VIEWS)
-    return query(
-        path,
-        'SELECT table_name AS "view", column_name AS "column", data_type AS "type" '
-        f"FROM information_schema.columns WHERE table_name IN ({names}) "
-        f"ORDER BY list_position([{names}], table_name), ordinal_position",
-    )
 
 
 def build_index(cache: Cache) -> Path:
@@ -130,16 +120,30 @@ def refresh_index(cache: Cache) -> None:
         log.warning("%s; `lightopd index %s` builds it later", str(error).splitlines()[0], cache.path)
 
 
-def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
-    """Work in a thread of its own, so that Ctrl-C reaches this one, which then stops the query."""
-    with ThreadPoolExecutor(1, thread_name_prefix="sql") as pool:
-        running = pool.submit(work)
+def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) -> Value:
+    """What the call returns; Ctrl-C stops the query that it waits for.
+
+    Python hears a signal between two of its own instructions only, and DuckDB's are none: the call runs in a
+    thread of its own while this one listens.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; the query has ended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
         try:
-            while not running.done():
-                wait([running], timeout=0.2)
-            return running.result()
+            while True:
+                try:
+                    return future.result(timeout=LISTEN_S)
+                except FutureTimeout:
+                    if future.done():  # the call's own error
+                        return future.result()
         except KeyboardInterrupt:
-            connection.interrupt()
+            while not future.done():
+                connection.interrupt()
+                wait([future], timeout=LISTEN_S)
             raise
 
 

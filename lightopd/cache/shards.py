@@ -195,7 +195,7 @@ def read_table(
             if fault:
                 raise CacheError(f"{path} {fault}; {AGAIN}")
             table = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise CacheError(f"{path} cannot be read ({str(error).splitlines()[0]}); {AGAIN}") from error
     for name in set(columns) - set(table.column_names):
         field = schema.field(name)
@@ -205,7 +205,10 @@ def read_table(
 
 def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
     """What a shard's file says of itself and should not, in words."""
-    found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    found = {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (schema.metadata or {}).items()
+    }
     versions = {str(version): version for version in range(1, SCHEMA_VERSION + 1)}
     version = versions.get(found.get("lightopd.schema_version", ""), SCHEMA_VERSION)
     for key, value in shard_metadata(kind, fingerprint, version).items():

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
-from lightopd.files import json_bytes, write_atomically
+from lightopd.files import json_bytes, streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
@@ -170,6 +170,8 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
         CacheError: not a cache, newer schema version, broken JSON, a signal that is not there, a shard that
             is missing, has another size than its marker says or was made under other settings.
     """
+    if streams := streams_of(path):
+        raise CacheError(streams[0])
     if not (path / CACHE_MANIFEST).is_file():
         raise CacheError(
             f"{path} is not a cache: it has no {CACHE_MANIFEST}; name a folder made by `lightopd rollout`"
@@ -183,6 +185,11 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
         _check_complete(cache)
     _check_aligned(cache)
     return cache
+
+
+def streams_of(path: Path) -> list[str]:
+    """FIFOs, sockets and devices in a cache folder, in words: reading one may never end."""
+    return streams_in(path, rollouts_folder(path), *sorted(path.glob("signals/*")))
 
 
 def signal_names(path: Path) -> tuple[str, ...]:
@@ -201,7 +208,7 @@ def content_id(cache: Cache, signals: Sequence[str]) -> str:
     content: dict[str, Any] = {
         "rollouts": [cache.manifest.fingerprint(), *(marker.sha256 for marker in cache.markers)]
     }
-    for name in sorted(set(signals)):
+    for name in signals:
         signal = cache.signals[name]
         content[f"signals/{name}"] = [
             signal.manifest.fingerprint(),

@@ -23,6 +23,7 @@ from lightopd.cache.store import (
     row_count_fault,
     signal_folder,
     signal_names,
+    streams_of,
 )
 from lightopd.cache.texts import read_texts, text_folder, text_names
 from lightopd.errors import CacheError, LineageError
@@ -65,6 +66,8 @@ def verify(path: Path) -> list[Finding]:
     Raises:
         CacheError: the folder is not a cache.
     """
+    if streams := streams_of(path):
+        return [Finding(str(path), None, stream) for stream in streams]
     if not (path / CACHE_MANIFEST).is_file():
         open_cache(path)
     try:

@@ -4,26 +4,20 @@ Beside the cache's views there is the table `metrics` (run, step, name, value), 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from lightopd.cache.index import check_reads, connect, told
+from lightopd.cache.index import check_reads, connect, stoppable, told
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.inspection.token_texts import TokenTexts
 
 BATCH_ROWS = 10_000
-LISTEN_S = 0.1
-"""Seconds between two looks whether Ctrl-C was pressed."""
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,34 +88,12 @@ def run(
                     f"the query ran longer than {limits.seconds:g} s and was stopped; narrow it, or raise "
                     "the time limit"
                 ) from None
+            if "Out of Memory Error" in str(error):
+                most = limits.memory or "there is"
+                raise ConfigError(
+                    f"the query needs more memory than {most}; narrow it, or raise --memory"
+                ) from None
             raise _one_line(error, cache) from None
-
-
-def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) -> Value:
-    """What the call returns; Ctrl-C stops the query that it waits for.
-
-    Python hears a signal between two of its own instructions only, and DuckDB's are none: the call runs in a
-    thread of its own while this one listens.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the query has ended.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return call()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call)
-        try:
-            while True:
-                try:
-                    return future.result(timeout=LISTEN_S)
-                except FutureTimeout:
-                    if future.done():  # the call's own error
-                        return future.result()
-        except KeyboardInterrupt:
-            while not future.done():
-                connection.interrupt()
-                wait([future], timeout=LISTEN_S)
-            raise
 
 
 def _reader(

@@ -77,7 +77,7 @@ def _difference(tokenizer: Any, folder: Path) -> str | None:
         return None
     try:
         own = Tokenizer.from_file(str(file))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file} cannot be read ({reason}); restore it") from error
     own.no_truncation()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightopd.errors import InputError
+from lightopd.files import stream_kind
 from lightopd.prompts.hub_datasets import dataset_batches
 from lightopd.prompts.values import HugeNumber
 from lightopd.schemas.configs import FilePrompts
@@ -18,6 +19,8 @@ Row = tuple[int, dict[str, Any]]
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of JSON; a longer one is a file of another kind."""
+MAX_ARRAY_BYTES = 2**30
+"""Longest JSON array, which is read whole; more is written as JSON lines."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -29,6 +32,8 @@ def read_rows(config: FilePrompts, wanted: Collection[str] | None) -> Iterator[R
         InputError: missing, of an unknown kind, or broken; names file and row.
     """
     path = config.path
+    if kind := stream_kind(path):
+        raise InputError(f"{path} is {kind}, not a file; write the prompts into a file")
     reader = READERS.get(_ending(path))
     if path.is_file() and reader is not None:
         _refuse_settings_of_datasets(config)
@@ -74,7 +79,7 @@ def _guarded(
 
     try:
         yield from reader(path, wanted)
-    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(
             f"{path} cannot be read as {kind_of(path)} ({reason}); write or copy it again"
@@ -107,10 +112,14 @@ def _json_rows(path: Path, _: Collection[str] | None) -> Iterator[Row]:
     """Rows of an array, by place from 1; a file of lines that bears the array's name is read as lines."""
     with _opened(path) as stream:
         start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        rest = stream.read() if start.startswith(b"[") else b""
+        rest = stream.read(MAX_ARRAY_BYTES) if start.startswith(b"[") else b""
     if not start.startswith(b"["):
         yield from _jsonl_rows(path)
         return
+    if len(rest) == MAX_ARRAY_BYTES:
+        raise InputError(
+            f"{path} is an array of more than {MAX_ARRAY_BYTES >> 20} MiB; write it as JSON lines (.jsonl)"
+        )
     rows = _parsed(start + rest, str(path))
     for number, row in enumerate(rows, start=1):
         yield number, _an_object(row, f"{path}, row {number}")

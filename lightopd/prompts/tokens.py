@@ -15,6 +15,8 @@ from lightopd.schemas.configs import ModelConfig, PromptRendering
 from lightopd.schemas.manifest import TokenizerFingerprint
 from lightopd.schemas.records import Ids, Prompt
 
+MAX_TEMPLATE_CHARACTERS = 64 * 2**20
+"""Longest text that a chat template may make of one prompt; a context of ten million tokens is shorter."""
 DATED = "the chat template writes the date, so a prompt has other tokens on another day"
 
 
@@ -141,7 +143,18 @@ def apply_template(
     if clock is not None:
         variables["strftime_now"] = clock.strftime
     try:
+        # Text first: ids of a template that writes without end would cost minutes and all memory.
+        text = tokenizer.apply_chat_template(list(turns), **{**settings, "tokenize": False}, **variables)
+        if len(text) > MAX_TEMPLATE_CHARACTERS:
+            raise InputError(
+                f"the chat template makes {len(text):,} characters of {prompt.place}, more than "
+                f"{MAX_TEMPLATE_CHARACTERS:,}; correct the template"
+            )
+        if not settings["tokenize"]:
+            return text
         return tokenizer.apply_chat_template(list(turns), **settings, **variables)
+    except InputError:
+        raise
     except Exception as error:  # a template is a program of somebody else's, and fails in any way
         raise InputError(
             _template_fault(prompt, turns, tokenizer, {**settings, **variables}, error)

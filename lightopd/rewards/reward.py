@@ -32,7 +32,7 @@ def reward_of(prompt: Prompt, response_text: str) -> float | None:
         reward = verifier(response_text, prompt.answer, prompt.metadata)
     except LightopdError:
         raise
-    except Exception as error:
+    except Exception as error:  # a verifier is a program of somebody else's, and fails in any way
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{where} failed with {type(error).__name__}: {reason}; correct it or the prompt"

@@ -51,6 +51,7 @@ from lightopd.training.checkpoints.checkpoint import (
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
+from lightopd.training.checkpoints.untouched import check_names
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
@@ -65,7 +66,7 @@ from lightopd.training.measures.held_out import HeldOut, held_out_objective
 from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
-from lightopd.training.student.adapters import load_student
+from lightopd.training.student.adapters import is_adapted, load_student
 from lightopd.training.student.compile import compile_layers
 from lightopd.training.student.memory import estimate_memory
 from lightopd.training.student.packed_rows import check_packing
@@ -297,6 +298,8 @@ def _refuse_ids_beyond(run: _Run, width: int) -> None:
 
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
+    if checkpoint is None and not is_adapted(model):
+        check_names(model, run.student)
     check_head(model)
     check_attention(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]

@@ -157,7 +157,7 @@ def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeCo
     if teacher is not None:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": teacher})})
     made_by = cache.signals[signal].manifest.model
-    if made_by is None or fingerprint_model(config.teacher).identity != made_by.identity:
+    if made_by is None or not fingerprint_model(config.teacher).is_same_as(made_by):
         raise CacheError(
             f"{config.teacher.path} is not the model that made signal {signal}; give it with --teacher"
         )

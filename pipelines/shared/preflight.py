@@ -46,7 +46,7 @@ def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLinea
     if recorded.teacher is None or said.teacher is None:
         same = said.name == (recorded.teacher.source if recorded.teacher else recorded.name)
     else:
-        same = said.teacher.identity == recorded.teacher.identity
+        same = said.teacher.is_same_as(recorded.teacher)
     if not same or (said.proof == "none") != (recorded.proof == "none"):
         known = recorded.teacher.source if recorded.teacher else recorded.name or "no teacher"
         raise LineageError(

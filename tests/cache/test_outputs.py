@@ -11,7 +11,6 @@ from cache_cases import make_cache
 from lightopd.cache.index import INDEX, build_index, query, refresh_index
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
-from lightopd.errors import ConfigError
 
 
 @pytest.mark.parametrize("inside", ["rollouts/part-00000.parquet", "new.csv", "../c/rollouts/x.csv"])
@@ -35,12 +34,6 @@ def test_a_file_that_is_there_is_replaced_with_force_only(tmp_path, lightopd):
     assert "--force" in err
     assert lightopd(*command, "--force")[0] == 0
     assert out.read_text().split() == ['"x"', "1"]
-
-
-def test_two_columns_of_one_name_are_refused(tmp_path):
-    make_cache(tmp_path)
-    with pytest.raises(ConfigError, match="two columns 'x'; give one of them another name"):
-        query(tmp_path, "select 1 as x, 2 as x")
 
 
 def test_an_interrupt_ends_a_query_within_seconds(tmp_path):

@@ -205,6 +205,10 @@ SCORE_DAMAGE = [
     (with_value("tail_logprobs", 2, 0.1), "tail_logprobs has 0.1"),
     (with_value("tail_logprobs", 2, -9.0), "at place 2, which is the sum of top-k and tail"),
     (with_value("topk_logprobs", 9, -0.001), "at position 2 its top-k is not sorted"),
+    (
+        lambda scores: with_value("topk_logprobs", 9, scores.topk_logprobs[8] + 1e-4)(scores),
+        "at position 2 its top-k is not sorted",
+    ),
     (with_value("topk_ids", 8, VOCABULARY), "topk_ids has 48 at place 8, which is outside the vocabulary"),
     (with_value("topk_ids", 8, -1), "topk_ids has -1 at place 8"),
     (

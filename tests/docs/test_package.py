@@ -23,6 +23,7 @@ ROOMS = [
     "files",
     "ranks",
     "stopping",
+    "telling",
     "config",
     "lineage",
     "models",

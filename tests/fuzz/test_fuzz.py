@@ -7,6 +7,7 @@ import json
 import random
 import struct
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
@@ -29,23 +30,36 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import FilePrompts, ModelConfig, ServerEngine
 
 SEED = 17
-FEW, MANY = 12, 1000
-"""Inputs of each kind in the short form and in the long one: five kinds make 5,000."""
+FEW, MANY = 12, 5000
+"""Inputs of each kind in the short form and in the long one."""
 
 lengths = pytest.mark.parametrize(
     "numbers", [range(FEW), pytest.param(range(FEW, MANY), marks=pytest.mark.fuzz)], ids=["few", "many"]
 )
 
 
-def survives(attempt, number):
-    """One line (the command takes control characters out of it), or a failure with the input's number."""
-    try:
-        attempt()
-    except LightopdError as error:
-        if "\n" in str(error):
-            pytest.fail(f"input {number}: several lines: {error}")
-    except Exception as error:  # noqa: BLE001 - this is what is looked for
-        pytest.fail(f"input {number}: {type(error).__name__}: {str(error)[:300]}")
+@pytest.fixture
+def survives():
+    """Tries an input: one line (the command takes control characters out of it), or it counts as a failure.
+
+    Failures are told together at the end, one of each kind, so that a long form is run once for all kinds.
+    """
+    kinds = {}
+
+    def attempt_of(attempt, number):
+        try:
+            attempt()
+        except LightopdError as error:
+            if "\n" in str(error):
+                kinds.setdefault("several lines", f"input {number}: {error}")
+        except Exception as error:  # noqa: BLE001 - this is what is looked for
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            kind = f"{type(error).__name__} at {last.filename}:{last.lineno}"
+            kinds.setdefault(kind, f"input {number}: {str(error)[:300]}")
+
+    yield attempt_of
+    if kinds:
+        pytest.fail("\n".join(f"{kind}: {first}" for kind, first in kinds.items()))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +68,7 @@ def folder(tmp_path_factory):
 
 
 @lengths
-def test_prompts(numbers, folder, tmp_path):
+def test_prompts(numbers, survives, folder, tmp_path):
     write_prompts(tmp_path / "p.jsonl", 3)
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     rows[1]["prompt"] = [{"role": "user", "content": "1+1="}]
@@ -78,7 +92,7 @@ RUN = {
 
 
 @lengths
-def test_configs(numbers, tmp_path):
+def test_configs(numbers, survives, tmp_path):
     path = tmp_path / "damaged.yaml"
     for number in numbers:
         dice = random.Random(f"{SEED}/configs/{number}")
@@ -91,7 +105,7 @@ def test_configs(numbers, tmp_path):
 
 
 @lengths
-def test_model_folders(numbers, folder, tmp_path):
+def test_model_folders(numbers, survives, folder, tmp_path):
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     names = [
         "config.json",
@@ -177,7 +191,7 @@ def honest(path, body, tokens):
 
 
 @lengths
-def test_server_answers(numbers, folder, hostile):
+def test_server_answers(numbers, survives, folder, hostile):
     url, answers = hostile
     model = ModelConfig(path=str(folder))
     tokens, _ = identified_tokenizer(model)
@@ -197,7 +211,7 @@ def test_server_answers(numbers, folder, hostile):
 
 
 @lengths
-def test_imports(numbers, tmp_path):
+def test_imports(numbers, survives, tmp_path):
     row = {
         "prompt": "1+1=",
         "metadata": {

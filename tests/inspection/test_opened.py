@@ -105,6 +105,12 @@ def test_metrics_of_a_run_are_a_table_also_while_its_last_row_is_half_written(wo
         lightopd.open_cache(world.cache, runs=[world.cache]).sql("FROM metrics").rows()
 
 
+def test_a_query_ends_at_its_memory_limit(world):
+    opened = lightopd.open_cache(world.cache, limits=Limits(memory="20MB"))
+    with pytest.raises(ConfigError, match=r"needs more memory than 20MB.* raise --memory"):
+        opened.sql("SELECT count(DISTINCT hash(i) || repeat('x', 99)) FROM range(3000000) t(i)").rows()
+
+
 def test_a_query_ends_at_its_time_limit_and_memory_must_be_a_size(world):
     cache = lightopd.open_cache(world.cache, limits=Limits(seconds=0.5))
     endless = "SELECT count(*) FROM range(100000000000) a, range(1000000) b"

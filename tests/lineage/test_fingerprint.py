@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from lightopd.errors import InputError, LineageError, OutputError
+from lightopd.lineage.architecture import architecture
 from lightopd.lineage.fingerprint import (
-    architecture,
     declared_teacher,
     fingerprint_model,
     fingerprint_tokenizer,

@@ -1,11 +1,13 @@
 """Configs from files, `--set` and flags, and the words of their errors."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lightopd import config
 from lightopd.config import (
     as_yaml,
     build,
@@ -281,3 +283,69 @@ def test_every_shipped_run_file_is_right_and_its_refusals_have_been_heard(files)
     if files[-1] == "qwen3_8b_8gpu":
         assert (stages["train"].devices, stages["train"].adapter) == (8, None)
         assert stages["sft"].finetune.batch_sequences % 8 == 0
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS, "stands for more than 100,000 values"),
+        ("a: &a [*a]", "stands for more than 100,000 values"),
+        ("? [a]\n: b", "a key is no text or number"),
+        ("a: " + "[" * 3000, "nested too deeply|not valid YAML"),
+    ],
+)
+def test_a_small_file_that_stands_for_much_is_refused_in_a_line(tmp_path, text, told):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told) as caught:
+        read_yaml(str(path))
+    assert "\n" not in str(caught.value)
+    if text != LAUGHS:
+        with pytest.raises(ConfigError, match="the value is not YAML"):
+            parse_set(f"a={text}")
+
+
+def test_a_merge_key_is_read_as_yaml_has_it(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text("common: &common {lr: 1}\ntrain: {<<: *common, steps: 2}\n")
+    assert read_yaml(str(path))["train"] == {"lr": 1, "steps": 2}
+
+
+def test_a_file_of_settings_is_not_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "MAX_YAML_BYTES", 10)
+    with pytest.raises(ConfigError, match="name a file of settings"):
+        read_yaml(written(tmp_path, "large.yaml", {"steps": 100_000}))
+
+
+def test_a_fifo_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml is a FIFO, not a file"):
+        read_yaml(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("stage", ["rollout", "run"])
+def test_a_key_typed_where_its_variables_name_belongs_is_not_repeated(stage):
+    key = "sk-proj-0123456789abcdef"
+    settings = {"out": "o", "student": "s", "teacher": "t", "prompts": "p.jsonl", "cache": "c"}
+    engine = {"kind": "server", "urls": "http://a", "api_key_env": key}
+    if stage == "run":
+        settings = {**{k: v for k, v in settings.items() if k != "cache"}, "rollout": {"engine": engine}}
+        with pytest.raises(ConfigError, match="give the name of an environment variable") as caught:
+            build_run(settings)
+    else:
+        kept = {k: settings[k] for k in ("student", "prompts", "cache")}
+        with pytest.raises(ConfigError, match="give the name of an environment variable") as caught:
+            build(STAGES[stage], {**kept, "engine": engine})
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [2_000_000, 10**30])
+def test_a_config_claims_no_more_responses_than_can_be(n):
+    with pytest.raises(ConfigError, match=r"sampling\.n: .*less than or equal to 1000000"):
+        build(STAGES["rollout"], {"student": "s", "prompts": "p.jsonl", "cache": "c", "sampling": {"n": n}})

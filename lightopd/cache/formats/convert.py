@@ -148,9 +148,9 @@ def _official_rows(source: _Source) -> Iterator[_Row]:
         if row["response_tokens"] is None or not len(row["response_tokens"]):
             continue
         where = f"{source.parquet} row {number}"
-        prompt_ids = _prompt_ids(where, row, source.encode_prompt)
-        for name in ("response_tokens", "loss_mask"):
+        for name in ("prompt_tokens", "response_tokens", "loss_mask"):
             _refuse_nulls(where, name, row[name])
+        prompt_ids = _prompt_ids(where, row, source.encode_prompt)
         _check_vocabulary(where, "prompt", prompt_ids, source.vocabulary_size)
         _check_vocabulary(where, "response", row["response_tokens"], source.vocabulary_size)
         prompt_id = hashlib.sha256(prompt_ids.astype("<i4").tobytes()).hexdigest()[:32]
@@ -168,7 +168,7 @@ def _read_rows(parquet: Path) -> Iterator[dict[str, Any]]:
                 columns = {"prompt": batch.column("prompt").to_pylist(), **_metadata_columns(batch)}
                 for values in zip(*columns.values(), strict=True):
                     yield dict(zip(columns, values, strict=True))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{parquet} cannot be read as Parquet: {reason}; check the path") from error
 

@@ -90,7 +90,7 @@ def load_vllm_engine(engine: VllmEngine, model: ModelConfig) -> VllmInProcess:
         with _told_as_engine_errors(f"loading {model.path}"):
             client = loop.run(vllm_settings.start(arguments))
             return VllmInProcess(loop, client, vllm_settings.adapter_request(model), limits)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the thread would keep the process alive
         loop.close()
         raise
 

@@ -85,7 +85,7 @@ def load_server_engine(engine: ServerEngine, model: ModelConfig) -> ServerClient
     try:
         served = loop.run(probe(pool, engine, model))
         return ServerClient(loop, pool, engine, served)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the thread would keep the process alive
         loop.run(pool.close())
         loop.close()
         raise

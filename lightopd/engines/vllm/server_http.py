@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 CONNECT_S = 10.0
+SHORTEST_KEY = 8
+"""Characters from which a text may be a key; a model may well be called as a shorter one is."""
 TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
 
 
@@ -86,16 +88,17 @@ class ServerPool:
         except TimeoutError as error:
             raise _TryAgain("no answer in time") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _TryAgain(_first_line(str(error)) or type(error).__name__) from error
+            raise _TryAgain(self._hidden(_first_line(str(error))) or type(error).__name__) from error
         except aiohttp.ClientError as error:
-            raise EngineError(f"{url}{path}: {_first_line(str(error))}; check engine.urls") from error
+            reason = self._hidden(_first_line(str(error)))
+            raise EngineError(f"{url}{path}: {reason}; check engine.urls") from error
         if response.status in TRY_AGAIN:
             raise _TryAgain(f"{response.status} {self._message(content)}", _retry_after_s(response))
         if response.status != 200:
             hint = _hint(response.status)
             raise EngineError(f"{url}{path} answered {response.status}: {self._message(content)}{hint}")
         try:
-            return json.loads(content)
+            return self._without_key(json.loads(content)) if body is None else json.loads(content)
         except (ValueError, RecursionError) as error:
             raise EngineError(f"{url}{path} answered no JSON; check that it is a vLLM server") from error
 
@@ -113,9 +116,20 @@ class ServerPool:
 
     def _message(self, content: bytes) -> str:
         """What a server says went wrong, in one line, without the key that it may repeat."""
-        text = _message(content)
+        return self._hidden(_message(content))
+
+    def _hidden(self, text: str) -> str:
+        """The text without the API key."""
         key = self._headers.get("Authorization", "").removeprefix("Bearer ")
         return text.replace(key, "***") if key else text
+
+    def _without_key(self, value: Any) -> Any:
+        """What a server says of itself, without the API key in any of its texts."""
+        if isinstance(value, dict):
+            return {key: self._without_key(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._without_key(item) for item in value]
+        return self._hidden(value) if isinstance(value, str) and len(value) >= SHORTEST_KEY else value
 
 
 class NoAnswerError(EngineError):

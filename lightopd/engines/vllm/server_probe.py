@@ -142,7 +142,7 @@ def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
             f"the server's {card.name} has a context of {card.max_model_len} tokens, {model.path} has "
             f"{context_length}: it serves another model, or another setting of its positions"
         )
-    if model.adapter is not None or not (Path(card.root) / "config.json").is_file():
+    if model.adapter is not None or not _lies_here(card.root):
         log.warning("%s: whether its weights are those of %s cannot be seen from here", card.name, model.path)
         return
     try:
@@ -155,6 +155,14 @@ def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
         raise EngineError(
             f"the server's {card.name} lies in {card.root} and is another model than {model.path}"
         )
+
+
+def _lies_here(root: str) -> bool:
+    """Whether the folder that a server speaks of is a model's on this machine."""
+    try:
+        return (Path(root) / "config.json").is_file()
+    except OSError:  # what it says is too long for a path
+        return False
 
 
 async def _check_tokenizer(pool: ServerPool, url: str, name: str, tokenizer: Any) -> None:

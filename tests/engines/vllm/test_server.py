@@ -256,3 +256,25 @@ def test_the_command_takes_engine_or_server_and_settings_of_it(monkeypatch, give
     done = CliRunner().invoke(app, ["precompute", "--cache", "c", "--teacher", "t", *given])
     assert done.exit_code == 0, done.output
     assert found.items() <= seen[0].model_dump().items()
+
+
+def test_an_answer_longer_than_its_limit_is_not_read_to_its_end(serve, connect):
+    server = serve(padding=3 << 20)
+    with pytest.raises(EngineError, match=r"more than 1 MiB; .* raise engine\.max_answer_mib"):
+        connect(server, max_answer_mib=1)
+
+
+def test_a_server_that_calls_its_model_by_the_key_does_not_get_it_printed(
+    serve, connect, monkeypatch, caplog
+):
+    key = "sk-0123456789abcdef"
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(EngineError) as caught:
+        connect(serve(served=[f"one-{key}", key]), api_key_env="TEACHER_KEY")
+    assert "one-***" in str(caught.value)
+    assert key not in str(caught.value) + caplog.text
+
+
+def test_a_server_whose_model_lies_at_no_path_is_as_one_whose_weights_cannot_be_seen(serve, connect, caplog):
+    connect(serve(root="a" * 3000))
+    assert "cannot be seen from here" in caplog.text

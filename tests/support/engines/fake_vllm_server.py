@@ -30,6 +30,8 @@ class FakeServer:
         statuses: of the first completions, before any is answered.
         api_key: asked for in every request.
         version: of vLLM.
+        served: names of the models that it lists.
+        padding: spaces in that list.
     """
 
     def __init__(self, engine, tokenizer, **options):
@@ -77,13 +79,17 @@ class FakeServer:
         return self._refused(request) or web.json_response({"version": self.options.get("version", "0.32.0")})
 
     async def _models(self, request):
-        card = {
-            "id": "toy",
+        cards = [self._card(name) for name in self.options.get("served", ["toy"])]
+        padding = " " * self.options.get("padding", 0)
+        return self._refused(request) or web.json_response({"data": cards, "padding": padding})
+
+    def _card(self, name):
+        return {
+            "id": name,
             "root": self.options.get("root", "somewhere/else"),
             "parent": self.options.get("parent"),
             "max_model_len": self.options.get("max_model_len", self.engine.context_length + 1),
         }
-        return self._refused(request) or web.json_response({"data": [card]})
 
     async def _tokenize(self, request):
         body = await request.json()
