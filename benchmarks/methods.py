@@ -146,6 +146,8 @@ SPECIAL = (
         )
         for name in SELF_TAUGHT
     ),
+    Case("vision_opd", f"{PRIVILEGED}, on the teacher's own top-k"),
+    Case("pipo", "the support is the teacher's top-k alone"),
     Case("erpd", f"the over-optimised model is the teacher; {REFERENCE}"),
     Case("brts", PAIRS, cache="pairs"),
     Case("v_zero", "the evidence is the prompt; wrong evidence is the prompt with another last addend"),
