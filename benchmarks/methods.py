@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from lightopd.cache.manifests import rollouts_folder, signal_names
 from lightopd.cache.shards import shard_path, write_shard
-from lightopd.cache.store import open_cache, rollouts_folder, signal_names
+from lightopd.cache.store import open_cache
 from lightopd.config import build, merged
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.objectives.requirements import needs
@@ -148,6 +149,8 @@ SPECIAL = (
     ),
     Case("vision_opd", f"{PRIVILEGED}, on the teacher's own top-k"),
     Case("pipo", "the support is the teacher's top-k alone"),
+    Case("caopd", f"{PRIVILEGED}; no confidence is stated"),
+    Case("zppo", "the prompts are the plain ones"),
     Case("erpd", f"the over-optimised model is the teacher; {REFERENCE}"),
     Case("brts", PAIRS, cache="pairs"),
     Case("v_zero", "the evidence is the prompt; wrong evidence is the prompt with another last addend"),

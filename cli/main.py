@@ -57,6 +57,9 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.DEBUG)
     logger.handlers = [LogLines(sys.stderr)]
     logger.propagate = False
+    # Where torchao is installed, transformers imports it, and it warns of kernels that nobody asked for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -1,50 +1,53 @@
-"""A model is shown each cached rollout, by a template, and writes a text: a column, a context, or a rollout.
+"""A model is shown each cached rollout by a template, and writes: a column, a context, rollouts, prompts.
 
     lightopd rewrite --cache CACHE --model TEACHER --template refine --prompts PROMPTS --name refined
 
 The text lies in `CACHE/texts/NAME/`, row by row beside the rollouts: the ids that the model was shown, and
 exactly those that it drew. `gives: context` stops at what is shown, for `precompute --set context.text=NAME`;
-`gives: rollouts` goes on and makes the texts the responses of another cache.
+`gives: rollouts` goes on and makes the texts the responses of another cache; `gives: prompts` makes a file.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from lightopd.cache.contexts import create_text, read_texts, text_folder
 from lightopd.cache.index import refresh_index
-from lightopd.cache.reader import check_rollouts, read_columns
+from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, open_cache, schema_version_at
+from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
-from lightopd.cache.texts import create_text, open_text, read_texts, text_folder
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine, load_engine
 from lightopd.errors import InputError
+from lightopd.files import write_atomically
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import model_limits
 from lightopd.pipelines.caches.rewritten import make_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
+from lightopd.pipelines.sampling.template_rows import TemplateRow, template_rows
 from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.prompts.contexts import ContextRenderer
+from lightopd.prompts.splices import splice
 from lightopd.prompts.tokens import identified_tokenizer, response_text, stop_ids
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.manifest import TEXT_MANIFEST, Override, TextManifest
+from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.records import Ids
 from lightopd.schemas.rewriting import TEXTS, RewriteConfig
 
 log = logging.getLogger(__name__)
-
-SHOWN = ("rollout_id", "prompt_id", "prompt_ids", "response_ids", "sample_index", "reward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,12 @@ class RewritePlan:
     config: RewriteConfig
     cache: Cache
     manifest: TextManifest
-    shown: list[list[tuple[str, Ids]]]
-    """Rollout id and prompt of the writer, shard by shard."""
+    rows: list[list[TemplateRow]]
+    """Shard by shard, as the lists below."""
+    shown: list[list[Ids]]
+    """What the model is shown; of a spliced response, the student's own prompt."""
+    spliced: list[list[Ids | None]] | None
+    """Responses with their span replaced, None where there is none; None where a model writes."""
     renderer: ContextRenderer
     tokenizer: Any
 
@@ -70,19 +77,22 @@ def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load
     started_s = time.monotonic()
     plan = plan_rewrite(config)
     if dry_run:
-        return _report(plan, ("dry run: nothing was written",), started_s, {})
+        return _report(plan, started_s, {}, "dry run: nothing was written")
+    if config.gives == "prompts":
+        return _write_prompts(plan, started_s)
     folder = text_folder(config.cache, config.name)
     with writing(config.cache):
         _write_missing(plan, load)
         save_config(config, "rewrite", folder)
-        report = _report(plan, (), started_s, _figures(plan))
+        figures = _figures(plan)
+        report = _report(plan, started_s, figures)
         save_report(report, folder)
     if config.out is not None:
         with writing(config.out):
             made = make_rollouts(config.out, plan.cache, plan.manifest, plan.renderer.prompts, plan.tokenizer)
             save_config(config, "rewrite", config.out)
             refresh_index(open_cache(config.out, incomplete=True))
-            report = _report(plan, (f"rollouts: {made.path}",), started_s, report.figures)
+            report = _report(plan, started_s, figures, f"rollouts: {made.path}")
             save_report(report, config.out)
     return report
 
@@ -102,9 +112,10 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
     overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "rewrite")
     rendering, clock = cache.manifest.rendering, shown_time(cache.path)
     renderer = ContextRenderer(config.jinja, config.prompts, config.turn, "", tokenizer, rendering, clock)
-    shown = _shown(config, cache, renderer, tokenizer)
-    is_written = config.gives != "context"
-    engine, precision = describe_engine(config.engine, config.model) if is_written else (None, None)
+    rows = template_rows(cache, config.texts, tokenizer)
+    shown, spliced = _shown(config, rows, renderer), _spliced(config, rows, renderer, tokenizer)
+    writes = config.is_written
+    engine, precision = describe_engine(config.engine, config.model) if writes else (None, None)
     manifest = TextManifest(
         schema_version=schema_version_at(text_folder(cache.path, config.name) / TEXT_MANIFEST),
         name=config.name,
@@ -116,89 +127,106 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
         sft_declared=declared,
         template=config.jinja,
         turn=config.turn,
-        prompts=canonical_hash([[name, ids.tolist()] for rows in shown for name, ids in rows]),
+        prompts=_hash(rows, shown if spliced is None else spliced),
         value=config.value,
-        sampling=config.sampling if is_written else None,
+        splice=config.splice,
+        sampling=config.sampling if writes else None,
         engine=engine,
         overrides=overrides,
     )
-    return RewritePlan(config, cache, manifest, shown, renderer, tokenizer)
+    return RewritePlan(config, cache, manifest, rows, shown, spliced, renderer, tokenizer)
+
+
+def _hash(rows: list[list[TemplateRow]], ids: Sequence[Sequence[Ids | None]]) -> str:
+    """Over what the template decided of each rollout."""
+    pairs = (pair for both in zip(rows, ids, strict=True) for pair in zip(*both, strict=True))
+    return canonical_hash([[row.rollout_id, None if each is None else each.tolist()] for row, each in pairs])
 
 
 def _shown(
-    config: RewriteConfig, cache: Cache, renderer: ContextRenderer, tokenizer: Any
-) -> list[list[tuple[str, Ids]]]:
+    config: RewriteConfig, rows: list[list[TemplateRow]], renderer: ContextRenderer
+) -> list[list[Ids]]:
     """What the model is shown for each rollout.
 
     Raises:
         InputError: a template cannot be filled, or leaves no room in the model's context.
     """
-    rows = [_rows(cache, shard, config, tokenizer) for shard in cache.shards]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in (row for shard in rows for row in shard):
-        groups.setdefault(row["prompt_id"], []).append(row["variables"])
+    if config.splice is not None or config.gives == "prompts":
+        return [[row.prompt_ids for row in shard] for shard in rows]
     limit = model_limits(config.model).context_length
-    found: list[list[tuple[str, Ids]]] = []
+    found: list[list[Ids]] = []
     for shard in rows:
         found.append([])
         for row in shard:
-            group = groups[row["prompt_id"]]
-            rewards = [one["reward"] for one in group if one["reward"] is not None]
-            more = {"responses": group, "pass_rate": sum(rewards) / len(rewards) if rewards else None}
-            ids = renderer.shown_ids(row["prompt_id"], row["prompt_ids"], row["variables"] | more)
-            needed = len(ids) + (len(row["response_ids"]) if config.gives == "context" else 1)
+            ids = renderer.shown_ids(row.prompt_id, row.prompt_ids, row.variables)
+            needed = len(ids) + (1 if config.is_written else len(row.response_ids))
             if needed > limit:
                 raise InputError(
-                    f"rollout {row['rollout_id']}: the template makes a prompt of {len(ids)} tokens, the "
+                    f"rollout {row.rollout_id}: the template makes a prompt of {len(ids)} tokens, the "
                     f"context of {config.model.path} is {limit} and must hold {needed}; shorten the template"
                 )
-            found[-1].append((row["rollout_id"], ids))
+            found[-1].append(ids)
     return found
 
 
-def _rows(cache: Cache, shard: int, config: RewriteConfig, tokenizer: Any) -> list[dict[str, Any]]:
-    table = read_columns(cache, shard, SHOWN)
-    texts = {name: read_texts(cache, name, shard).column("text").to_pylist() for name in config.texts}
-    responses = split_lists(table.column("response_ids"))
-    plain = table.drop_columns(["prompt_ids", "response_ids"]).to_pylist()
-    prompts = split_lists(table.column("prompt_ids"))
-    return [
-        {
-            **row,
-            "prompt_ids": prompt_ids,
-            "response_ids": response_ids,
-            "variables": {
-                "response": response_text(response_ids if response_ids is not None else (), tokenizer),
-                "reward": row["reward"],
-                "sample_index": row["sample_index"],
-                "texts": {name: values[place] for name, values in texts.items()},
-            },
-        }
-        for place, (row, prompt_ids, response_ids) in enumerate(zip(plain, prompts, responses, strict=True))
-    ]
+def _spliced(
+    config: RewriteConfig, rows: list[list[TemplateRow]], renderer: ContextRenderer, tokenizer: Any
+) -> list[list[Ids | None]] | None:
+    """Each response with the span replaced by the filled template; None where nothing is spliced."""
+    if config.splice is None:
+        return None
+
+    def spliced(row: TemplateRow, pattern: str) -> Ids | None:
+        text = renderer.text(row.prompt_id, row.prompt_ids, row.variables)
+        return splice(row.response_ids, pattern, text, tokenizer, row.rollout_id)
+
+    return [[spliced(row, config.splice) for row in shard] for shard in rows]
+
+
+def _write_prompts(plan: RewritePlan, started_s: float) -> Report:
+    """`prompts.jsonl`: the filled template of each prompt, where it is not empty."""
+    config, out = plan.config, plan.config.out
+    assert out is not None, "the config refuses prompts without a folder"
+    first = {row.prompt_id: row for shard in reversed(plan.rows) for row in reversed(shard)}
+    lines: list[str] = []
+    for prompt_id in dict.fromkeys(row.prompt_id for shard in plan.rows for row in shard):
+        row, prompt = first[prompt_id], plan.renderer.prompts[prompt_id]
+        text = plan.renderer.text(prompt_id, row.prompt_ids, row.variables)
+        given = {"answer": prompt.answer, "domain": prompt.domain, **prompt.metadata}
+        line = {"id": f"{prompt_id}-{config.name}", "prompt": text} | given
+        if text.strip():
+            lines.append(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False))
+    if not lines:
+        raise InputError(
+            f"the template is empty for each of the {len(first)} prompts of {config.cache}, so there is none "
+            "to write; the rollouts may lack rewards, or answers of the teacher (lightopd join)"
+        )
+    with writing(out):
+        write_atomically(out / "prompts.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        save_config(config, "rewrite", out)
+        figures = {"prompts": len(lines), "left_out": len(first) - len(lines)}
+        report = _report(plan, started_s, figures, f"prompts: {out / 'prompts.jsonl'}")
+        save_report(report, out)
+    return report
 
 
 def _write_missing(plan: RewritePlan, load: LoadEngine) -> None:
-    config, manifest = plan.config, plan.manifest
+    config, manifest, total = plan.config, plan.manifest, len(plan.rows)
     create_text(plan.cache, manifest)
-    folder, fingerprint, total = (
-        text_folder(config.cache, config.name),
-        manifest.fingerprint(),
-        len(plan.shown),
-    )
+    folder, fingerprint = text_folder(config.cache, config.name), manifest.fingerprint()
     missing = [index for index in range(total) if valid_shard(folder, index, fingerprint) is None]
     if not missing:
         log.info("rewrite: nothing to do, all %d shards are there", total)
         return
     engine = None
-    if config.gives != "context":
+    if config.is_written:
         with doing(f"rewrite: loading {config.model.path} with engine {config.engine.kind}"):
             engine = load(config.engine, config.model)
     progress = StageProgress("rewrite", folder / "journal.jsonl", "shards", total, total - len(missing))
     try:
         for index in missing:
             with doing(f"rewrite: making shard {index + 1} of {total}"):
-                table = _written(plan, plan.shown[index], engine)
+                table = _table(plan, index, engine)
             marker = write_shard(folder, index, table, kind=manifest.kind, fingerprint=fingerprint)
             progress.advance(tokens=marker.tokens)
     finally:
@@ -206,34 +234,41 @@ def _write_missing(plan: RewritePlan, load: LoadEngine) -> None:
             engine.close()
 
 
-def _written(plan: RewritePlan, shown: list[tuple[str, Ids]], engine: Engine | None) -> pa.Table:
-    """The texts of one shard; of a context, what is shown alone."""
-    names, prompts = [name for name, _ in shown], [ids for _, ids in shown]
-    if engine is None:
-        written: list[Ids] = [np.zeros(0, np.int32) for _ in shown]
-        nothing = [None] * len(shown)
-        return _table(names, prompts, written, nothing, nothing, nothing)
-    config, stops = plan.config, stop_ids(plan.tokenizer, plan.config.model)
-    drawn = engine.generate(prompts, config.sampling, names, sorted({*stops, *config.sampling.stop_ids}))
-    told = [response_text(each.response_ids, plan.tokenizer) for each in drawn]
-    ids, reasons = [each.response_ids for each in drawn], [each.finish_reason for each in drawn]
-    return _table(names, prompts, ids, reasons, told, [config.number_in(text) for text in told])
-
-
-def _table(*columns: Any) -> pa.Table:
+def _table(plan: RewritePlan, index: int, engine: Engine | None) -> pa.Table:
+    """One shard of the text column."""
+    rows = plan.rows[index]
+    columns: list[Sequence[Any]] = [[row.rollout_id for row in rows], plan.shown[index]]
+    if engine is not None:
+        columns += _drawn(plan, index, engine)
+    elif plan.spliced is not None:
+        pairs = zip(rows, plan.spliced[index], strict=True)
+        new = [row.response_ids if ids is None else ids for row, ids in pairs]
+        texts = [response_text(ids, plan.tokenizer) for ids in new]
+        columns += [new, [row.finish_reason for row in rows], texts, [None] * len(rows)]
+    else:
+        nothing = [None] * len(rows)
+        columns += [[np.zeros(0, np.int32) for _ in rows], nothing, nothing, nothing]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, TEXTS, strict=True)]
     return pa.table(arrays, schema=TEXTS)
 
 
-def _tables(plan: RewritePlan) -> Iterator[pa.Table]:
-    opened = open_text(plan.cache, plan.config.name)
-    return (read_texts(plan.cache, opened.name, shard) for shard in plan.cache.shards)
+def _drawn(plan: RewritePlan, index: int, engine: Engine) -> list[Sequence[Any]]:
+    """Ids, finish reason, text and number of what the model writes about a shard."""
+    config = plan.config
+    stops = {*stop_ids(plan.tokenizer, config.model), *config.sampling.stop_ids}
+    names = [row.rollout_id for row in plan.rows[index]]
+    drawn = engine.generate(plan.shown[index], config.sampling, names, sorted(stops))
+    texts = [response_text(each.response_ids, plan.tokenizer) for each in drawn]
+    ids, reasons = [each.response_ids for each in drawn], [each.finish_reason for each in drawn]
+    return [ids, reasons, texts, [config.number_in(text) for text in texts]]
 
 
 def _figures(plan: RewritePlan) -> dict[str, Any]:
-    if plan.config.gives == "context":
+    if plan.spliced is not None:
+        return {"without_span": sum(ids is None for shard in plan.spliced for ids in shard)}
+    if not plan.config.is_written:
         return {}
-    table = pa.concat_tables(list(_tables(plan)))
+    table = pa.concat_tables([read_texts(plan.cache, plan.config.name, n) for n in plan.cache.shards])
     reasons, values = table.column("finish_reason").to_pylist(), table.column("value").drop_null().to_pylist()
     found = {"truncated_share": reasons.count("length") / max(1, len(reasons))}
     if plan.config.value is not None:
@@ -243,14 +278,12 @@ def _figures(plan: RewritePlan) -> dict[str, Any]:
     return {"written_tokens": written, **found}
 
 
-def _report(plan: RewritePlan, notes: tuple[str, ...], started_s: float, figures: dict[str, Any]) -> Report:
-    shown = [ids for rows in plan.shown for _, ids in rows]
-    overrides: tuple[Override, ...] = plan.manifest.overrides
-    counts = {"rollouts": len(shown), "prompt_tokens": sum(map(len, shown))}
+def _report(plan: RewritePlan, started_s: float, figures: dict[str, Any], *notes: str) -> Report:
+    shown = [len(ids) for rows in plan.shown for ids in rows]
     return Report(
         stage="rewrite",
         out=str(plan.config.out or text_folder(plan.config.cache, plan.config.name)),
-        figures={**counts, **figures},
-        notes=(*notes, *override_notes(overrides)),
+        figures={"rollouts": len(shown), "prompt_tokens": sum(shown), **figures},
+        notes=(*notes, *override_notes(plan.manifest.overrides)),
         seconds=time.monotonic() - started_s,
     )

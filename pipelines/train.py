@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache, signal_names
+from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
+from lightopd.models.load import context_length_of, outline
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.gap import suggestion
@@ -26,9 +28,10 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.training.fit import FitResult, fit
+from lightopd.training.fit import FitResult, cached_entries, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.student.adapters import trained_student
+from lightopd.training.student.memory import available_memory, estimate_memory
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
     )
     if dry_run:
         check_training(config, config.objective, asks_student=accuracy is not None)
-        return _plan(config, cache, suggested, accuracy)
+        return _plan(config, cache, suggested, accuracy, _memory(config, cache))
     if suggested and is_main():
         log.warning("%s", suggested)
     with writing(config.out):
@@ -79,8 +82,9 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
 
 
 def _signals_there(config: TrainConfig) -> list[str]:
-    """Signals the objective reads and the cache has; another signal may still be in the making."""
-    return [name for name in needs(config.objective).signals if name in signal_names(config.cache)]
+    """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
+    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    return [name for name in needs(config.objective).signals if name in there]
 
 
 def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:
@@ -129,7 +133,28 @@ def _write_lineage(
     write_model_card(folder, lineage, config.student, config, facts)
 
 
-def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: AccuracyMeter | None) -> Report:
+def _memory(config: TrainConfig, cache: Cache) -> tuple[str, ...]:
+    """What the memory of a device would go to, rollouts as long as a micro-batch or the context allows."""
+    available = available_memory(config)
+    if available is None:
+        return ()
+    student = outline(
+        model_folder(config.student).path, trust_remote_code=config.student.trust_remote_code
+    ).requires_grad_(config.adapter is None)
+    longest = min(config.micro_batch_tokens, context_length_of(student))
+    entries = cached_entries(cache, needs(config.objective))
+    estimate = estimate_memory(student, config, longest, cached_entries=entries)
+    more = "" if config.adapter is None else "; the adapter's own weights are not in it"
+    return (estimate.sentence(available) + more,)
+
+
+def _plan(
+    config: TrainConfig,
+    cache: Cache,
+    suggested: str | None,
+    accuracy: AccuracyMeter | None,
+    memory: tuple[str, ...],
+) -> Report:
     tokens = sum(marker.tokens for marker in cache.markers)
     rollouts = sum(marker.rows for marker in cache.markers)
     return Report(
@@ -145,6 +170,7 @@ def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: Ac
         notes=(
             "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
         )
+        + memory
         + ((suggested,) if suggested else ()),
     )
 

@@ -277,6 +277,8 @@ class TextManifest(StrictModel):
     """Hash over what the model was shown, in the order of the rollouts."""
     value: str | None = None
     """Regular expression of a number in the text; None for no number."""
+    splice: str | None = None
+    """Regular expression of the span of the response that the template replaced; None where it did not."""
     sampling: SamplingConfig | None
     """How it wrote; None for a context, where nothing is written."""
     engine: EngineRecord | None
@@ -309,6 +311,8 @@ class ShardMarker(StrictModel):
     """Fingerprint of the manifest it was made under."""
     dropped: dict[str, int] = {}
     """Rows left out, by reason."""
+    made_from: dict[str, JsonValue] | None = None
+    """The manifest that it was made under, so that one that is lost can be made again; None in older ones."""
 
 
 _NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at", "sft_declared"}

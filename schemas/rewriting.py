@@ -29,10 +29,27 @@ REWRITES = {
     # arXiv 2605.01347: a teacher's confidence after a debate. Wording ours.
     "confidence": "{{ prompt }}\n\nHere is an answer:\n{{ response }}\n\n"
     "How sure are you that it is right? Answer with a number from 0 to 100.",
+    # arXiv 2606.18216, binary candidates: one right answer of the teacher, one wrong one of the student, for
+    # questions of which the student gets less than half right. Wording ours.
+    "which_is_right": "{%- set right = responses | selectattr('origin', 'equalto', 'teacher') "
+    "| selectattr('is_right') | list -%}"
+    "{%- set own = responses | selectattr('origin', 'equalto', 'student') | list -%}"
+    "{%- set wrong = own | selectattr('is_wrong') | list -%}"
+    "{%- if right and 2 * wrong | length > own | length -%}"
+    "{{ prompt }}\n\nOne of these two answers is right.\n\n"
+    "Answer A:\n{{ (right[0] if coin else wrong[0]).response }}\n\n"
+    "Answer B:\n{{ (wrong[0] if coin else right[0]).response }}\n\n"
+    "Say which one is right, and solve the problem.{%- endif -%}",
+    # arXiv 2606.18216, negative candidates: the student's wrong answers, listed as such. Wording ours.
+    "none_is_right": "{%- set own = responses | selectattr('origin', 'equalto', 'student') | list -%}"
+    "{%- set wrong = own | selectattr('is_wrong') | list -%}"
+    "{%- if 2 * wrong | length > own | length -%}{{ prompt }}\n\nThese answers are wrong:\n"
+    "{%- for one in wrong %}\n{{ loop.index }}. {{ one.response }}{% endfor %}\n\n"
+    "Solve the problem without repeating them.{%- endif -%}",
 }
 """Templates that a config can name. Variables: `prompt` (text of the last user turn), `response`, `reward`,
-`sample_index`, `pass_rate`, `responses` (all rollouts of the prompt, each with `response` and `reward`),
-`texts.NAME`, and the columns of the prompts file."""
+`sample_index`, `origin`, `is_right`, `is_wrong`, `pass_rate`, `responses` (all rollouts of the prompt, each
+with these), `coin` (0 or 1, by the prompt), `texts.NAME`, and the columns of the prompts file."""
 
 TEXTS = pa.schema(
     [
@@ -59,11 +76,13 @@ class RewriteConfig(StageConfig):
     """The model that writes; for a context, the one that will score."""
     name: str = Field("rewrite", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the text column; several lie side by side in one cache."""
-    gives: Literal["text", "context", "rollouts"] = "text"
+    gives: Literal["text", "context", "rollouts", "prompts"] = "text"
     """`text`: what the model writes. `context`: nothing is written, what the template shows is kept for
-    `precompute`. `rollouts`: what it writes also becomes the responses of the cache `out`."""
+    `precompute`. `rollouts`: what it writes also becomes the responses of the cache `out`. `prompts`: nothing
+    is written, the template makes `out/prompts.jsonl`, one prompt of each prompt where it is not empty."""
     template: str = "refine"
-    """A shipped template (`refine`, `feedback`, `confidence`) or Jinja text of your own."""
+    """A shipped template (`refine`, `feedback`, `confidence`, `which_is_right`, `none_is_right`) or Jinja of
+    your own."""
     prompts: PromptsConfig
     """Where the rollouts' prompts came from, with the further columns that the template names."""
     turn: Literal["user", "system"] = "user"
@@ -72,8 +91,11 @@ class RewriteConfig(StageConfig):
     """Text columns of the cache that the template names, as `texts.NAME`."""
     value: str | None = None
     """Regular expression with one group that finds a number in the text; it is stored beside it."""
+    splice: str | None = None
+    """Regular expression with one group: the model writes nothing, the template's text takes the place of the
+    group in each response, and all other ids stay; for `gives: rollouts` with `role: self`."""
     out: Path | None = None
-    """Cache folder that `gives: rollouts` makes."""
+    """Folder that `gives: rollouts` (a cache) or `gives: prompts` (a file) makes."""
     role: Literal["teacher", "self", "reference"] = "teacher"
     """As in `precompute`: `teacher` wrote the fine-tuning data, `self` sampled the rollouts."""
     sft_teacher: str | None = None
@@ -95,7 +117,7 @@ class RewriteConfig(StageConfig):
             )
         return template
 
-    @field_validator("value")
+    @field_validator("value", "splice")
     @classmethod
     def _one_group(cls, pattern: str | None) -> str | None:
         try:
@@ -108,9 +130,14 @@ class RewriteConfig(StageConfig):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RewriteConfig":
-        if (self.gives == "rollouts") != (self.out is not None):
+        if (self.gives in ("rollouts", "prompts")) != (self.out is not None):
             raise ValueError(
-                f"gives is {self.gives} and out is {self.out}; out is the cache of gives: rollouts alone"
+                f"gives is {self.gives} and out is {self.out}; out is what gives: rollouts or prompts makes"
+            )
+        if self.splice is not None and (self.gives != "rollouts" or self.role != "self"):
+            raise ValueError(
+                "a spliced response is the student's own; set gives: rollouts, role: self and the model that "
+                "sampled, or leave splice out"
             )
         if self.out is not None and self.out == self.cache:
             raise ValueError(f"out and cache are both {self.out}; name a new folder")
@@ -118,8 +145,8 @@ class RewriteConfig(StageConfig):
             raise ValueError(
                 "a rollout gets one text; set sampling.n to 1, and give a second text another name"
             )
-        if self.gives == "context" and self.value is not None:
-            raise ValueError("a context has no text to find a number in; leave value out")
+        if not self.is_written and self.value is not None:
+            raise ValueError("nothing is written, so there is no text to find a number in; leave value out")
         if self.name in self.texts:
             raise ValueError(f"text {self.name} cannot be shown to its own writer; leave it out of texts")
         return self
@@ -128,6 +155,11 @@ class RewriteConfig(StageConfig):
     def jinja(self) -> str:
         """The template's text."""
         return REWRITES.get(self.template, self.template)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a model draws the texts."""
+        return self.gives in ("text", "rollouts") and self.splice is None
 
     def number_in(self, text: str) -> float | None:
         """The first number that `value` finds in a text; None where there is none."""

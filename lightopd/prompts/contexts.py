@@ -91,6 +91,17 @@ class ContextRenderer:
             InputError: the prompt is not in the file or is another one there, or the template cannot be
                 filled.
         """
+        prompt, where = self._asked(prompt_id, own_ids)
+        shown = self._shown(prompt, where, variables or {})
+        return render_prompt(shown, self._tokenizer, self._settings, self._clock)
+
+    def text(self, prompt_id: str, own_ids: Ids, variables: Mapping[str, Any]) -> str:
+        """The filled template, without the conversation around it; arguments and errors as of `shown_ids`."""
+        prompt, where = self._asked(prompt_id, own_ids)
+        turns = [one["content"] for one in prompt.messages or () if one["role"] == "user"]
+        return self._fill(prompt, where, turns[-1] if turns else prompt.text, variables)
+
+    def _asked(self, prompt_id: str, own_ids: Ids) -> tuple[Prompt, str]:
         if prompt_id not in self.prompts:
             raise InputError(
                 f"{self._setting('prompts')} has no prompt {prompt_id}, which the cache has rollouts of; "
@@ -101,8 +112,7 @@ class ContextRenderer:
         if prompt_id not in self._checked:
             _check_same(prompt, where, own_ids, self._tokenizer, self._settings, self._clock)
             self._checked.add(prompt_id)
-        shown = self._shown(prompt, where, variables or {})
-        return render_prompt(shown, self._tokenizer, self._settings, self._clock)
+        return prompt, where
 
     def _setting(self, name: str) -> str:
         return f"{self._section}.{name}" if self._section else name

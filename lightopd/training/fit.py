@@ -21,6 +21,7 @@ from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
+from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
@@ -57,7 +58,7 @@ from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_token
 from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import SelectedRollouts, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
-from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.distributed.strategies import check_strategy, uses_gpu
 from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
@@ -68,7 +69,7 @@ from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import is_adapted, load_student
 from lightopd.training.student.compile import compile_layers
-from lightopd.training.student.memory import estimate_memory
+from lightopd.training.student.memory import available_memory, estimate_memory
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
 from lightopd.training.student.training_mode import prepare_student
@@ -319,20 +320,28 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     if run.finetune.precision == "bf16-true":
         check_low_memory()
         model.to(torch.bfloat16)
-    _say_memory(model, run.finetune, longest)
+    _say_memory(model, run, longest)
+    if uses_gpu(run.finetune) and not use_causal_attention(model):
+        log.info("attention of the student is that of transformers, which makes masks of [T, T]")
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
     return prepared
 
 
-def _say_memory(model: PreTrainedModel, finetune: FinetuneConfig, longest: int) -> None:
-    """What the memory of a GPU will go to; a share of a student is not worked out."""
-    if not torch.cuda.is_available() or finetune.accelerator == "cpu" or finetune.strategy == "fsdp":
+def _say_memory(model: PreTrainedModel, run: _Run, longest: int) -> None:
+    """What the memory of a device will go to."""
+    available = available_memory(run.finetune)
+    if available is None or not is_first_rank():
         return
-    available = torch.cuda.get_device_properties(0).total_memory
-    if is_first_rank():
-        log.info("%s", estimate_memory(model, finetune, longest).sentence(available))
+    entries = cached_entries(run.cache, run.needed)
+    estimate = estimate_memory(model, run.finetune, longest, cached_entries=entries)
+    log.log(logging.INFO if estimate.fits(available) else logging.WARNING, "%s", estimate.sentence(available))
+
+
+def cached_entries(cache: Cache, needed: Needs) -> int:
+    """Entries of a position, over all signals whose support the objective reads."""
+    return sum(cache.signals[name].manifest.top_k for name in needed.topk)
 
 
 def _callbacks(run: _Run) -> list[Callback]:

@@ -10,9 +10,10 @@ import pyarrow as pa
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, read_contexts
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.reader import read_columns
 from lightopd.cache.row_checks import HALF_ROUNDING
-from lightopd.cache.store import Cache, open_cache, signal_folder
+from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
 from lightopd.engines.base import Engine

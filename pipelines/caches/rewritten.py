@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from lightopd.cache.contexts import create_text, read_texts, text_folder
+from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, content_id, create_cache, open_cache, rollouts_folder
+from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, split_lists
-from lightopd.cache.texts import create_text, read_texts, text_folder
 from lightopd.errors import CacheError
 from lightopd.prompts.tokens import response_text
 from lightopd.rewards.reward import reward_of
@@ -58,7 +59,8 @@ def make_rollouts(
     folder, fingerprint = rollouts_folder(out), manifest.fingerprint()
     for index, rows in enumerate(shards):
         if valid_shard(folder, index, fingerprint) is None:
-            write_shard(folder, index, rollouts_to_table(rows), kind="rollouts", fingerprint=fingerprint)
+            table = rollouts_to_table(rows)
+            write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint, made_from=manifest)
     made = open_cache(out, signals=())
     _write_shown(made, manifest, source, text, shards)
     return made

@@ -16,9 +16,10 @@ from cache_cases import (
 from objective_cases import METHODS, objective, recipe
 from pydantic import ValidationError
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.reader import group_number
 from lightopd.cache.shards import write_shard
-from lightopd.cache.store import create_signal, open_cache, signal_folder
+from lightopd.cache.store import create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
 from lightopd.config import build
 from lightopd.errors import CacheError, ConfigError

@@ -82,6 +82,8 @@ def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatc
         domains=(None,) * V,
         rollout_ids=tuple(map(str, range(V))),
         totals=BatchTotals(V, V),
+        longest=1,
+        num_turns=1,
         prepared_R={"main/weight": V * sampler_V.exp()},
     )
 

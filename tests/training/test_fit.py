@@ -14,12 +14,13 @@ from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import REVERSE_KL, assert_close, assert_same_bits, rows_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
 from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.checkpoints.checkpoint import newest_checkpoint
 from lightopd.training.measures.metrics_file import read_metrics
+from lightopd.training.student.memory import GIB, Memory
 
 
 def test_the_first_step_is_lightning_opd_as_worked_out_in_float64(train, cache, student_folder):
@@ -313,3 +314,15 @@ def test_a_shard_that_changes_during_the_run_stops_it(train, cache, tmp_path):
         logger.setLevel(logging.NOTSET)
     assert newest_checkpoint(tmp_path / "out" / "checkpoints")[1].step == 3
     assert not math.isnan(read_metrics(tmp_path / "out" / "metrics.csv")[-1]["loss"])
+
+
+@pytest.mark.parametrize(("size", "level"), [(GIB, "INFO"), (1000, "WARNING")])
+def test_a_run_begins_with_what_memory_will_go_to(train, caplog, monkeypatch, size, level):
+    caplog.set_level("INFO", "lightopd")
+    monkeypatch.setattr("lightopd.training.fit.available_memory", lambda finetune: Memory("the GPU", size))
+    train("out", steps=1)
+    (said,) = [one for one in caplog.records if one.getMessage().startswith("estimated memory: ")]
+    assert said.levelname == level
+    for part in ("weights", "gradients", "moments", "activations", "kernel", "cache"):
+        assert f"{part} " in said.getMessage()
+    assert said.getMessage().endswith("GiB of the GPU")

@@ -204,6 +204,8 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             domains=rows.domains,
             rollout_ids=rows.rollout_ids,
             totals=rows.totals,
+            longest=int(rows.responses_R.max(initial=0)),
+            num_turns=int(rows.turns_N.max(initial=0)) + 1,
             prepared_R={name: _moved(values, device) for name, values in rows.prepared.items()},
         ),
         is_token_BT=is_token_BT,

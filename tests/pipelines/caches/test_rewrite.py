@@ -4,12 +4,13 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tiny_models import save_model
 
+from lightopd.cache.contexts import read_texts
 from lightopd.cache.store import open_cache
 from lightopd.cache.tables import split_lists
-from lightopd.cache.texts import read_texts
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError
@@ -172,7 +173,7 @@ def test_a_student_that_is_to_be_itself_must_be_the_one_that_sampled(world, cach
     ("flags", "told"),
     [
         ({"template": "refined"}, "no template 'refined'; shipped are refine"),
-        ({"gives": "rollouts"}, "gives is rollouts and out is None"),
+        ({"gives": "rollouts"}, "gives is rollouts and out is None; out is what gives"),
         ({"value": r"\d+"}, "has 0 groups; give it one"),
         ({"value": "("}, "is no regular expression"),
         ({"sampling": {"n": 2}}, "a rollout gets one text"),
@@ -240,3 +241,81 @@ def test_a_damaged_text_is_a_finding(world, cache):
     (finding,) = verify(cache)
     assert finding.file == "texts/rewrite"
     assert "its marker says" in finding.what
+
+
+def test_a_spliced_response_has_another_span_and_the_drawn_ids_around_it(world, cache, tmp_path):
+    """CaOPD (arXiv 2604.16830): a number in the student's own response becomes its pass rate."""
+    out, student = tmp_path / "spliced", world.sft / "student"
+    own = {"model": student, "role": "self", "gives": "rollouts", "out": out, "name": "calibrated"}
+    report = run(world, cache, splice=r"([0-9]+)", template="{{ (100 * pass_rate) | int }}77", **own)
+    tokenizer = load_tokenizer(ModelConfig(path=str(student)))
+    changed = 0
+    for old, new in zip(rollouts_of(cache), rollouts_of(out), strict=True):
+        before, after = (tokenizer.decode(row["response_ids"]) for row in (old, new))
+        if not any(c.isdigit() for c in before):
+            assert old["response_ids"] == new["response_ids"]
+            continue
+        changed += 1
+        begin = next(place for place, c in enumerate(before) if c.isdigit())
+        assert after[:begin] == before[:begin]
+        end = next((place for place in range(begin, len(before)) if not before[place].isdigit()), len(before))
+        assert after.endswith("77" + before[end:])
+        assert (new["response_ids"][-1] == 1) == (old["response_ids"][-1] == 1)
+    assert report.figures["without_span"] == len(rollouts_of(cache)) - changed
+    assert changed
+    assert verify(out) == []
+
+
+def test_a_splice_is_the_students_own_and_its_numbers_are_those_of_its_model(world, cache):
+    with pytest.raises(ConfigError, match="a spliced response is the student's own; set gives"):
+        run(world, cache, splice="([0-9])")
+
+
+def test_prompts_are_made_of_what_teacher_and_student_answered(world, cache, tmp_path):
+    """ZPPO (arXiv 2606.18216); the rewards make every prompt hard for the student alone."""
+    from lightopd.cache.manifests import rollouts_folder
+    from lightopd.cache.reader import read_columns
+    from lightopd.cache.shards import write_shard
+    from lightopd.pipelines.caches.join import join
+    from lightopd.schemas.cache import ROLLOUTS
+
+    join(tmp_path / "both", [world.sft / "answers", cache])
+    both = open_cache(tmp_path / "both", signals=())
+    for shard in both.shards:
+        table = read_columns(both, shard, ROLLOUTS.names)
+        right = [1.0 if origin == "teacher" else 0.0 for origin in table.column("origin").to_pylist()]
+        place = table.schema.get_field_index("reward")
+        table = table.set_column(place, ROLLOUTS.field("reward"), pa.array(right, pa.float32()))
+        write_shard(
+            rollouts_folder(both.path), shard, table, kind="rollouts", fingerprint=both.manifest.fingerprint()
+        )
+    own = {"model": world.sft / "student", "role": "self", "gives": "prompts"}
+    report = run(world, both.path, template="which_is_right", out=tmp_path / "which", name="which", **own)
+    run(world, both.path, template="none_is_right", out=tmp_path / "none", name="none", **own)
+    which, none = (
+        [json.loads(line) for line in (tmp_path / name / "prompts.jsonl").read_text().splitlines()]
+        for name in ("which", "none")
+    )
+    assert report.figures["prompts"] == len(which) == 12
+    assert [row["id"] for row in which] == [f"p{number}-which" for number in range(12)]
+    answers = {}
+    tokenizer = load_tokenizer(ModelConfig(path=str(world.teacher)))
+    for row in rollouts_of(both.path):
+        said = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        answers.setdefault(row["prompt_id"], {}).setdefault(row["origin"], []).append(said)
+    orders = set()
+    for made, listed in zip(which, none, strict=True):
+        own = answers[made["id"].removesuffix("-which")]
+        pair = [own["teacher"][0], own["student"][0]]
+        texts = [f"Answer A:\n{a}\n\nAnswer B:\n{b}\n" for a, b in (pair, pair[::-1])]
+        assert sum(text in made["prompt"] for text in texts) >= 1
+        orders.add(texts[0] in made["prompt"])
+        assert all(wrong in listed["prompt"] for wrong in own["student"])
+        assert made["answer"] == listed["answer"]
+    assert orders == {True, False}
+
+
+def test_a_template_that_is_empty_for_every_prompt_says_why_it_may_be(world, cache, tmp_path):
+    own = {"model": world.sft / "student", "role": "self", "gives": "prompts", "out": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"empty for each of the 12 prompts .* answers of the teacher"):
+        run(world, cache, template="which_is_right", **own)
