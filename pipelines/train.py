@@ -179,11 +179,6 @@ def _report(
     config: TrainConfig, result: FitResult, overrides: tuple[Override, ...], started_s: float
 ) -> Report:
     seconds = time.monotonic() - started_s
-    stale = (
-        (f"the cache went stale at step {result.first_stale_step}: roll out again from the trained student",)
-        if result.first_stale_step
-        else ()
-    )
     best = (
         (f"the student is that of step {result.exported_step}, the best by {config.best.metric}",)
         if config.best
@@ -194,12 +189,22 @@ def _report(
         out=str(config.out),
         figures={
             "steps": result.steps,
-            **{name: value for name, value in result.metrics.items() if name != "step"},
+            **{name: value for name, value in result.metrics.items() if name not in ("step", "stale")},
             **({"exported_step": result.exported_step} if config.best else {}),
             "tokens": result.tokens,  # of the whole run; the last row's are of its step
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*stale, *best, *result.notes, *override_notes(overrides)),
+        notes=(*_staleness(result), *best, *result.notes, *override_notes(overrides)),
         seconds=seconds,
     )
+
+
+def _staleness(result: FitResult) -> tuple[str, ...]:
+    """The one verdict on the cache, in words; nothing where no step found it stale."""
+    if not result.stale_steps:
+        return ()
+    first, last = result.stale_steps[0], result.stale_steps[-1]
+    if last < result.steps:
+        return (f"the cache was stale between steps {first} and {last}, and is not at the end",)
+    return (f"the cache went stale at step {first}: roll out again from the trained student",)

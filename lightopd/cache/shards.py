@@ -42,6 +42,7 @@ SPLIT_COLUMNS = (
     "response_ids",
     "logprobs",
     "entropies",
+    "behavior_logprobs",
     "topk_ids",
     "topk_logprobs",
     "tail_logprobs",

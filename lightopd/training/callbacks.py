@@ -43,7 +43,7 @@ class MetricsFile(Callback):  # type: ignore[misc]
 
 
 class StopWhenStale(Callback):  # type: ignore[misc]
-    """Ends training with the step that passed a staleness limit; `Checkpoints` comes after it and saves."""
+    """Ends training with the step at which the cache is stale; `Checkpoints` comes after it and saves."""
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Every rank has the same metrics, so every rank stops."""
@@ -112,6 +112,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             objective=asdict(module.state),
             is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
             best=module.best,
+            num_exceeded=module.drift.num_exceeded,
         )
         optimizer = module.optimizers(use_pl_optimizer=False)
         place = self.folder, module.student, optimizer, self.student, state

@@ -221,6 +221,7 @@ def _rollout(plan: SamplingPlan, row: int, sample_index: int, drawn: Sample) -> 
         reward=reward_of(prompt, text),
         prompt_text=prompt_text(prompt_ids, plan.tokenizer) if keep else None,
         response_text=text if keep else None,
+        behavior_logprobs=drawn.behavior_logprobs,
     )
 
 

@@ -47,6 +47,8 @@ class TrainerState(StrictModel):
     """State of the objective: curriculum and running means."""
     is_stale: bool = False
     """Training ended here because the cache had gone stale."""
+    num_exceeded: int = 0
+    """Last steps in a row that passed a limit of staleness."""
     best: Best | None = None
     """The best measurement so far, where the best student is exported in place of the last."""
     sizes_bytes: dict[str, int] = Field({})

@@ -207,6 +207,7 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
             longest=int(rows.responses_R.max(initial=0)),
             num_turns=int(rows.turns_N.max(initial=0)) + 1,
             prepared_R={name: _moved(values, device) for name, values in rows.prepared.items()},
+            behavior_logprobs_N=_maybe(rows.behavior_logprobs_N, device),
         ),
         is_token_BT=is_token_BT,
         num_tokens=len(rows.prompt_ids_P) + len(rows.response_ids_N),
