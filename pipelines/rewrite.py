@@ -34,13 +34,13 @@ from lightopd.models.limits import model_limits
 from lightopd.pipelines.caches.rewritten import make_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
+from lightopd.pipelines.sampling.splices import splice
 from lightopd.pipelines.sampling.template_rows import TemplateRow, template_rows
 from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.progress import StageProgress, doing
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.prompts.contexts import ContextRenderer
-from lightopd.prompts.splices import splice
 from lightopd.prompts.tokens import identified_tokenizer, response_text, stop_ids
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest

@@ -5,7 +5,7 @@ import pytest
 from tiny_models import tokenizer
 
 from lightopd.errors import InputError
-from lightopd.prompts.splices import splice
+from lightopd.pipelines.sampling.splices import splice
 
 TOKENIZER = tokenizer()
 
