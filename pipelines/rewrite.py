@@ -37,7 +37,7 @@ from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.sampling.splices import splice
 from lightopd.pipelines.sampling.template_rows import TemplateRow, template_rows
 from lightopd.pipelines.shared.preflight import said_now
-from lightopd.pipelines.shared.progress import StageProgress, doing
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.prompts.contexts import ContextRenderer
@@ -46,6 +46,7 @@ from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.records import Ids
 from lightopd.schemas.rewriting import TEXTS, RewriteConfig
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 
