@@ -4,9 +4,9 @@
     python benchmarks/residual.py --drift 1.0 --top-k 32 --temperature 0.8
 
 One position. The student at rollout samples; the student now has moved away from it by `--drift` nats of
-noise on every logit, the teacher by `--gap`. A line is the root mean square error of a mean over `--draws` draws against
-the gradient of KL(student now || teacher) by the logits, and the bias in it, both worked out over all tokens;
-means over `--worlds`. Nothing is drawn, so the figures have no noise.
+noise on every logit, the teacher by `--gap`. A line is the root mean square error of a mean over `--draws`
+draws against the gradient of KL(student now || teacher) by the logits, and the bias in it, both worked out
+over all tokens; means over `--worlds`. Nothing is drawn, so the figures have no noise.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
-# V = vocabulary, K = the teacher's most likely tokens; one rollout of one token for each token of the vocabulary
+# V = vocabulary, one rollout of one token for each of its tokens; K = the teacher's most likely tokens
 
 LOG_RATIO = {"kind": "log_ratio", "clip": None}
 UNCAPPED = {"kind": "ratio", "cap": 1e30}

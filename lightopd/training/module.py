@@ -295,7 +295,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return held_out_loss(self.student, rows, objective, self.device, self._reduce)
 
     def _gate(self) -> dict[str, float]:
-        """The entropy that a length curriculum reads, of the rollouts held out; the step's own without any."""
+        """What a length curriculum reads in place of the step's entropy: that of the rollouts held out."""
         if self.held_out is None or not isinstance(self.objective.curriculum, LengthCurriculum):
             return {}
         if not reads_entropy(self.objective, self.state):

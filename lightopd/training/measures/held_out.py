@@ -25,7 +25,6 @@ from lightopd.training.data.plan import CacheIndex, pack
 from lightopd.training.data.shard_store import ShardStore
 from lightopd.training.student.forward import student_sums, student_tokens
 
-
 log = logging.getLogger(__name__)
 
 
