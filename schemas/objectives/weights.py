@@ -284,7 +284,7 @@ class LengthCurriculum(StrictModel):
     """Steps on a rung before the next is considered; with rollouts held out, and between considerations."""
     min_entropy: float = Field(0.0, ge=0)
     """The next rung needs at least this mean token entropy in nats: on the rollouts that `held_out` keeps out
-    of training, cut as the rung cuts them, or on the step's own where none are. Ours: the paper gives none."""
+    of training, cut as the rung cuts them, or on the step's where none are. Ours; the paper gives none."""
 
     @model_validator(mode="after")
     def _rising(self) -> "LengthCurriculum":
