@@ -1,5 +1,6 @@
 """What a user can set: one frozen model per stage. Defaults live here and nowhere else."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lightopd.schemas.prompts import PromptRendering as PromptRendering
 from lightopd.schemas.prompts import PromptsConfig as PromptsConfig
 from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
+from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
 
 Allowed = Literal[
@@ -32,11 +34,32 @@ Allowed = Literal[
 ]
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter's folder names: a folder, or a hub repository id.
+
+    Raises:
+        ValueError: it names none, or a folder that is not there.
+    """
+    remedy = "give the base model as the path and this folder as adapter"
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name its base model; {remedy}")
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ValueError(f"the base of adapter {adapter} is {base}, and there is no such folder; {remedy}")
+    return base
+
+
 class ModelConfig(StrictModel):
     """A causal language model: a folder, or a hub repository where one can be reached."""
 
     path: str = Field(min_length=1)
-    """Folder of a Hugging Face model, or a hub repository id."""
+    """Folder of a Hugging Face model or of a PEFT adapter that names its base, or a hub repository id."""
     revision: str | None = None
     """Commit, tag or branch of a hub repository; a folder has none."""
     adapter: Path | None = None
@@ -51,7 +74,13 @@ class ModelConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _a_plain_string_is_a_path(cls, value: Any) -> Any:
-        return {"path": str(value)} if isinstance(value, str | Path) else value
+        given = {"path": str(value)} if isinstance(value, str | Path) else value
+        if not isinstance(given, dict) or given.get("adapter") is not None:
+            return given
+        folder = Path(str(given.get("path", ""))).expanduser()
+        if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").exists():
+            return given
+        return {**given, "path": base_of(folder), "adapter": folder}
 
 
 class SamplingConfig(StrictModel):
@@ -209,8 +238,9 @@ class PrecomputeConfig(StageConfig):
     """Name of the signal; several signals live side by side in one cache."""
     role: Literal["teacher", "self", "reference"] = "teacher"
     """`teacher` wrote the fine-tuning data; `self` sampled the rollouts; `reference` is held to neither."""
-    context: ContextConfig | None = None
-    """Show the scoring model another prompt than the student's; none scores under the student's own."""
+    context: ContextConfig | WrittenContext | None = None
+    """Show the scoring model another prompt than the student's: a template, or what a text column's model was
+    shown; none scores under the student's own."""
     top_k: int = Field(32, ge=0)
     """Most likely tokens kept at each position; 0 keeps the sampled token only."""
     min_probability: float = Field(0.0, ge=0.0, lt=1.0)
