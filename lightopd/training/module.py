@@ -181,9 +181,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         shown = self._shown(micro_batches)
         step_sums, load = self._look_ahead(shown)
         told, last = each_told(shown, f"train: step {self.step + 1}, micro-batch"), len(shown) - 1
-        sums = [
-            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(told)
-        ]
+        sums = [self._backward(rows, step_sums, load, is_last=i == last) for i, rows in enumerate(told)]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
