@@ -16,6 +16,7 @@ from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.preflight import (
+    check_head_holds,
     check_ids,
     check_one_width,
     check_reads,
@@ -61,7 +62,9 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
         _check_disk(config, sft, train, sampler, trainings)
     if sft is not None and not is_finished("sft"):
         check_training(sft.finetune, MLE_OBJECTIVE, asks_student=False)
-        check_ids(sft.student, identified_tokenizer(sft.teacher)[1], sft.allow, "sft")
+        tokenizer, taught = identified_tokenizer(sft.teacher)
+        check_ids(sft.student, taught, sft.allow, "sft")
+        check_head_holds(sft.student, tokenizer)
     if is_finished("rollout"):
         return
     # The fine-tuned student takes over its teacher's tokenizer, and keeps the base's width and context.

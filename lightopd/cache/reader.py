@@ -149,6 +149,17 @@ def largest_id(cache: Cache, shard: int) -> int:
     return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
+def rows_beyond(cache: Cache, shard: int, limit: int) -> NDArray[np.int64]:
+    """Numbers of the rows of a shard that have a prompt or response id of `limit` or more."""
+    columns = (read_columns(cache, shard, [name])[name] for name in ("prompt_ids", "response_ids"))
+    found: list[int] = []
+    for column in columns:
+        whole = column.combine_chunks()
+        is_beyond = pc.greater_equal(pc.list_flatten(whole), limit)
+        found += pc.unique(pc.filter(pc.list_parent_indices(whole), is_beyond)).to_pylist()
+    return np.unique(np.asarray(found, np.int64))
+
+
 def read_columns(
     cache: Cache,
     shard: int,

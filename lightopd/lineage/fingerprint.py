@@ -191,7 +191,11 @@ def declared_teacher(declared: str) -> SftLineage:
         return SftLineage(proof="none")
     written_as_path = declared.startswith((".", "/", "~")) or declared.endswith("/")
     if written_as_path or Path(declared).is_dir():
-        return SftLineage(proof="declared", teacher=fingerprint_model(ModelConfig(path=declared)))
+        try:
+            model = ModelConfig(path=declared)
+        except ValidationError as error:
+            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return SftLineage(proof="declared", teacher=fingerprint_model(model))
     return SftLineage(proof="declared", name=declared)
 
 

@@ -17,12 +17,12 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
-from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
+from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
@@ -56,7 +56,7 @@ from lightopd.training.checkpoints.untouched import check_names
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
-from lightopd.training.data.split import SelectedRollouts, select_rollouts
+from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy, uses_gpu
 from lightopd.training.jumps import check_jump
@@ -276,7 +276,8 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     reading = FirstReading(run.cache, signals, topk, limit)
-    selected = select_rollouts(run.cache, run.objective, run.needed, run.finetune.held_out, reading)
+    held_out, width = run.finetune.held_out, _id_limit(run)
+    selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained
     for some in (index, selected.held_out) if selected.held_out else (index,):
         check_lengths(some, run.finetune.micro_batch_tokens)
@@ -286,15 +287,11 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     return selected, reading.store(index)
 
 
-def _refuse_ids_beyond(run: _Run, width: int) -> None:
-    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs."""
-    for shard in run.cache.shards:
-        largest = largest_id(run.cache, shard)
-        if largest >= width:
-            raise TrainingError(
-                f"{run.cache.file(shard)} has token id {largest}, {run.student.path} has {width} outputs; "
-                f"train a student that has it, or leave out the responses with such ids"
-            )
+def _id_limit(run: _Run) -> int | None:
+    """Width of a student that learns the answers of a wider teacher, which may have drawn an id beyond it."""
+    width = model_limits(run.student).vocabulary_size
+    manifest = run.cache.manifest
+    return width if manifest.origin == "teacher" and manifest.vocabulary_size > width else None
 
 
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
@@ -306,8 +303,8 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
-    if run.cache.manifest.vocabulary_size > width:
-        _refuse_ids_beyond(run, width)
+    if run.cache.manifest.vocabulary_size > width and _id_limit(run) is None:
+        refuse_ids_beyond(run.cache, width, run.student.path)
     if longest > context_length_of(model):
         raise TrainingError(
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "
