@@ -281,10 +281,10 @@ class LengthCurriculum(StrictModel):
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """The ladder, in tokens, rising."""
     every: int = Field(25, ge=1)
-    """Steps on a rung before the next is considered."""
+    """Steps on a rung before the next is considered; with rollouts held out, and between considerations."""
     min_entropy: float = Field(0.0, ge=0)
-    """The next rung needs at least this mean token entropy in nats on the step's trained tokens; the paper
-    reads held-out rollouts, and its value is not known."""
+    """The next rung needs at least this mean token entropy in nats: on the rollouts that `held_out` keeps out
+    of training, cut as the rung cuts them, or on the step's where none are. Ours; the paper gives none."""
 
     @model_validator(mode="after")
     def _rising(self) -> "LengthCurriculum":

@@ -32,7 +32,7 @@ Bools = NDArray[np.bool_]
 def group_reward(
     config: RewardTarget | GroupRewardShift, term: TermConfig, table: RolloutTable, is_seen_R: Bools
 ) -> Floats:
-    """(reward - group mean) / (group standard deviation + epsilon); 0 without a reward.
+    """(reward - group mean) / (group standard deviation + epsilon); 0 without a reward or in a group of one.
 
     The deviation is the unbiased one, as in verl, on which the code of arXiv 2605.07725 is built.
     """
