@@ -8,6 +8,7 @@ import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
+from lightopd.cli.guard import guarded
 
 app = typer.Typer(
     name="lightopd",
@@ -36,7 +37,8 @@ def _options(
 
 
 for group in (stages, cache, inspection, tools):
-    group.register(app)
+    for name, command in group.COMMANDS.items():
+        app.command(name)(guarded(command))
 app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")
 

@@ -6,6 +6,7 @@ Whoever looks sees the old one or the new one, whole.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -85,6 +86,12 @@ def put_folder(part: Path, final: Path) -> None:
     part.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
