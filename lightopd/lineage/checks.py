@@ -151,7 +151,9 @@ def refuse_unless_allowed(
 ) -> tuple[Override, ...]:
     if allowed in allow:
         return (Override(stage=stage, allowed=allowed, found=found),)
-    raise LineageError(f"{stage} refused: {found}; {remedy} go on with --allow {allowed}, which is recorded")
+    raise LineageError(
+        f"{stage} refused: {found}; {remedy} continue with --allow {allowed}, which is recorded"
+    )
 
 
 def _shown(model: ModelFingerprint) -> str:

@@ -145,7 +145,7 @@ class StepDone(Callback):  # type: ignore[misc]
         self._held.close()
 
 
-class Progress(Callback):  # type: ignore[misc]
+class ProgressLine(Callback):  # type: ignore[misc]
     """A log line with loss, gap, w, rate and time left, at most every ten seconds."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -21,7 +21,7 @@ from lightopd.errors import OutputError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import Progress
+from lightopd.training.callbacks import ProgressLine
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     load_optimizer,
@@ -201,7 +201,7 @@ def test_lineage_and_foreign_weights_are_not_copied(trained, student_folder, tmp
 
 def test_progress_is_said_every_ten_seconds_with_rate_and_time_left(caplog):
     seconds = iter([100.0, 104.0, 110.0, 112.0, 120.0])
-    progress = Progress(steps=20, clock=lambda: next(seconds))
+    progress = ProgressLine(steps=20, clock=lambda: next(seconds))
     caplog.set_level(logging.INFO)
     progress.on_train_start(None, At(0))
     for step in (2, 5, 6, 10):
