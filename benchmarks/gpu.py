@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,9 @@ class Run:
         self.time_limit_s = options.time_limit_s
         self.ends_s = time.monotonic() + options.total_limit_s
         self.device_name = "CPU, figures say nothing about a GPU" if options.device == "cpu" else ""
+        # On a few cores a pool of compilers takes longer to start than it saves.
+        few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if options.device == "cpu" else {}
+        self.environment = {**os.environ, **few}
         self.python = sys.executable
         if not options.no_peers:
             self.python = str(install_peers("gpu-peers", [package for _, package in PEERS.values()]))
@@ -180,7 +184,9 @@ class Run:
             print(f"{named}: not begun, the time for all cases is over", flush=True)
             return None
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=limit_s, check=False, env=self.environment
+            )
         except subprocess.TimeoutExpired:
             print(f"{named}: not done after {limit_s:.3g} s, ended", flush=True)
             return None

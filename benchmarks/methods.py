@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from lightopd.cache.manifests import rollouts_folder, signal_names
 from lightopd.cache.shards import shard_path, write_shard
-from lightopd.cache.store import open_cache, rollouts_folder, signal_names
+from lightopd.cache.store import open_cache
 from lightopd.config import build, merged
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.objectives.requirements import needs

@@ -22,14 +22,23 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="Where the teacher is now, if it moved.")
     ] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="First make manifests that are gone again, from the shards.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every byte and number of a cache; one line a finding, exit code 5 when there is one.
 
     Example: lightopd verify runs/cache --rescore 16
     """
+    from lightopd.cache.manifests import restore_manifests
     from lightopd.cache.verify import verify as check
+    from lightopd.pipelines.shared.run_folder import writing
 
+    if restore:
+        with writing(cache):
+            for path in restore_manifests(cache):
+                say(f"{path} made again from its shards", err=True)
     findings = [str(finding) for finding in check(cache)]
     if rescore is not None and not findings:
         from lightopd.pipelines.caches.rescore import rescore as again

@@ -11,10 +11,10 @@ from typing import ParamSpec
 
 import typer
 
-from lightopd.cli.output import printable
 from lightopd.errors import LightopdError, OutputError
 from lightopd.ranks import is_worker
 from lightopd.stopping import TERMINATED, sigterm_raises
+from lightopd.telling import live_line_cleared, printable
 
 Arguments = ParamSpec("Arguments")
 
@@ -58,7 +58,8 @@ def guarded(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         with sigterm_raises() as is_terminated:
             try:
-                command(*args, **kwargs)
+                with live_line_cleared():
+                    command(*args, **kwargs)
             except LightopdError as error:
                 _keep_traceback(error)
                 _say(f"error: {error}")

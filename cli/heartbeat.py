@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from lightopd.ranks import is_main
+from lightopd.telling import LIVE, duration
 
 SILENCE_S = 5.0
 
@@ -35,11 +36,12 @@ def never_silent(command: str, silence_s: float = SILENCE_S) -> Iterator[None]:
     heard, ended, started_s = _Heard(), threading.Event(), time.monotonic()
 
     def watch() -> None:
-        from lightopd.pipelines.shared.progress import clock, now_doing
+        from lightopd.pipelines.shared.progress import now_doing
 
         while not ended.wait(silence_s / 5):
             if time.monotonic() - heard.last_s >= silence_s:
-                log.info("%s, %s", now_doing() or f"{command}: working", clock(time.monotonic() - started_s))
+                since = duration(time.monotonic() - started_s)
+                log.info("%s, %s", now_doing() or f"{command}: working", since, extra=LIVE)
 
     logger = logging.getLogger("lightopd")
     logger.addHandler(heard)

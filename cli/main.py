@@ -10,7 +10,7 @@ import typer
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
 from lightopd.cli.guard import debug_file, guarded
-from lightopd.cli.output import printable
+from lightopd.telling import LogLines
 
 app = typer.Typer(
     name="lightopd",
@@ -41,7 +41,9 @@ def _options(
     if debug is not None and not debug.absolute().parent.is_dir():
         raise typer.BadParameter(f"{debug.absolute().parent} is no folder", param_hint="--debug")
     debug_file.set(debug)
-    logging.getLogger("lightopd").setLevel(logging.DEBUG if verbose else logging.INFO)
+    for handler in logging.getLogger("lightopd").handlers:
+        if isinstance(handler, LogLines):
+            handler.shows_debug = verbose
 
 
 for group in (stages, cache, inspection, tools):
@@ -51,20 +53,14 @@ app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")
 
 
-class _Printable(logging.Formatter):
-    """Lines of the log without control characters that a terminal would obey."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time and message."""
-        return "\n".join(map(printable, super().format(record).split("\n")))
-
-
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lightopd")
-    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG)
+    logger.handlers = [LogLines(sys.stderr)]
     logger.propagate = False
+    # Where torchao is installed, transformers imports it, and it warns of kernels that nobody asked for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

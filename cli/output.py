@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lightopd.telling import printable
 from lightopd.text_tables import table_lines
 
 if TYPE_CHECKING:
     from lightopd.pipelines.shared.reports import Report
-
-
-def printable(text: str) -> str:
-    """Text in one line, without control characters that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def say(text: str, err: bool = False) -> None:

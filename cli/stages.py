@@ -205,13 +205,19 @@ def run(
     student: options.Student = None,
     prompts: options.Prompts = None,
     columns: options.Map = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", help="Train on one cache for each value: --sweep train.optimizer.lr=1e-5,3e-5."
+        ),
+    ] = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
     """The whole pipeline from one YAML file; what is done and valid is skipped.
 
-    Example: lightopd run -c run.yaml
+    Example: lightopd run -c run.yaml --sweep train.optimizer.lr=1e-5,3e-5
     """
     from lightopd.config import load_run
     from lightopd.pipelines import RECIPES
@@ -220,10 +226,16 @@ def run(
     flags: dict[str, Any] = {"out": out, "teacher": teacher, "student": student, "allow": allow or None}
     flags["prompts"] = options.prompts_of(prompts, columns)
     loaded = load_run(config or [], sets or [], options.given(flags), RECIPES)
+
+    def told(each: Any) -> None:
+        if not as_json:
+            show_report(each)
+
     with never_silent("run"):
-        report = pipeline.run(
-            loaded, dry_run=dry_run, told=lambda each: None if as_json else show_report(each)
-        )
+        if sweep is None:
+            report = pipeline.run(loaded, dry_run=dry_run, told=told)
+        else:
+            report = pipeline.sweep(loaded, sweep, dry_run=dry_run, told=told)
     show_report(report, as_json)
 
 

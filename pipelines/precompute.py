@@ -16,16 +16,10 @@ from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
 from lightopd.cache.index import refresh_index
+from lightopd.cache.manifests import schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import (
-    Cache,
-    content_id,
-    create_signal,
-    open_cache,
-    schema_version_at,
-    signal_folder,
-)
+from lightopd.cache.store import Cache, content_id, create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
 from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
@@ -244,6 +238,7 @@ def _write_shard(
         scores_to_table(*scored, config.topk_dtype),
         kind=f"signals/{config.signal}",
         fingerprint=manifest.fingerprint(),
+        made_from=manifest,
     )
 
 

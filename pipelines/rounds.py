@@ -42,7 +42,7 @@ from lightopd.training.checkpoints.run_identity import DECIDES_NOTHING
 log = logging.getLogger(__name__)
 
 MADE_FROM = "round.json"
-FIGURES = ("gap_nats", "ess", "chi2", "log_ratio_lost", "avg_at_k", "reverse_kl_nats")
+FIGURES = ("gap_nats", "ess", "overlap", "chi2", "log_ratio_lost", "avg_at_k", "reverse_kl_nats")
 """What a round takes over from the reports of its stages: the gap before, the drift of what it exported."""
 
 

@@ -3,15 +3,21 @@
     lightopd run -c run.yaml
 
 What is finished and made under the same settings is not made again; a stage that was stopped resumes. With a
-`rounds` section rollout, precompute and train are repeated.
+`rounds` section rollout, precompute and train are repeated. A sweep trains on one cache once for each value
+of one setting of `train`:
+
+    lightopd run -c run.yaml --sweep train.optimizer.lr=1e-5,3e-5
 """
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightopd.config import build
+from lightopd.config import build, laid_over
+from lightopd.errors import ConfigError
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
 from lightopd.pipelines.run_checks import check_pipeline
 from lightopd.pipelines.shared.reports import Report, save_report
@@ -45,8 +51,7 @@ def run(
     what it would do, as far as what it reads is there.
     """
     started_s = time.monotonic()
-    settings_of = {name: settings for name, _, settings in config.pipeline()}
-    check_pipeline(config, lambda name: name in settings_of and _is_finished(name, settings_of[name]))
+    check_pipeline(config, lambda name: _has_finished(config, name))
     if dry_run:
         return _plan(config, told)
     with writing(config.out):
@@ -67,6 +72,87 @@ def run(
         save_config(config, "run", config.out)
         save_report(report, config.out)
     return report
+
+
+def variants(config: RunConfig, assignment: str) -> dict[str, RunConfig]:
+    """The run for each value of `train.optimizer.lr=1e-5,3e-5`, each training in a folder of its own.
+
+    Raises:
+        ConfigError: it is no setting of `train` with two values or more, one is given twice or does not fit,
+            or the run has rounds.
+    """
+    key, _, text = assignment.partition("=")
+    values = [value.strip() for value in text.split(",")]
+    if not key.startswith("train.") or len(values) < 2 or "" in values:
+        raise ConfigError(
+            f"--sweep {assignment!r} is no setting of train with several values, such as "
+            "--sweep train.optimizer.lr=1e-5,3e-5"
+        )
+    if config.rounds:
+        raise ConfigError("a sweep trains on one cache, rounds make new ones; leave one of them out")
+    made = {}
+    for value in values:
+        name = re.sub(r"[^\w.+-]+", "_", f"{key.rpartition('.')[2]}-{value}")
+        train = laid_over({"train": config.train}, [f"{key}={value}"], {})["train"]
+        train = {**train, "out": config.out / "sweep" / name / "train"}
+        made[value] = config.model_copy(update={"train": train})
+        build(STAGES["train"], made[value].settings("train"))
+    if len({str(each.train) for each in made.values()}) < len(values):
+        raise ConfigError(f"--sweep {assignment!r} gives a value twice; name each once")
+    return made
+
+
+def sweep(
+    config: RunConfig,
+    assignment: str,
+    *,
+    dry_run: bool = False,
+    told: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Make the cache once, train on it for each value, and say in a table what came out."""
+    started_s = time.monotonic()
+    runs = variants(config, assignment)
+    for each in runs.values():
+        check_pipeline(each, partial(_has_finished, each), trainings=len(runs))
+    if dry_run:
+        for each in runs.values():
+            report = _plan(each, told)
+        return report
+    rows = []
+    with writing(config.out):
+        save_config(config, "run", config.out, only_first=True)
+        told_already = set[str]()
+        for value, each in runs.items():
+            reports = {}
+            for name, stage, settings in each.pipeline():
+                if name in told_already:
+                    continue  # what comes before training is the same for all
+                reports[name] = RUNNERS[stage](build(STAGES[stage], settings))
+                told(reports[name])
+            told_already |= reports.keys() - {"train", "eval_after"}
+            own = {name: report for name, report in reports.items() if name in ("train", "eval_after")}
+            rows.append(_swept(assignment.partition("=")[0], value, own))
+        report = Report(
+            "sweep", str(config.out / "sweep"), {"trainings": len(rows)}, rows=tuple(rows),
+            seconds=time.monotonic() - started_s,
+        )  # fmt: skip
+        save_report(report, config.out)
+    return report
+
+
+SWEPT = ("loss", "gap_nats", "w_mean", "ess", "avg_at_k", "reverse_kl_nats")
+"""What the table of a sweep shows of each training and its evaluation, where it was measured."""
+
+
+def _swept(key: str, value: str, reports: Mapping[str, Report]) -> dict[str, Any]:
+    figures = {name: value for report in reports.values() for name, value in report.figures.items()}
+    measured = {name: figures[name] for name in SWEPT if name in figures}
+    return {key.removeprefix("train."): value, **measured, "out": reports["train"].out}
+
+
+def _has_finished(config: RunConfig, name: str) -> bool:
+    settings_of = {name: settings for name, _, settings in config.pipeline()}
+    return name in settings_of and _is_finished(name, settings_of[name])
 
 
 def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:

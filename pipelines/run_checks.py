@@ -16,6 +16,7 @@ from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.preflight import (
+    check_head_holds,
     check_ids,
     check_one_width,
     check_reads,
@@ -41,11 +42,12 @@ CHECKPOINT_TIMES_WEIGHTS = 3
 """Weights and Adam's two moments."""
 
 
-def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool]) -> None:
+def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, trainings: int = 1) -> None:
     """Refuse devices, lineage, token ids, widths, contexts, columns, signals and a disk that cannot serve.
 
     Args:
         is_finished: whether the step of a name has left its report.
+        trainings: how many students are trained and kept, as in a sweep.
 
     Raises:
         LightopdError: whatever the stage itself would raise.
@@ -57,10 +59,12 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool]) -> Non
     sampler = rollout.student if sft is None or is_finished("sft") else sft.student
     if not is_finished("train"):
         check_training(train, train.objective, asks_student=train.accuracy is not None)
-        _check_disk(config, sft, train, sampler)
+        _check_disk(config, sft, train, sampler, trainings)
     if sft is not None and not is_finished("sft"):
         check_training(sft.finetune, MLE_OBJECTIVE, asks_student=False)
-        check_ids(sft.student, identified_tokenizer(sft.teacher)[1], sft.allow, "sft")
+        tokenizer, taught = identified_tokenizer(sft.teacher)
+        check_ids(sft.student, taught, sft.allow, "sft")
+        check_head_holds(sft.student, tokenizer)
     if is_finished("rollout"):
         return
     # The fine-tuned student takes over its teacher's tokenizer, and keeps the base's width and context.
@@ -123,15 +127,18 @@ def _check_evaluation(config: RunConfig, sampler: ModelConfig) -> None:
         check_one_width(sampler, evaluation.teacher)
 
 
-def _check_disk(config: RunConfig, sft: SftConfig | None, train: TrainConfig, sampler: ModelConfig) -> None:
+def _check_disk(
+    config: RunConfig, sft: SftConfig | None, train: TrainConfig, sampler: ModelConfig, trainings: int
+) -> None:
     """Refuse a disk on which the students and checkpoints alone, all weights trained, do not fit."""
     weights = sum(file.stat().st_size for file in model_folder(sampler).path.glob("*.safetensors"))
-    parts = [part for part in (sft.finetune if sft else None, train) if part and part.adapter is None]
+    tuned = [sft.finetune] if sft else []
+    parts = [part for part in [*tuned, *[train] * trainings] if part.adapter is None]
     # One checkpoint of each is certain: further ones may replace it.
     wanted = len(parts) * weights * (1 + CHECKPOINT_TIMES_WEIGHTS)
     place = next(folder for folder in (config.out, *config.out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    if wanted > free and not (config.out / "train" / "checkpoints").exists():
+    if wanted > free and not (train.out / "checkpoints").exists():
         raise OutputError(
             f"{place} has {free / 1e9:.3g} GB free, students and checkpoints alone take {wanted / 1e9:.3g}; "
             "name an out folder on a larger disk, or train an adapter"

@@ -27,7 +27,8 @@ from lightopd.pipelines.sampling.sample import (
     sample,
     sampling_figures,
 )
-from lightopd.pipelines.shared.preflight import check_training
+from lightopd.pipelines.shared.model_card import write_model_card
+from lightopd.pipelines.shared.preflight import check_head_holds, check_training
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.prompts.tokens import identified_tokenizer, stop_ids
@@ -75,7 +76,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
         save_config(config, "sft", config.out)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
         if config.part != "answers":
-            figures |= _finetune(config, answers)
+            tuned, left_out = _finetune(config, answers)
+            figures, notes = figures | tuned, (*notes, *left_out)
         report = Report("sft", str(config.out), figures, notes=notes, seconds=time.monotonic() - started_s)
         save_report(report, config.out)
     return report
@@ -91,16 +93,14 @@ def _answers(config: SftConfig, plan: SamplingPlan, load: LoadEngine) -> Cache:
     return answers
 
 
-def _finetune(config: SftConfig, answers: Cache) -> dict[str, float]:
+def _finetune(config: SftConfig, answers: Cache) -> tuple[dict[str, float], tuple[str, ...]]:
     base = fingerprint_model(config.student)
     result = fit(answers, config.student, config.out, config.finetune, MLE_OBJECTIVE)
     leave_unless(result.is_main)
     _take_over_tokenizer(config, result.student)
     _write_lineage(config, answers, base, result.student)
-    return {
-        "finetune_steps": result.steps,
-        **{f"finetune_{key}": value for key, value in result.metrics.items()},
-    }
+    figures = {f"finetune_{key}": value for key, value in result.metrics.items()}
+    return {"finetune_steps": result.steps, **figures}, result.notes
 
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
@@ -108,6 +108,7 @@ def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:
     teacher, taught = identified_tokenizer(config.teacher)
     student, found = identified_tokenizer(config.student)
     learns = found.model_copy(update={"special_ids": taught.special_ids, "template": taught.template})
+    check_head_holds(config.student, teacher)
     return check_tokenizer(taught, learns, config.allow, "sft", (teacher.get_vocab(), student.get_vocab()))
 
 
@@ -132,3 +133,5 @@ def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, fo
         overrides=answers.manifest.overrides,
     )
     write_student_lineage(folder, lineage)
+    rows = sum(marker.rows for marker in answers.markers)
+    write_model_card(folder, lineage, config.student, config.finetune, {"answers": rows})

@@ -12,12 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightopd.cache.store import Cache, content_id, open_cache, signal_names
+from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
+from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
+from lightopd.models.load import context_length_of, outline
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.gap import suggestion
+from lightopd.pipelines.shared.model_card import scored_by, write_model_card
 from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
@@ -25,9 +28,10 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.training.fit import FitResult, fit
+from lightopd.training.fit import FitResult, cached_entries, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.student.adapters import trained_student
+from lightopd.training.student.memory import available_memory, estimate_memory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
     )
     if dry_run:
         check_training(config, config.objective, asks_student=accuracy is not None)
-        return _plan(config, cache, suggested, accuracy)
+        return _plan(config, cache, suggested, accuracy, _memory(config, cache))
     if suggested and is_main():
         log.warning("%s", suggested)
     with writing(config.out):
@@ -71,15 +75,16 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         )
         leave_unless(result.is_main)
         report = _report(config, result, overrides, started_s)
-        _write_lineage(config, cache, student, overrides, result.student)
+        _write_lineage(config, cache, student, overrides, result.student, result.exported_step)
         save_config(config, "train", config.out)
         save_report(report, config.out)
     return report
 
 
 def _signals_there(config: TrainConfig) -> list[str]:
-    """Signals the objective reads and the cache has; another signal may still be in the making."""
-    return [name for name in needs(config.objective).signals if name in signal_names(config.cache)]
+    """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
+    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    return [name for name in needs(config.objective).signals if name in there]
 
 
 def _checked(config: TrainConfig, cache: Cache, student: ModelFingerprint) -> tuple[Override, ...]:
@@ -105,6 +110,7 @@ def _write_lineage(
     student: ModelFingerprint,
     overrides: tuple[Override, ...],
     folder: Path,
+    steps: int,
 ) -> None:
     used = needs(config.objective).signals
     trained = fingerprint_model(trained_student(config.student, folder))
@@ -118,9 +124,37 @@ def _write_lineage(
         overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
     )
     write_student_lineage(folder, lineage)
+    rollouts = sum(marker.rows for marker in cache.markers)
+    facts = {
+        **scored_by({name: cache.signals[name].manifest.model for name in used}),
+        "rollouts": f"{rollouts} of {cache.manifest.num_prompts} prompts",
+        "steps": steps,
+    }
+    write_model_card(folder, lineage, config.student, config, facts)
 
 
-def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: AccuracyMeter | None) -> Report:
+def _memory(config: TrainConfig, cache: Cache) -> tuple[str, ...]:
+    """What the memory of a device would go to, rollouts as long as a micro-batch or the context allows."""
+    available = available_memory(config)
+    if available is None:
+        return ()
+    student = outline(
+        model_folder(config.student).path, trust_remote_code=config.student.trust_remote_code
+    ).requires_grad_(config.adapter is None)
+    longest = min(config.micro_batch_tokens, context_length_of(student))
+    entries = cached_entries(cache, needs(config.objective))
+    estimate = estimate_memory(student, config, longest, cached_entries=entries)
+    more = "" if config.adapter is None else "; the adapter's own weights are not in it"
+    return (estimate.sentence(available) + more,)
+
+
+def _plan(
+    config: TrainConfig,
+    cache: Cache,
+    suggested: str | None,
+    accuracy: AccuracyMeter | None,
+    memory: tuple[str, ...],
+) -> Report:
     tokens = sum(marker.tokens for marker in cache.markers)
     rollouts = sum(marker.rows for marker in cache.markers)
     return Report(
@@ -136,6 +170,7 @@ def _plan(config: TrainConfig, cache: Cache, suggested: str | None, accuracy: Ac
         notes=(
             "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
         )
+        + memory
         + ((suggested,) if suggested else ()),
     )
 
@@ -144,11 +179,6 @@ def _report(
     config: TrainConfig, result: FitResult, overrides: tuple[Override, ...], started_s: float
 ) -> Report:
     seconds = time.monotonic() - started_s
-    stale = (
-        (f"the cache went stale at step {result.first_stale_step}: roll out again from the trained student",)
-        if result.first_stale_step
-        else ()
-    )
     best = (
         (f"the student is that of step {result.exported_step}, the best by {config.best.metric}",)
         if config.best
@@ -159,12 +189,22 @@ def _report(
         out=str(config.out),
         figures={
             "steps": result.steps,
-            **{name: value for name, value in result.metrics.items() if name != "step"},
+            **{name: value for name, value in result.metrics.items() if name not in ("step", "stale")},
             **({"exported_step": result.exported_step} if config.best else {}),
             "tokens": result.tokens,  # of the whole run; the last row's are of its step
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*stale, *best, *result.notes, *override_notes(overrides)),
+        notes=(*_staleness(result), *best, *result.notes, *override_notes(overrides)),
         seconds=seconds,
     )
+
+
+def _staleness(result: FitResult) -> tuple[str, ...]:
+    """The one verdict on the cache, in words; nothing where no step found it stale."""
+    if not result.stale_steps:
+        return ()
+    first, last = result.stale_steps[0], result.stale_steps[-1]
+    if last < result.steps:
+        return (f"the cache was stale between steps {first} and {last}, and is not at the end",)
+    return (f"the cache went stale at step {first}: roll out again from the trained student",)

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from lightopd.schemas.records import Bools, Floats, Ids, Rollout, Scores
 
-SCHEMA_VERSION = 2
-"""Of the manifests and shards written now; 1 hashes a manifest's defaults too."""
+SCHEMA_VERSION = 3
+"""Of the manifests and shards written now; 1 hashes a manifest's defaults too, 1 and 2 have no
+`behavior_logprobs`."""
 
 
 def list_of(value: pa.DataType) -> pa.ListType:

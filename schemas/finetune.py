@@ -1,6 +1,6 @@
 """How a student is fitted, shared by `sft` and `train`. Defaults live here and nowhere else."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,16 +33,24 @@ class OptimizerConfig(StrictModel):
 
 
 class StalenessLimits(StrictModel):
-    """When the cache no longer speaks about the student that is being trained."""
+    """When the cache no longer speaks about the student that is being trained: a limit passed for 3 steps."""
 
-    min_ess: float = Field(0.5, ge=0, le=1)
-    """Effective sample size of w = student now / student at rollout, as a share of the tokens."""
-    max_chi2: float = Field(1.0, ge=0)
-    """Chi-square of the student now against the student at rollout, per token: E[w^2] - 1."""
     max_log_ratio: float = Field(0.2, ge=0)
-    """Mean log-probability lost on the cached tokens since they were sampled, in nats."""
+    """Mean log-probability lost on the cached tokens since they were sampled, in nats; drawn at temperature 1
+    it is KL(student at rollout || student now)."""
+    min_overlap: float = Field(0.9, ge=0, le=1)
+    """Squared Bhattacharyya coefficient of the student now and who sampled, over its value at rollout."""
+    max_chi2: float = Field(1.0, ge=0)
+    """Growth of E[(w - 1)^2], w = student now / who sampled, per token; it counts once it is two standard
+    errors above this."""
     stop_when_stale: bool = False
-    """End training with the first step that passes a limit; rounds do unless told otherwise."""
+    """End training when the cache is stale, never with the first step; rounds do unless told otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ess_decides_nothing(cls, given: Any) -> Any:
+        """Settings saved by version 0.1 have `min_ess`, a limit that one token could pass; it is left out."""
+        return {k: v for k, v in given.items() if k != "min_ess"} if isinstance(given, dict) else given
 
 
 ALL_LINEAR: Final = "all-linear"

@@ -34,6 +34,12 @@ class ModelFingerprint(StrictModel):
     """Path or repository it was read from; for people, never compared."""
     commit: str | None = None
     """Commit of a hub repository."""
+    earlier: str | None = Field(None, exclude=True)
+    """Identity under the spelling of configs by which older caches know the model; never stored."""
+
+    def is_same_as(self, stored: "ModelFingerprint") -> bool:
+        """Whether this model, found now, is the one that a file speaks of."""
+        return stored.identity in (self.identity, self.earlier)
 
 
 class Precision(StrictModel):
@@ -257,6 +263,8 @@ class ShardMarker(StrictModel):
     """Fingerprint of the manifest it was made under."""
     dropped: dict[str, int] = {}
     """Rows left out, by reason."""
+    made_from: dict[str, JsonValue] | None = None
+    """The manifest that it was made under, so that one that is lost can be made again; None in older ones."""
 
 
 _NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at", "sft_declared"}

@@ -77,6 +77,9 @@ class Sample:
     """float32 [R], nats, of the raw distribution; None where the engine cannot tell."""
     finish_reason: str
     """`stop` when an end token was drawn, `length` when the token limit came first."""
+    behavior_logprobs: Floats | None = None
+    """float32 [R], nats, of each drawn id under the distribution it was drawn from, after temperature, top-p
+    and what else narrows it; 0 for a greedy draw. None where the engine cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Scores:
 class Rollout:
     """One row of the cache's rollouts, and the declaration of its columns: name, type, and null where None.
 
-    A column that is added stands last, as `name: Type | None = field(default=None, metadata={"since": 2})`
+    A column that is added stands last, as `name: Type | None = field(default=None, metadata={"since": 3})`
     with the schema version it came with: older files lack it, and are read with nulls in its place.
     """
 
@@ -145,3 +148,6 @@ class Rollout:
     reward: float | None
     prompt_text: str | None
     response_text: str | None
+    behavior_logprobs: Floats | None = field(default=None, metadata={"since": 3})
+    """[R], log-probability under the distribution that the token was drawn from, with its temperature and
+    truncation; equal to `logprobs` where that is the raw one. None where nobody can tell."""

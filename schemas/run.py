@@ -149,7 +149,12 @@ class RunConfig(StageConfig):
         if name == "train":
             student = _as_trained(sampled_by)
             return {"cache": cache, "student": student, "out": self.out / "train", "allow": allow}
-        return {"prompts": self.eval_prompts, "out": self.out / name, **self._evaluated(name, sampled_by)}
+        beside = self._trained_in().parent if name == "eval_after" else self.out
+        return {"prompts": self.eval_prompts, "out": beside / name, **self._evaluated(name, sampled_by)}
+
+    def _trained_in(self) -> Path:
+        """Folder of the training, which its section may name."""
+        return Path(self.train.get("out", self.out / "train"))
 
     def leaves_adapter(self) -> bool:
         """Whether training exports an adapter, to be laid on the student that it began with."""
@@ -157,7 +162,7 @@ class RunConfig(StageConfig):
         return adapter is not None and not adapter.get("merge")
 
     def _evaluated(self, name: str, sampled_by: Any) -> dict[str, Any]:
-        folder = self.out / "train" / "student"
+        folder = self._trained_in() / "student"
         trained: dict[str, Any] = {"path": str(folder)}
         if self.leaves_adapter():
             began = sampled_by.model_dump() if isinstance(sampled_by, ModelConfig) else sampled_by

@@ -11,8 +11,8 @@ from recording_disk import RecordingDisk
 from safetensors import SafetensorError
 
 from lightopd.cache.index import build_index
+from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import marker_path, shard_path
-from lightopd.cache.store import rollouts_folder
 from lightopd.errors import OutputError
 from lightopd.files import output_error, put_folder, write_atomically
 from lightopd.lineage.fingerprint import write_student_lineage

@@ -7,15 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import write_shard
-from lightopd.cache.store import (
-    Cache,
-    create_cache,
-    create_signal,
-    open_cache,
-    rollouts_folder,
-    signal_folder,
-)
+from lightopd.cache.store import Cache, create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.cache import SCHEMA_VERSION

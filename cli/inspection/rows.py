@@ -75,7 +75,7 @@ def _csv(reader: "pa.RecordBatchReader", out: Path | None) -> int:
     import pyarrow as pa
     import pyarrow.csv
 
-    from lightopd.inspection.token_texts import visible
+    from lightopd.text_tables import visible
 
     is_shown = out is None and sys.stdout.isatty()
     fields = [
@@ -98,7 +98,7 @@ def _flat(column: "pa.Array", is_shown: bool) -> "pa.Array":
     """Nested values as JSON text, since CSV has no lists; text for a terminal without control characters."""
     import pyarrow as pa
 
-    from lightopd.inspection.token_texts import visible
+    from lightopd.text_tables import visible
 
     if pa.types.is_nested(column.type):
         write: Callable[[Any], str] = functools.partial(json.dumps, default=str)

@@ -26,16 +26,9 @@ import duckdb
 import pyarrow as pa
 
 from lightopd.cache.fence import ReadOnlyFolder
+from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import (
-    Cache,
-    Signal,
-    open_cache,
-    read_manifest,
-    rollouts_folder,
-    signal_folder,
-    signal_names,
-)
+from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
 from lightopd.files import output_error, replaced_file
 from lightopd.schemas.base import StrictModel

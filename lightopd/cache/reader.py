@@ -56,6 +56,8 @@ class TokenColumns:
     logprobs_N: Floats | None
     """Student at rollout; None for an imported cache."""
     entropies_N: Floats | None
+    behavior_logprobs_N: Floats | None = None
+    """Of who sampled, after temperature and truncation; the student's own where the cache does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,17 @@ def largest_id(cache: Cache, shard: int) -> int:
     return max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
 
 
+def rows_beyond(cache: Cache, shard: int, limit: int) -> NDArray[np.int64]:
+    """Numbers of the rows of a shard that have a prompt or response id of `limit` or more."""
+    columns = (read_columns(cache, shard, [name])[name] for name in ("prompt_ids", "response_ids"))
+    found: list[int] = []
+    for column in columns:
+        whole = column.combine_chunks()
+        is_beyond = pc.greater_equal(pc.list_flatten(whole), limit)
+        found += pc.unique(pc.filter(pc.list_parent_indices(whole), is_beyond)).to_pylist()
+    return np.unique(np.asarray(found, np.int64))
+
+
 def read_columns(
     cache: Cache,
     shard: int,
@@ -209,6 +222,8 @@ def _token_columns(path: Path, table: pa.Table) -> tuple[dict[str, Any], Offsets
         if not table.num_rows or column.null_count < table.num_rows:
             tokens[f"{name}_N"], found = flat_column(column)
             check_offsets(path, name, found, offsets)
+    if tokens["behavior_logprobs_N"] is None:  # exact where responses were drawn at temperature 1 from all
+        tokens["behavior_logprobs_N"] = tokens["logprobs_N"]
     return tokens, offsets
 
 

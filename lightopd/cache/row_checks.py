@@ -210,7 +210,7 @@ def _token_column_faults(
     yield from _at_rows(f"{name} length", is_short, f"{name} is not as long as response_ids")
     if is_short.any():
         return
-    if name == "logprobs":
+    if name in ("logprobs", "behavior_logprobs"):
         yield from _logprob_faults(name, values, offsets)
     elif name == "entropies":
         is_broken = ~np.isfinite(values) | (values < -LOGPROB_TOLERANCE)

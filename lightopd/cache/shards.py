@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lightopd.errors import CacheError
 from lightopd.files import file_sha256, json_bytes, write_atomically
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, schema_of, shard_metadata
-from lightopd.schemas.manifest import ShardMarker
+from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
 from lightopd.schemas.records import Rollout
 
 # docs/decisions/0001-cache-layout.md has the measurements behind these settings.
@@ -42,6 +42,7 @@ SPLIT_COLUMNS = (
     "response_ids",
     "logprobs",
     "entropies",
+    "behavior_logprobs",
     "topk_ids",
     "topk_logprobs",
     "tail_logprobs",
@@ -74,6 +75,7 @@ def write_shard(
     kind: str,
     fingerprint: str,
     dropped: Mapping[str, int] | None = None,
+    made_from: CacheManifest | SignalManifest | None = None,
 ) -> ShardMarker:
     """Write a shard and its marker durably; equal tables give equal bytes.
 
@@ -84,6 +86,7 @@ def write_shard(
         kind: `rollouts` or `signals/<name>`; stored in the file.
         fingerprint: of the manifest that the shard belongs to; stored in file and marker.
         dropped: rows left out, by reason.
+        made_from: the manifest that the shard belongs to, which the marker keeps.
 
     Raises:
         OutputError: no permission, no space, or another failure of the disk; nothing half-written stays.
@@ -96,9 +99,11 @@ def write_shard(
         sha256=hashlib.sha256(content).hexdigest(),
         fingerprint=fingerprint,
         dropped=dict(sorted((dropped or {}).items())),
+        made_from=None if made_from is None else made_from.model_dump(mode="json"),
     )
     write_atomically(shard_path(folder, index), content)
-    write_atomically(marker_path(folder, index), json_bytes(marker.model_dump(mode="json")))
+    told = marker.model_dump(mode="json", exclude={"made_from"} if made_from is None else None)
+    write_atomically(marker_path(folder, index), json_bytes(told))
     return marker
 
 

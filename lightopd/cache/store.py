@@ -6,29 +6,34 @@ Opening reads manifests, markers and file sizes. The bytes are checked where the
 by the trainer before its first step and by `lightopd verify` (SHA-256).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
+from lightopd.cache.manifests import (
+    Manifest,
+    differences,
+    differing,
+    made_again,
+    orphaned_signals,
+    read_manifest,
+    restoring,
+    rollouts_folder,
+    signal_folder,
+    signal_names,
+)
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import json_bytes, streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
     CacheManifest,
     ShardMarker,
     SignalManifest,
-    compared_fields,
 )
-
-Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
 
 STAGES = {"student": "rollout", "teacher": "sft", "imported": "import", "mixed": "join"}
 """Command that makes the rollouts of a cache, by origin."""
@@ -101,16 +106,6 @@ class Cache:
         return tuple(sorted(set(range(self.manifest.num_shards)) - set(present)))
 
 
-def rollouts_folder(path: Path) -> Path:
-    """Folder of the rollout shards of a cache."""
-    return path / "rollouts"
-
-
-def signal_folder(path: Path, name: str) -> Path:
-    """Folder of a signal's manifest and shards."""
-    return path / "signals" / name
-
-
 def create_cache(path: Path, manifest: CacheManifest) -> None:
     """Make a cache folder with its manifest, or find it there made under the same settings.
 
@@ -144,16 +139,8 @@ def _refuse_orphans(cache: Cache, manifest: SignalManifest) -> None:
         if marker is not None and marker.fingerprint != manifest.fingerprint():
             raise OutputError(
                 f"{folder} has shards made under other settings, and no {SIGNAL_MANIFEST}; "
-                f"{restoring(folder)}, or name another signal"
+                f"{restoring(cache.path, manifest.name)}, or name another signal"
             )
-
-
-def restoring(folder: Path) -> str:
-    """How a signal's manifest that is gone comes back, without scoring anything again."""
-    return (
-        f"copy {SIGNAL_MANIFEST} again, or make it again from the settings it was scored with: "
-        f"lightopd precompute -c {folder / 'precompute.yaml'}"
-    )
 
 
 def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: bool = False) -> Cache:
@@ -171,9 +158,7 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
     if streams := streams_of(path):
         raise CacheError(streams[0])
     if not (path / CACHE_MANIFEST).is_file():
-        raise CacheError(
-            f"{path} is not a cache: it has no {CACHE_MANIFEST}; name a folder made by `lightopd rollout`"
-        )
+        raise CacheError(f"{path} is not a cache: it has no {CACHE_MANIFEST}; {made_again(path)}")
     manifest = read_manifest(path / CACHE_MANIFEST, CacheManifest)
     shards, markers = _present(rollouts_folder(path), manifest.num_shards, manifest.fingerprint())
     names = signal_names(path) if signals is None else tuple(signals)
@@ -190,17 +175,6 @@ def streams_of(path: Path) -> list[str]:
     return streams_in(path, rollouts_folder(path), *sorted(path.glob("signals/*")))
 
 
-def signal_names(path: Path) -> tuple[str, ...]:
-    """Names of the signals in a cache folder, sorted."""
-    return tuple(sorted(file.parent.name for file in (path / "signals").glob(f"*/{SIGNAL_MANIFEST}")))
-
-
-def orphaned_signals(path: Path) -> tuple[str, ...]:
-    """Names of folders with shards of a signal and no manifest, sorted."""
-    found = {file.parent.name for file in (path / "signals").glob("*/part-*")}
-    return tuple(sorted(found - set(signal_names(path))))
-
-
 def content_id(cache: Cache, signals: Sequence[str]) -> str:
     """Hash of what a run reads: rollouts and the named signals, settings and bytes; paths do not matter."""
     content: dict[str, Any] = {
@@ -213,58 +187,6 @@ def content_id(cache: Cache, signals: Sequence[str]) -> str:
             *(marker.sha256 for marker in signal.markers),
         ]
     return canonical_hash(content)
-
-
-def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
-    """Read a manifest file.
-
-    Raises:
-        CacheError: the file is missing, is not JSON, does not fit, or has a newer schema version.
-    """
-    try:
-        plain = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CacheError(f"{path} is missing; copy the whole cache folder, or make it again") from None
-    except ValueError as error:
-        raise CacheError(
-            f"{path} is not valid JSON ({error}); copy the file again from where it was made"
-        ) from None
-    version = plain.get("schema_version") if isinstance(plain, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CacheError(
-            f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
-        )
-    try:
-        return kind.model_validate_json(json.dumps(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise CacheError(
-            f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
-        ) from None
-
-
-def schema_version_at(path: Path) -> int:
-    """Schema version of the manifest at `path`, which a stage that resumes keeps; the newest where none is.
-
-    Raises:
-        CacheError: the manifest is broken.
-    """
-    if not path.exists():
-        return SCHEMA_VERSION
-    if path.name == SIGNAL_MANIFEST:
-        return read_manifest(path, SignalManifest).schema_version
-    return read_manifest(path, CacheManifest).schema_version
-
-
-def differences(found: Manifest, wanted: Manifest) -> list[str]:
-    """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
-    before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
-    return [
-        f"{field}: is {before.get(field)!r}, would be {after.get(field)!r}"
-        for field in sorted(before.keys() | after.keys())
-        if before.get(field) != after.get(field)
-    ]
 
 
 def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
@@ -291,7 +213,7 @@ def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
 def _open_signal(path: Path, manifest: CacheManifest, name: str) -> Signal:
     folder = signal_folder(path, name)
     if name in orphaned_signals(path):
-        raise CacheError(f"{folder} has shards but no {SIGNAL_MANIFEST}; {restoring(folder)}")
+        raise CacheError(f"{folder} has shards but no {SIGNAL_MANIFEST}; {restoring(path, name)}")
     if not (folder / SIGNAL_MANIFEST).is_file():
         there = ", ".join(signal_names(path)) or "none"
         raise CacheError(
@@ -300,12 +222,6 @@ def _open_signal(path: Path, manifest: CacheManifest, name: str) -> Signal:
     signal = read_manifest(folder / SIGNAL_MANIFEST, SignalManifest)
     _check_belongs(path, manifest, signal)
     return Signal(signal, *_present(folder, manifest.num_shards, signal.fingerprint()))
-
-
-def differing(one: str, other: str) -> tuple[str, str]:
-    """The beginnings of two hashes, as long as it takes to tell them apart."""
-    length = next((n for n in range(12, len(one)) if one[:n] != other[:n]), len(one))
-    return one[:length], other[:length]
 
 
 def _check_belongs(path: Path, manifest: CacheManifest, signal: SignalManifest) -> None:
@@ -389,12 +305,3 @@ def _check_aligned(cache: Cache) -> None:
                     f"{shard_path(signal_folder(cache.path, name), index)} has {marker.rows} rows and "
                     f"{marker.tokens} tokens, its rollouts have {own.rows} and {own.tokens}; score them again"
                 )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {} if value else {prefix: {}}
-    for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
-    return flat

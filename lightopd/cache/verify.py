@@ -11,20 +11,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from lightopd.cache.contexts import CONTEXTS, read_contexts
-from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
-from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
-from lightopd.cache.store import (
+from lightopd.cache.manifests import (
     differing,
-    open_cache,
     orphaned_signals,
     read_manifest,
     restoring,
     rollouts_folder,
-    row_count_fault,
     signal_folder,
     signal_names,
-    streams_of,
 )
+from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
+from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
+from lightopd.cache.store import open_cache, row_count_fault, streams_of
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS
@@ -106,7 +104,7 @@ def _signal_manifests(path: Path) -> tuple[list[SignalManifest], list[Finding]]:
             )
     for name in orphaned_signals(path):
         folder = signal_folder(path, name)
-        what = f"it is missing, beside shards of the signal; {restoring(folder)}"
+        what = f"it is missing, beside shards of the signal; {restoring(path, name)}"
         findings.append(Finding(str((folder / SIGNAL_MANIFEST).relative_to(path)), None, what))
     return manifests, findings
 

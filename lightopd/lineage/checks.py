@@ -70,7 +70,7 @@ def check_student(
     Raises:
         LineageError: they differ or cannot be compared, and `student-mismatch` is not allowed.
     """
-    if cached is not None and cached.identity == found.identity:
+    if cached is not None and found.is_same_as(cached):
         return ()
     sampler = "an unknown model" if cached is None else _shown(cached)
     differs = "" if cached is None else _what_differs(cached, found)
@@ -142,7 +142,7 @@ def precision_note(cached: Precision | None, found: Precision | None) -> str | N
 
 def _is_same_teacher(sft: SftLineage, teacher: ModelFingerprint) -> bool:
     if sft.teacher is not None:
-        return sft.teacher.identity == teacher.identity
+        return teacher.is_same_as(sft.teacher)
     return sft.name is not None and sft.name == teacher.source
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from lightopd.errors import InputError, LineageError
 from lightopd.files import streams_in, write_atomically
+from lightopd.lineage.architecture import architecture, spelled_out
 from lightopd.lineage.tensor_hashes import TensorHash, hash_tensors
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
@@ -26,38 +27,19 @@ from lightopd.schemas.manifest import (
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "README.md",
+)
 STUDENT_LINEAGE_VERSION = 1
 
-# Written anew by every save, or read by `generate` only; the end tokens among them are part of the
-# tokenizer's fingerprint. `auto_map` gets a repository prefix when a model is saved again.
-_NOT_ARCHITECTURE = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_model_name_or_path",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "decoder_start_token_id",
-    "dtype",
-    "eos_token_id",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unk_token_id",
-    "use_cache",
-}
 # Where the adapter came from and who saved it; `inference_mode` is set by every save.
 _NOT_ADAPTER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 
@@ -104,17 +86,22 @@ def fingerprint_model(model: ModelConfig) -> ModelFingerprint:
 
     A renamed, moved or re-sharded folder keeps its `identity`; one changed weight does not. A folder
     that transformers 5 saves again in the same number format keeps it too where the architecture
-    keys that the save adds are ones that follow from the others (Llama, Qwen2, Qwen3 and their like).
+    keys that the save adds are ones that follow from the others (Llama, Qwen, Phi, Gemma and their like).
 
     Raises:
         InputError: no such folder, no safetensors weights, a damaged file, or no readable config.
     """
     folder = model_folder(model)
-    weights = _hash_of(hash_tensors(_weight_files(folder.path)))
-    config = canonical_hash(architecture(read_json(folder.path / "config.json")))
+    weights = _hash_of(hash_tensors(weight_files(folder.path)))
+    settings = read_json(folder.path / "config.json")
+    config, before = canonical_hash(architecture(settings)), canonical_hash(spelled_out(settings))
     adapter = None if model.adapter is None else _fingerprint_adapter(model.adapter)
+    identity, earlier = (
+        canonical_hash({"weights": weights, "config": one, "adapter": adapter}) for one in (config, before)
+    )
     return ModelFingerprint(
-        identity=canonical_hash({"weights": weights, "config": config, "adapter": adapter}),
+        identity=identity,
+        earlier=None if earlier == identity else earlier,
         weights=weights,
         config=config,
         adapter=adapter,
@@ -170,7 +157,7 @@ def read_student_lineage(model: ModelConfig, fingerprint: ModelFingerprint) -> S
             f"{path} is broken at {where or 'the top'}: {first['msg']}; restore it, or delete it "
             "and declare the teacher with --sft-teacher"
         ) from error
-    if lineage.student.identity != fingerprint.identity:
+    if not fingerprint.is_same_as(lineage.student):
         raise LineageError(
             f"{path} is about other weights ({lineage.student.identity[:12]}) than those beside it "
             f"({fingerprint.identity[:12]}); restore the folder, or delete the file and declare the "
@@ -204,49 +191,15 @@ def declared_teacher(declared: str) -> SftLineage:
         return SftLineage(proof="none")
     written_as_path = declared.startswith((".", "/", "~")) or declared.endswith("/")
     if written_as_path or Path(declared).is_dir():
-        return SftLineage(proof="declared", teacher=fingerprint_model(ModelConfig(path=declared)))
+        try:
+            model = ModelConfig(path=declared)
+        except ValidationError as error:
+            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return SftLineage(proof="declared", teacher=fingerprint_model(model))
     return SftLineage(proof="declared", name=declared)
 
 
-def architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` says about the computation, in one spelling for old and new files.
-
-    Left out: keys that every save writes anew, keys that only `generate` reads, nulls, and values that
-    follow from others. `rope_theta` and `rope_scaling` become `rope_parameters`, whole floats integers.
-    """
-    kept = {key: _plain(value) for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    kept = {key: value for key, value in kept.items() if value is not None}
-    if "rope_type" not in kept:  # else this is the inside of `rope_parameters`
-        _fold_rope(kept)
-    if kept.get("use_sliding_window") is False:
-        kept.pop("sliding_window", None)
-        kept.pop("max_window_layers", None)
-    if set(kept.get("layer_types", ())) == {"full_attention"}:
-        del kept["layer_types"]
-    heads = kept.get("num_attention_heads")
-    if isinstance(heads, int) and heads and kept.get("head_dim") == kept.get("hidden_size", 0) // heads:
-        kept.pop("head_dim", None)
-    return kept
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return architecture(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _fold_rope(config: dict[str, Any]) -> None:
-    theta, scaling = config.pop("rope_theta", None), config.pop("rope_scaling", None) or {}
-    if "rope_parameters" not in config and (theta is not None or scaling):
-        rope = {**scaling, **({} if theta is None else {"rope_theta": theta})}
-        rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", "default")
-        rope.pop("type", None)
-        config["rope_parameters"] = rope
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files transformers would load, and no others that lie beside them."""
     if (folder / "adapter_config.json").exists():
         raise InputError(

@@ -72,14 +72,26 @@ def load_model(
         InputError: no such folder, no safetensors weights, weights missing or of other shapes.
         ConfigError: an adapter is asked for and peft is not installed.
     """
-    # A sure prediction leaves probabilities below 1e-38; many CPUs are far slower on such denormal numbers;
-    # as zero they change nothing. Threads inherit the setting, so it precedes the first parallel work.
-    torch.set_flush_denormal(True)
+    settle_arithmetic()
     with _quiet_transformers():
         loaded = _read_model(model, tensors)
         if model.adapter is not None:
             loaded = _merge_adapter(loaded, model.adapter)
     return loaded.eval().to(device)
+
+
+def settle_arithmetic() -> None:
+    """How this process computes, whatever was set before: the one place that says it.
+
+    Products of float32 factors are made in float32: TF32 has 11 bits, and differences to cached
+    log-probabilities would be its rounding. Products in half precision are as PyTorch has them, which adds
+    in float32; what has to keep more digits (logits) asks for its result in float32.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    # A sure prediction leaves probabilities below 1e-38; many CPUs are far slower on such denormal numbers;
+    # as zero they change nothing. Threads inherit the setting, so it precedes the first parallel work.
+    torch.set_flush_denormal(True)
 
 
 def context_length_of(model: PreTrainedModel) -> int:

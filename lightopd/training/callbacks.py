@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import BestConfig, FinetuneConfig
 from lightopd.stopping import stops_wait
+from lightopd.telling import LIVE, duration
 from lightopd.training.checkpoints.checkpoint import TrainerState, checkpoint_path, prune_checkpoints
 from lightopd.training.checkpoints.save import save_checkpoint
 from lightopd.training.measures.best import is_over, updated_best
@@ -24,7 +25,9 @@ from lightopd.training.module import StudentModule
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 10.0
-"""Seconds between progress lines, at least."""
+"""Seconds between progress lines of a log, at least."""
+REDRAW_S = 0.25
+"""Seconds between progress lines on a terminal, where one takes the place of the other, at least."""
 
 
 class MetricsFile(Callback):  # type: ignore[misc]
@@ -40,7 +43,7 @@ class MetricsFile(Callback):  # type: ignore[misc]
 
 
 class StopWhenStale(Callback):  # type: ignore[misc]
-    """Ends training with the step that passed a staleness limit; `Checkpoints` comes after it and saves."""
+    """Ends training with the step at which the cache is stale; `Checkpoints` comes after it and saves."""
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Every rank has the same metrics, so every rank stops."""
@@ -109,6 +112,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             objective=asdict(module.state),
             is_stale=bool(trainer.should_stop and module.metrics.get("stale")),
             best=module.best,
+            num_exceeded=module.drift.num_exceeded,
         )
         optimizer = module.optimizers(use_pl_optimizer=False)
         place = self.folder, module.student, optimizer, self.student, state
@@ -146,35 +150,38 @@ class StepDone(Callback):  # type: ignore[misc]
 
 
 class ProgressLine(Callback):  # type: ignore[misc]
-    """A log line with loss, gap, w, rate and time left, at most every ten seconds."""
+    """A line with time left, loss, gap, w and rate: every ten seconds in a log, redrawn on a terminal."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps = steps
         self.clock = clock
-        self._began_s = self._said_s = 0.0
+        self._began_s = self._said_s = self._drawn_s = 0.0
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, module: StudentModule) -> None:
         """Start the clock."""
-        self._began_s = self._said_s = self.clock()
+        self._began_s = self._said_s = self._drawn_s = self.clock()
         self._first_step = module.step
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Say how far the run is, when it is time to."""
         now_s = self.clock()
-        if not trainer.is_global_zero or now_s - self._said_s < PROGRESS_S:
+        is_due = now_s - self._said_s >= PROGRESS_S
+        if not trainer.is_global_zero or not (is_due or now_s - self._drawn_s >= REDRAW_S):
             return
-        self._said_s = now_s
-        rate = (module.step - self._first_step) / (now_s - self._began_s)
-        log.info(
-            "step %d/%d, loss %.4g%s, %.3g steps/s, %.0f tokens/s, %.0f s left",
+        self._drawn_s = now_s
+        self._said_s = now_s if is_due else self._said_s
+        left_s = (self.steps - module.step) * (now_s - self._began_s) / (module.step - self._first_step)
+        log.log(
+            logging.INFO if is_due else logging.DEBUG,
+            "step %d/%d, %s left, loss %.4g%s, %.0f tokens/s",
             module.step,
             self.steps,
+            duration(left_s),
             module.metrics["loss"],
             drift_words(module.metrics),
-            rate,
             module.metrics["tokens_per_second"],
-            (self.steps - module.step) / rate,
+            extra=LIVE,
         )
 
 

@@ -17,11 +17,12 @@ from lightning.pytorch import Callback
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
-from lightopd.cache.reader import largest_id
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
+from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
+from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
@@ -51,12 +52,13 @@ from lightopd.training.checkpoints.checkpoint import (
 )
 from lightopd.training.checkpoints.export import export
 from lightopd.training.checkpoints.run_identity import recipe_of
+from lightopd.training.checkpoints.untouched import check_names
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
-from lightopd.training.data.split import SelectedRollouts, select_rollouts
+from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
-from lightopd.training.distributed.strategies import check_strategy
+from lightopd.training.distributed.strategies import check_strategy, uses_gpu
 from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
@@ -65,9 +67,9 @@ from lightopd.training.measures.held_out import HeldOut, held_out_objective
 from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
-from lightopd.training.student.adapters import load_student
+from lightopd.training.student.adapters import is_adapted, load_student
 from lightopd.training.student.compile import compile_layers
-from lightopd.training.student.memory import estimate_memory
+from lightopd.training.student.memory import available_memory, estimate_memory
 from lightopd.training.student.packed_rows import check_packing
 from lightopd.training.student.router_loss import check_experts
 from lightopd.training.student.training_mode import prepare_student
@@ -93,8 +95,8 @@ class FitResult:
     """Prompt and response tokens trained on, padding left out."""
     seconds: float
     """Time spent in steps, over all resumptions."""
-    first_stale_step: int | None
-    """The first step that passed a staleness limit."""
+    stale_steps: tuple[int, ...]
+    """Steps at which the cache was stale."""
     rollouts_left_out: int | None
     """Rollouts without a trained token; None when the run was finished before."""
     notes: tuple[str, ...]
@@ -200,7 +202,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
     objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
     best = known_best(checkpoint.parent, state) if finetune.best else None
-    return Start(state.step, checkpoint, objective, best)
+    return Start(state.step, checkpoint, objective, best, state.num_exceeded)
 
 
 def _train(run: _Run, start: Start) -> dict[str, Any]:
@@ -274,7 +276,8 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     reading = FirstReading(run.cache, signals, topk, limit)
-    selected = select_rollouts(run.cache, run.objective, run.needed, run.finetune.held_out, reading)
+    held_out, width = run.finetune.held_out, _id_limit(run)
+    selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained
     for some in (index, selected.held_out) if selected.held_out else (index,):
         check_lengths(some, run.finetune.micro_batch_tokens)
@@ -284,26 +287,24 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     return selected, reading.store(index)
 
 
-def _refuse_ids_beyond(run: _Run, width: int) -> None:
-    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs."""
-    for shard in run.cache.shards:
-        largest = largest_id(run.cache, shard)
-        if largest >= width:
-            raise TrainingError(
-                f"{run.cache.file(shard)} has token id {largest}, {run.student.path} has {width} outputs; "
-                f"train a student that has it, or leave out the responses with such ids"
-            )
+def _id_limit(run: _Run) -> int | None:
+    """Width of a student that learns the answers of a wider teacher, which may have drawn an id beyond it."""
+    width = model_limits(run.student).vocabulary_size
+    manifest = run.cache.manifest
+    return width if manifest.origin == "teacher" and manifest.vocabulary_size > width else None
 
 
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
+    if checkpoint is None and not is_adapted(model):
+        check_names(model, run.student)
     check_head(model)
     check_attention(model)
     indexes = [index for index in (selected.trained, selected.held_out) if index is not None]
     longest = max(int(index.lengths_P.max()) for index in indexes)
     width = model.get_output_embeddings().weight.shape[0]
-    if run.cache.manifest.vocabulary_size > width:
-        _refuse_ids_beyond(run, width)
+    if run.cache.manifest.vocabulary_size > width and _id_limit(run) is None:
+        refuse_ids_beyond(run.cache, width, run.student.path)
     if longest > context_length_of(model):
         raise TrainingError(
             f"the longest rollout has {longest} tokens, the context of {run.student.path} holds "
@@ -316,20 +317,28 @@ def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts
     if run.finetune.precision == "bf16-true":
         check_low_memory()
         model.to(torch.bfloat16)
-    _say_memory(model, run.finetune, longest)
+    _say_memory(model, run, longest)
+    if uses_gpu(run.finetune) and not use_causal_attention(model):
+        log.info("attention of the student is that of transformers, which makes masks of [T, T]")
     prepared = prepare_student(model, gradient_checkpointing=run.finetune.gradient_checkpointing)
     if run.finetune.compile:
         compile_layers(prepared)
     return prepared
 
 
-def _say_memory(model: PreTrainedModel, finetune: FinetuneConfig, longest: int) -> None:
-    """What the memory of a GPU will go to; a share of a student is not worked out."""
-    if not torch.cuda.is_available() or finetune.accelerator == "cpu" or finetune.strategy == "fsdp":
+def _say_memory(model: PreTrainedModel, run: _Run, longest: int) -> None:
+    """What the memory of a device will go to."""
+    available = available_memory(run.finetune)
+    if available is None or not is_first_rank():
         return
-    available = torch.cuda.get_device_properties(0).total_memory
-    if is_first_rank():
-        log.info("%s", estimate_memory(model, finetune, longest).sentence(available))
+    entries = cached_entries(run.cache, run.needed)
+    estimate = estimate_memory(model, run.finetune, longest, cached_entries=entries)
+    log.log(logging.INFO if estimate.fits(available) else logging.WARNING, "%s", estimate.sentence(available))
+
+
+def cached_entries(cache: Cache, needed: Needs) -> int:
+    """Entries of a position, over all signals whose support the objective reads."""
+    return sum(cache.signals[name].manifest.top_k for name in needed.topk)
 
 
 def _callbacks(run: _Run) -> list[Callback]:
@@ -374,7 +383,7 @@ def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
         metrics={name: value for name, value in measured.items() if not math.isnan(value)},
         tokens=int(sum(row["tokens"] for row in rows)),
         seconds=math.fsum(row["seconds"] for row in rows),
-        first_stale_step=stale[0] if stale else None,
+        stale_steps=tuple(stale),
         rollouts_left_out=said.get("rollouts_left_out"),
         notes=tuple(said.get("notes", ())),
         is_main=is_main(),

@@ -46,7 +46,7 @@ from lightopd.training.optimizer import (
     set_learning_rate,
 )
 from lightopd.training.student.compile import is_of_compiler, uncompiled
-from lightopd.training.student.drift import drift_metrics, exceeded_limits
+from lightopd.training.student.drift import DRIFT_SUMS, DriftWatch
 from lightopd.training.student.ema import WeightAverage
 from lightopd.training.student.forward import routed_tokens, routers_of, student_sums, student_tokens
 from lightopd.training.student.router_loss import (
@@ -61,8 +61,7 @@ from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR
 
 log = logging.getLogger(__name__)
 
-STALE = "step %d: the cache is stale: %s; roll out again from the current student"
-NOT_LOGGED = ("loss", "tokens", "w", "w_squared", "log_ratio_lost")
+NOT_LOGGED = ("loss", "tokens", *DRIFT_SUMS)
 """Sums that are logged under another name, or not as means."""
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
 """How torch's CPU allocator says it, in a plain RuntimeError."""
@@ -80,6 +79,8 @@ class Start:
     """Of the objective."""
     best: Best | None = None
     """The best measurement so far."""
+    num_exceeded: int = 0
+    """Last steps in a row that passed a limit of staleness."""
 
 
 class StudentModule(LightningModule):  # type: ignore[misc]
@@ -130,7 +131,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self._held_out_rows: list[Rows] = []
         self._idle_rows: list[Rows] = []
         self._step_began_s = 0.0
-        self._has_warned = False
+        self.drift = DriftWatch(limits, finetune.steps, start.num_exceeded)
 
     def configure_model(self) -> None:
         """Shard the student over the devices, where the strategy does."""
@@ -197,7 +198,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
-        drift = self._drift(means)
+        drift = self.drift.metrics(self.step, totals, is_speaking=self.trainer.is_global_zero)
         is_stopped = self.limits is not None and self.limits.stop_when_stale and drift.get("stale")
         measured = self._measure(is_last=self.step == self.finetune.steps or bool(is_stopped))
         others = {**drift, **jumped, **measured, "grad_norm": norm, "lr": rate}
@@ -368,17 +369,6 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
-
-    def _drift(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The step's drift, and whether it passes the limits; says so the first time."""
-        if "w" not in means:
-            return {}
-        drift = drift_metrics(means)
-        passed = exceeded_limits(drift, self.limits) if self.limits else []
-        if passed and not self._has_warned and self.trainer.is_global_zero:
-            log.warning(STALE, self.step, ", ".join(passed))
-            self._has_warned = True
-        return {**drift, "stale": int(bool(passed))}
 
 
 def _ids(micro_batches: Sequence[Rows]) -> list[str]:

@@ -74,7 +74,8 @@ def _make_trainer(
 def quiet_libraries() -> Iterator[None]:
     """Hints, banners and bars of libraries off; what matters to the user is said by this package."""
     # A layer that does not compile to one graph becomes several, which torch tells in twenty lines each time.
-    names = ("lightning.pytorch", "lightning.fabric", "torch._dynamo.exc")
+    # torchao names the kernels of GPUs that are not here.
+    names = ("lightning.pytorch", "lightning.fabric", "torch._dynamo.exc", "torchao")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     had_bars = transformers.logging.is_progress_bar_enabled()

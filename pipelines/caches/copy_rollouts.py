@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import marker_path, shard_path, valid_shard
-from lightopd.cache.store import Cache, create_cache, open_cache, rollouts_folder
+from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.errors import CacheError
 from lightopd.files import write_atomically
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from lightopd import __version__
-from lightopd.cache.store import schema_version_at
+from lightopd.cache.manifests import schema_version_at
 from lightopd.cache.tables import rollout_id
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine, load_engine

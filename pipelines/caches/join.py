@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from pydantic import JsonValue
 
 from lightopd.cache.index import refresh_index
+from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, content_id, create_cache, open_cache, rollouts_folder
+from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.pipelines.caches.join_plan import Plan, ShardRows, plan_rows
@@ -140,7 +141,7 @@ def _write_missing(out: Path, manifest: CacheManifest, caches: Sequence[Cache], 
         if valid_shard(folder, index, fingerprint) is not None:
             continue
         table = pa.concat_tables(list(_tables(caches, parts, manifest.vocabulary_size)))
-        write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint)
+        write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint, made_from=manifest)
 
 
 def _tables(caches: Sequence[Cache], parts: Sequence[ShardRows], vocabulary_size: int) -> Iterator[pa.Table]:

@@ -10,9 +10,10 @@ import pyarrow as pa
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import Contexts, read_contexts
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.reader import read_columns
 from lightopd.cache.row_checks import HALF_ROUNDING
-from lightopd.cache.store import Cache, open_cache, signal_folder
+from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
 from lightopd.engines.base import Engine
@@ -157,7 +158,7 @@ def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeCo
     if teacher is not None:
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": teacher})})
     made_by = cache.signals[signal].manifest.model
-    if made_by is None or fingerprint_model(config.teacher).identity != made_by.identity:
+    if made_by is None or not fingerprint_model(config.teacher).is_same_as(made_by):
         raise CacheError(
             f"{config.teacher.path} is not the model that made signal {signal}; give it with --teacher"
         )

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.cache.tables import flat_column
 from lightopd.config import load_run
 from lightopd.errors import CacheError

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from lightopd.cache.store import read_manifest
+from lightopd.cache.manifests import read_manifest
 from lightopd.errors import OutputError
 from lightopd.lineage.checks import refuse_unless_allowed
 from lightopd.prompts.tokens import DATED, writes_the_date

@@ -15,8 +15,9 @@ import numpy as np
 
 from lightopd import __version__
 from lightopd.cache.index import query, refresh_index
+from lightopd.cache.manifests import schema_version_at
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.store import Cache, create_cache, open_cache, schema_version_at
+from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine
@@ -171,7 +172,9 @@ def write_missing_shards(
             for index in missing:
                 with doing(f"{stage}: making shard {index + 1} of {total}"):
                     table = rollouts_to_table(make(engine, index))
-                marker = write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint)
+                marker = write_shard(
+                    folder, index, table, kind="rollouts", fingerprint=fingerprint, made_from=manifest
+                )
                 progress.advance(tokens=marker.tokens)
         finally:
             engine.close()
@@ -218,6 +221,7 @@ def _rollout(plan: SamplingPlan, row: int, sample_index: int, drawn: Sample) -> 
         reward=reward_of(prompt, text),
         prompt_text=prompt_text(prompt_ids, plan.tokenizer) if keep else None,
         response_text=text if keep else None,
+        behavior_logprobs=drawn.behavior_logprobs,
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
@@ -46,7 +47,7 @@ def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLinea
     if recorded.teacher is None or said.teacher is None:
         same = said.name == (recorded.teacher.source if recorded.teacher else recorded.name)
     else:
-        same = said.teacher.identity == recorded.teacher.identity
+        same = said.teacher.is_same_as(recorded.teacher)
     if not same or (said.proof == "none") != (recorded.proof == "none"):
         known = recorded.teacher.source if recorded.teacher else recorded.name or "no teacher"
         raise LineageError(
@@ -82,6 +83,26 @@ def check_top_k(config: PrecomputeConfig) -> None:
         raise ConfigError(
             f"top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {size} tokens; set top_k "
             "to that or less"
+        )
+
+
+def check_head_holds(student: ModelConfig, tokenizer: Any) -> None:
+    """Refuse a student without an output for a token of text.
+
+    Added tokens do not count: text models share the tokenizer of a larger one that also sees. Answers
+    with such an id are left out of fine-tuning.
+
+    Raises:
+        InputError: names the token and the width.
+    """
+    width = model_limits(student).vocabulary_size
+    added = tokenizer.get_added_vocab()
+    of_text = ((index, token) for token, index in tokenizer.get_vocab().items() if token not in added)
+    largest, token = max(of_text, default=(0, ""))
+    if largest >= width:
+        raise InputError(
+            f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it "
+            f"more with resize_token_embeddings({largest + 1}), and save it"
         )
 
 

@@ -1,12 +1,13 @@
 """Progress of a stage: a log line for people and the same numbers as a record, and what is under way."""
 
 import contextlib
-import datetime
 import json
 import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from lightopd.telling import LIVE, duration
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,6 @@ def doing(what: str) -> Iterator[None]:
 def now_doing() -> str | None:
     """What is under way, the innermost; None where nobody said."""
     return _under_way[-1] if _under_way else None
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class StageProgress:
@@ -61,7 +57,8 @@ class StageProgress:
         tokens_per_s = self.tokens / max(seconds, 1e-9)
         log.info(
             "%s: %d/%d %s, %.3g/s, %.0f tokens/s, %s left",
-            *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, clock(left_s)),
+            *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, duration(left_s)),
+            extra=LIVE if self.done < self.total else None,
         )
         record = {
             "stage": self.stage,

@@ -302,7 +302,7 @@ class ExpectedBaseline(StrictModel):
     support: Literal["topk", "topk_and_sampled"] = "topk"
     """`topk_and_sampled` is refused: such a baseline depends on the sampled token and biases the gradient."""
     ratio_cap: float | None = Field(None, gt=0)
-    """Multiply the baseline term alone by min(s / s at rollout, cap); none leaves it as it is."""
+    """Multiply the baseline term alone by min(s / who sampled, cap); none leaves it as it is."""
 
     @model_validator(mode="after")
     def _independent_of_the_action(self) -> "ExpectedBaseline":

@@ -10,7 +10,7 @@ from lightopd.schemas.objectives.targets import SignalName
 
 
 class RatioWeight(StrictModel):
-    """Truncated importance weight min(student now / student at rollout, cap) of a token."""
+    """Truncated importance weight min(student now / who sampled, cap) of a token."""
 
     kind: Literal["ratio"]
     """No gradient goes through it."""
@@ -22,7 +22,7 @@ class PpoClipWeight(StrictModel):
     """Importance weight with PPO's clip: no gradient where the ratio has already moved the wanted way."""
 
     kind: Literal["ppo_clip"]
-    """Same gradient as min(r A, clip(r, 1 - low, 1 + high) A) with r = student now / student at rollout."""
+    """Same gradient as min(r A, clip(r, 1 - low, 1 + high) A) with r = student now / who sampled."""
     low: float = Field(0.2, gt=0, lt=1)
     """Clip below one, for negative advantages."""
     high: float = Field(0.28, gt=0)

@@ -162,7 +162,7 @@ def test_a_file_with_other_columns_is_named_with_the_column(tmp_path):
     [
         ({"lightopd.kind": "signals/teacher"}, "kind is 'signals/teacher', not 'rollouts'"),
         ({"lightopd.fingerprint": "f"}, "fingerprint is 'f', not "),
-        ({"lightopd.schema_version": "9"}, "schema_version is '9', not '2'"),
+        ({"lightopd.schema_version": "9"}, "schema_version is '9', not '3'"),
     ],
 )
 def test_a_file_that_belongs_elsewhere_is_refused(tmp_path, metadata, what):

@@ -7,14 +7,8 @@ from dataclasses import replace
 import pytest
 from cache_cases import cache_manifest, make_cache, signal_manifest
 
-from lightopd.cache.store import (
-    content_id,
-    create_cache,
-    create_signal,
-    differences,
-    differing,
-    open_cache,
-)
+from lightopd.cache.manifests import differences, differing
+from lightopd.cache.store import content_id, create_cache, create_signal, open_cache
 from lightopd.cache.verify import verify
 from lightopd.errors import CacheError, OutputError
 from lightopd.schemas.configs import SamplingConfig
@@ -202,3 +196,52 @@ def test_the_content_id_does_not_depend_on_the_order_of_signals(tmp_path):
     turned = replace(cache, signals=dict(reversed(cache.signals.items())))
     assert content_id(turned, ["b", "a"]) == content_id(cache, ["a", "b"])
     assert content_id(cache, ["a"]) != content_id(cache, ["b"])
+
+
+def lost(world, tmp_path, file):
+    cache = tmp_path / "cache"
+    shutil.copytree(world.cache, cache)
+    before = json.loads((cache / file).read_text())
+    (cache / file).unlink()
+    return cache, before
+
+
+@pytest.mark.parametrize("file", ["lightopd.json", "signals/teacher/signal.json"])
+def test_a_manifest_that_is_gone_is_made_again_from_the_shards(lightopd, world, tmp_path, file):
+    cache, before = lost(world, tmp_path, file)
+    with pytest.raises(CacheError, match=rf"lightopd verify {cache} --restore"):
+        open_cache(cache, signals=["teacher"])
+    code, out, err = lightopd("verify", cache)
+    assert code == 5
+    assert f"lightopd verify {cache} --restore" in out + err
+    code, out, err = lightopd("verify", cache, "--restore")
+    assert (code, out) == (0, f"{cache} is whole\n")
+    assert "made again from its shards" in err
+    again = json.loads((cache / file).read_text())
+    assert {**again, "noise": 0} == {**before, "noise": 0}
+
+
+def test_train_refuses_scores_without_their_manifest_and_says_how_it_comes_back(lightopd, world, tmp_path):
+    cache, _ = lost(world, tmp_path, "signals/teacher/signal.json")
+    asked = ["train", "--cache", cache, "--student", world.sft / "student", "--out", tmp_path / "run"]
+    code, _, err = lightopd(*asked)
+    assert code == 5
+    assert f"lightopd verify {cache} --restore" in err
+    code, _, err = lightopd("precompute", "--cache", cache, "--teacher", world.teacher, "--top-k", "0")
+    assert code == 7
+    assert f"lightopd verify {cache} --restore" in err
+
+
+def test_markers_that_do_not_agree_restore_nothing(lightopd, world, tmp_path):
+    cache, _ = lost(world, tmp_path, "signals/teacher/signal.json")
+    marker = cache / "signals/teacher/part-00001.json"
+    plain = json.loads(marker.read_text())
+    for made_from, told in (
+        ({**plain["made_from"], "top_k": 9}, "speak of several manifests"),
+        ({"name": "x"}, "speak of several manifests"),
+    ):
+        marker.write_text(json.dumps({**plain, "made_from": made_from}))
+        code, _, err = lightopd("verify", cache, "--restore")
+        assert code == 5
+        assert told in err
+        assert not (cache / "signals/teacher/signal.json").exists()

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 
 SHORT = "{{ prompt }}{{ solution }},"
 

@@ -24,6 +24,7 @@ ROOMS = [
     "ranks",
     "stopping",
     "text_tables",
+    "telling",
     "config",
     "lineage",
     "models",

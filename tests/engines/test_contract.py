@@ -4,7 +4,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import ENGINES, random_ids, random_sequences
+from engine_cases import ENGINES, behavior_logprobs, random_ids, random_sequences
 
 from lightopd.errors import InputError
 from lightopd.schemas.configs import SamplingConfig
@@ -72,6 +72,33 @@ def test_logprobs_of_drawn_ids_equal_a_score_at_temperature_one(engine, floor):
     scores = engine.score([Sequence(p, s.response_ids) for p, s in zip(prompts, samples, strict=True)], 0)
     for sample, score in zip(samples, scores, strict=True):
         np.testing.assert_allclose(sample.logprobs, score.logprobs, rtol=0, atol=floor)
+
+
+SAMPLINGS = {
+    "raw": {},
+    "cooler": {"temperature": 0.8},
+    "nucleus": {"temperature": 1.3, "top_p": 0.8},
+    "greedy": {"temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_behavior_logprobs_are_those_of_the_distribution_that_was_drawn_from(engine, floor, name):
+    sampling = SamplingConfig(max_tokens=9, **SAMPLINGS[name])
+    prompts, _ = make_prompts(engine)
+    samples = draw(engine, sampling)
+    sequences = [Sequence(p, s.response_ids) for p, s in zip(prompts, samples, strict=True)]
+    scores = engine.score(sequences, engine.vocabulary_size)
+    if samples[0].behavior_logprobs is None:
+        assert name in ("cooler", "nucleus")
+        pytest.skip("this engine cannot tell")
+    for sample, score in zip(samples, scores, strict=True):
+        assert sample.behavior_logprobs.dtype == np.float32
+        if name == "raw":
+            np.testing.assert_array_equal(sample.behavior_logprobs, sample.logprobs)
+            continue
+        wanted = behavior_logprobs(score, sample.response_ids, sampling)
+        np.testing.assert_allclose(sample.behavior_logprobs, wanted, rtol=0, atol=10 * floor + 1e-6)
 
 
 def test_a_sample_ends_at_its_first_stop_id_or_at_the_limit(engine):

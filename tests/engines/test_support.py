@@ -10,8 +10,9 @@ from engine_cases import random_sequences
 from fake_engine import FakeEngine
 from transformers import AutoModelForCausalLM
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.engines.base import keep_ids_below

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -14,8 +15,8 @@ from transformers import (
 )
 
 from lightopd.errors import InputError, LineageError, OutputError
+from lightopd.lineage.architecture import architecture
 from lightopd.lineage.fingerprint import (
-    architecture,
     declared_teacher,
     fingerprint_model,
     fingerprint_tokenizer,
@@ -229,8 +230,12 @@ def test_an_adapter_belongs_to_the_identity_and_where_its_base_lay_does_not(tmp_
 
 def test_an_adapter_folder_is_not_taken_for_a_model(tmp_path):
     folder = make_adapter(tmp_path / "adapter", 1.0)
-    with pytest.raises(InputError, match="is an adapter"):
+    with pytest.raises(
+        ValidationError, match="does not name its base model; give the base model as the path"
+    ):
         identity(folder)
+    with pytest.raises(InputError, match="is an adapter"):
+        fingerprint_model(ModelConfig(path=str(folder), adapter=folder))
 
 
 @pytest.mark.parametrize("path", ["./no-such-folder", "/no/such/folder", "a/b/c"])

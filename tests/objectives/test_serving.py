@@ -16,9 +16,10 @@ from cache_cases import (
 from objective_cases import METHODS, objective, recipe
 from pydantic import ValidationError
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.reader import group_number
 from lightopd.cache.shards import write_shard
-from lightopd.cache.store import create_signal, open_cache, signal_folder
+from lightopd.cache.store import create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
 from lightopd.config import build
 from lightopd.errors import CacheError, ConfigError
@@ -242,15 +243,43 @@ def test_groups_of_equal_rewards_are_remarked_upon_where_rollouts_are_compared(t
     assert "no prompt has rollouts of differing rewards" in line
 
 
-def test_a_ratio_over_rollouts_at_another_temperature_is_remarked_upon(tmp_path):
-    rng = np.random.default_rng(0)
-    cache = write_rollouts(tmp_path / "cache", [[make_rollout(rng, 4)]])
-    sampling = SamplingConfig(temperature=0.8)
-    warm = replace(cache, manifest=cache.manifest.model_copy(update={"sampling": sampling}))
+def sampled_at(folder, temperature, **changes):
+    """A cache of one rollout drawn at a temperature; it says nothing of who sampled unless told."""
+    cache = write_rollouts(folder, [[make_rollout(np.random.default_rng(0), 4, **changes)]])
+    manifest = cache.manifest.model_copy(update={"sampling": SamplingConfig(temperature=temperature)})
+    return replace(cache, manifest=manifest)
+
+
+def test_a_ratio_over_rollouts_of_an_unknown_distribution_is_remarked_upon(tmp_path):
+    warm = sampled_at(tmp_path / "cache", 0.8)
     (line,) = cache_remarks(warm, needs(recipe("truncated_importance")))
     assert "temperature 0.8" in line
     assert "no importance ratio" in line
     assert cache_remarks(warm, needs(recipe("lightning_opd"))) == []
+
+
+def test_a_cache_that_says_who_sampled_serves_a_ratio_at_any_temperature_but_zero(tmp_path):
+    known = np.full(4, -0.5, np.float32)
+    warm = sampled_at(tmp_path / "warm", 0.8, behavior_logprobs=known)
+    assert cache_remarks(warm, needs(recipe("truncated_importance"))) == []
+    (line,) = cache_remarks(sampled_at(tmp_path / "greedy", 0.0), needs(recipe("truncated_importance")))
+    assert "greedy" in line
+
+
+def test_a_residual_over_rollouts_of_an_unknown_distribution_is_refused(tmp_path):
+    config = objective(target={"kind": "divergence", "residual": {}})
+    lacking = refused(config, sampled_at(tmp_path / "old", 0.8))
+    assert "a residual is unbiased by its ratio alone" in lacking
+    assert "behavior_logprobs" in lacking
+    known = np.full(4, -0.5, np.float32)
+    assert "unbiased" not in refused(config, sampled_at(tmp_path / "new", 0.8, behavior_logprobs=known))
+
+
+def refused(config, cache):
+    """What is said when a cache without a teacher is refused."""
+    with pytest.raises(CacheError) as caught:
+        check_cache(config, cache)
+    return str(caught.value)
 
 
 def test_a_function_that_cannot_be_imported_is_refused_before_training(tmp_path):

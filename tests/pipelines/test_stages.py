@@ -1,6 +1,7 @@
 """The stages over tiny real models: what they write, refuse, resume, and say."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -269,6 +270,18 @@ def test_dry_runs_write_nothing_and_name_tokens_bytes_and_hours(world, tmp_path)
     measured = precompute.run(load_stage("precompute", [], [], asked), dry_run=True)
     assert measured.figures["tokens_per_s"] > 0
     assert not (world.cache / "signals" / "x").exists()
+
+
+def test_a_dry_run_of_training_says_what_memory_goes_to_and_whether_it_fits(world, tmp_path, lightopd):
+    asked = ["--cache", world.cache, "--student", world.sft / "student", "--out", tmp_path / "t"]
+    code, out, _ = lightopd("train", *asked, "--dry-run")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "estimated memory: " in line]
+    assert re.search(
+        r"weights [\d.e-]+, gradients [\d.e-]+, moments .*, activations .*, kernel .*, cache ", line
+    )
+    assert re.search(r"which fits into the [\d.]+ GiB of free memory$", line)
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_top_k_above_the_vocabulary_is_refused(world, tmp_path):

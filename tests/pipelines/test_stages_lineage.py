@@ -143,13 +143,14 @@ def test_an_adapter_that_was_trained_samples_is_evaluated_and_is_trained_again(w
     given = {"path": str(student), "adapter": str(tmp_path / "one" / "student")}
     short = ["sampling.max_tokens=10", "shard_rollouts=6"]
     prompts, cache = world.root / "prompts.jsonl", tmp_path / "cache"
-    asked = {"student": student, "prompts": prompts, "cache": cache}
-    rollout.run(load_stage("rollout", [], [*short, f"student.adapter={given['adapter']}"], asked))
+    asked = {"student": given["adapter"], "prompts": prompts, "cache": cache}
+    rollout.run(load_stage("rollout", [], short, asked))
     manifest = open_cache(cache).manifest
     assert manifest.sampler.adapter is not None
     assert manifest.sft.proof == "recorded"
     precompute.run(load_stage("precompute", [], [], {"cache": cache, "teacher": world.teacher, "top_k": 4}))
-    asked = {"model": given, "prompts": prompts, "out": tmp_path / "eval", "sampling": {"max_tokens": 10}}
+    asked = {"model": given["adapter"], "prompts": prompts, "out": tmp_path / "eval"}
+    asked["sampling"] = {"max_tokens": 10}
     assert evaluate.run(load_stage("eval", [], [], asked)).figures["rollouts"] == 12
     with pytest.raises(LineageError, match="the weights are equal, the adapter is not"):
         run_train(world, cache, tmp_path / "plain", **adapter)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.store import content_id, open_cache
+from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.training.measures.metrics_file import read_metrics
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "version_0_1"
@@ -30,6 +32,11 @@ def test_it_opens_and_verifies_under_the_names_it_was_given(old, lightopd):
     state = json.loads((old / "run/checkpoints/step-000002/trainer_state.json").read_text())
     assert content_id(cache, ["teacher"]) == state["recipe"]["cache"]
     assert lightopd("verify", "cache")[0] == 0
+
+
+def test_its_rollouts_are_read_without_the_columns_that_came_later(old):
+    columns = read_shard_columns(open_cache(old / "cache"), 0)
+    assert columns.behavior_logprobs_N is columns.logprobs_N  # drawn at temperature 1 from all tokens
 
 
 def test_every_stage_finds_its_shards_done(old, lightopd):
@@ -65,7 +72,7 @@ def test_training_resumes_from_its_checkpoint_to_the_same_losses(old, lightopd):
 def test_a_new_run_trains_on_the_old_cache_beside_a_new_signal(old, lightopd):
     scored = ["--cache", "cache", "--teacher", "teacher", "--signal", "again", "--set", "top_k=4"]
     assert lightopd("precompute", *scored)[0] == 0
-    assert open_cache(old / "cache").signals["again"].manifest.schema_version == 2
+    assert open_cache(old / "cache").signals["again"].manifest.schema_version == SCHEMA_VERSION
     wanted = ["--cache", "cache", "--student", "sft/student", "--out", "new", "--steps", "1"]
     assert lightopd("train", *wanted)[0] == 0
     assert lightopd("verify", "cache")[0] == 0

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightopd.cache.contexts import CONTEXTS, read_contexts
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, InputError, LineageError, OutputError

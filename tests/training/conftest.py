@@ -13,8 +13,9 @@ from ranks import Ranks
 from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import write_shard
-from lightopd.cache.store import create_cache, create_signal, open_cache, rollouts_folder, signal_folder
+from lightopd.cache.store import create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import ModelConfig

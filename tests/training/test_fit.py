@@ -14,12 +14,13 @@ from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import REVERSE_KL, assert_close, assert_same_bits, rows_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.errors import CacheError, ConfigError, OutputError, TrainingError
 from lightopd.schemas.finetune import OptimizerConfig, StalenessLimits
 from lightopd.training.checkpoints.checkpoint import newest_checkpoint
 from lightopd.training.measures.metrics_file import read_metrics
+from lightopd.training.student.memory import GIB, Memory
 
 
 def test_the_first_step_is_lightning_opd_as_worked_out_in_float64(train, cache, student_folder):
@@ -83,6 +84,10 @@ def test_the_rate_of_the_schedule_is_the_one_the_optimiser_uses(train):
     assert_same_bits(warming, train("warm", steps=1, optimizer=OptimizerConfig(lr=1e-4)))
 
 
+TIGHT = StalenessLimits(max_log_ratio=0.0, min_overlap=1.0, max_chi2=0.0)
+"""Limits that every student passes once it has moved."""
+
+
 class StopAt(logging.Handler):
     """Sends this process Ctrl-C when a line of the log has the given words."""
 
@@ -117,10 +122,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train, objective, tmp_path)
 
 
 def test_rows_after_the_last_checkpoint_are_made_again_and_stand_there_once(train):
-    interrupt(train, "the cache is stale", "cut", staleness=StalenessLimits(min_ess=1.0))
-    with_limits = train("cut", staleness=StalenessLimits(min_ess=1.0))
+    interrupt(train, "the cache is stale", "cut", staleness=TIGHT)
+    with_limits = train("cut", staleness=TIGHT)
     assert [row["step"] for row in rows_of(with_limits)] == [1, 2, 3, 4, 5, 6]
-    assert_same_bits(with_limits, train("whole", staleness=StalenessLimits(min_ess=1.0)))
+    assert_same_bits(with_limits, train("whole", staleness=TIGHT))
 
 
 def test_ctrl_c_is_passed_on_and_works_again_afterwards(train):
@@ -180,15 +185,15 @@ def test_a_loss_that_is_not_finite_names_its_rollouts_and_keeps_the_last_checkpo
 
 
 def test_a_stale_cache_is_said_once_and_recorded(train, caplog):
-    limits = StalenessLimits(min_ess=1.0)
-    result = train(staleness=limits)
+    result = train(staleness=TIGHT)
     lines = [record for record in caplog.records if "the cache is stale" in record.getMessage()]
     assert len(lines) == 1
     assert lines[0].levelno == logging.WARNING
-    assert "ess" in lines[0].getMessage()
+    assert "chi2" in lines[0].getMessage()
     assert "roll out again from the current student" in lines[0].getMessage()
     stale = [row["stale"] for row in rows_of(result)]
-    assert result.first_stale_step == stale.index(1.0) + 1
+    assert result.stale_steps == tuple(step for step, is_stale in enumerate(stale, 1) if is_stale)
+    assert result.stale_steps[0] > 2
 
 
 def test_answers_of_a_teacher_are_fitted_without_drift_or_signal(train, make_cache, tmp_path):
@@ -313,3 +318,15 @@ def test_a_shard_that_changes_during_the_run_stops_it(train, cache, tmp_path):
         logger.setLevel(logging.NOTSET)
     assert newest_checkpoint(tmp_path / "out" / "checkpoints")[1].step == 3
     assert not math.isnan(read_metrics(tmp_path / "out" / "metrics.csv")[-1]["loss"])
+
+
+@pytest.mark.parametrize(("size", "level"), [(GIB, "INFO"), (1000, "WARNING")])
+def test_a_run_begins_with_what_memory_will_go_to(train, caplog, monkeypatch, size, level):
+    caplog.set_level("INFO", "lightopd")
+    monkeypatch.setattr("lightopd.training.fit.available_memory", lambda finetune: Memory("the GPU", size))
+    train("out", steps=1)
+    (said,) = [one for one in caplog.records if one.getMessage().startswith("estimated memory: ")]
+    assert said.levelname == level
+    for part in ("weights", "gradients", "moments", "activations", "kernel", "cache"):
+        assert f"{part} " in said.getMessage()
+    assert said.getMessage().endswith("GiB of the GPU")

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from host_reads import NoHostReads
 from transformers import AutoModelForCausalLM
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path, write_shard
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.methods import read_method
@@ -21,6 +23,7 @@ from lightopd.training.checkpoints.checkpoint import newest_checkpoint
 from lightopd.training.data.split import select_rollouts
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
+from lightopd.training.module import StudentModule
 
 METHODS = Path(__file__).parents[2] / "pipelines" / "recipes" / "methods"
 MIXED = ("soda", "raft", "brts", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
@@ -37,6 +40,19 @@ def objective_of(name, caches):
         if term["extrapolate"] and term["extrapolate"]["kind"] == "by_distance":
             term["extrapolate"]["max_tail"] = 1.0  # models without training leave much to the tail
     return ObjectiveConfig.model_validate(plain)
+
+
+@pytest.fixture(autouse=True)
+def _micro_batches_wait_for_nothing(monkeypatch):
+    """In all tests here students attend as on a GPU, and no micro-batch reads a tensor on the host."""
+    backward = StudentModule._backward
+
+    def watched(self, *arguments, **options):
+        with NoHostReads():
+            return backward(self, *arguments, **options)
+
+    monkeypatch.setattr("lightopd.training.fit.uses_gpu", lambda finetune: True)
+    monkeypatch.setattr(StudentModule, "_backward", watched)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import rollouts_folder
 from lightopd.errors import OutputError, TrainingError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig

@@ -109,11 +109,14 @@ def convert_official(
     create_signal(open_cache(out, signals=(), incomplete=True), scored)
     for index, rows in enumerate(_batched(_official_rows(source))):
         rollouts, scores = _tables(rows, scored)
-        kind, fingerprint = manifest.kind, manifest.fingerprint()
         left_out = dropped if index == 0 else {}
-        write_shard(out / kind, index, rollouts, kind=kind, fingerprint=fingerprint, dropped=left_out)
-        kind, fingerprint = scored.kind, scored.fingerprint()
-        write_shard(out / kind, index, scores, kind=kind, fingerprint=fingerprint)
+        parts: list[tuple[CacheManifest | SignalManifest, pa.Table, dict[str, int]]]
+        parts = [(manifest, rollouts, left_out), (scored, scores, {})]
+        for made, table, without in parts:
+            write_shard(
+                out / made.kind, index, table, kind=made.kind, fingerprint=made.fingerprint(),
+                dropped=without, made_from=made,
+            )  # fmt: skip
     return Converted(out, len(prompts), num_tokens, dropped)
 
 

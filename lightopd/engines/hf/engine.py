@@ -15,6 +15,7 @@ from lightopd.engines.hf.probe import check_engine
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
 from lightopd.errors import EngineError
 from lightopd.models.attention import attention_of
+from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head, head_of
 from lightopd.models.limits import precision_of
 from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
@@ -89,6 +90,8 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
     if device.type == "cpu":
         # A CPU multiplies in float32: converted once here, or else for every batch.
         head = replace(head, weight_VD=head.weight_VD.float())
+    if device.type == "cuda":
+        use_causal_attention(loaded)
     everything = LoadedModel(loaded, head, device, context_length_of(loaded))
     with _told_as_unfit(loaded):
         check_engine(everything)

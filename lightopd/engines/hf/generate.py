@@ -45,6 +45,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    behavior_logprobs: list[float] = field(default_factory=list)
     is_stopped: bool = False
 
     @property
@@ -58,6 +59,7 @@ class Row:
             logprobs=np.array(self.logprobs, dtype=np.float32),
             entropies=np.array(self.entropies, dtype=np.float32),
             finish_reason="stop" if self.is_stopped else "length",
+            behavior_logprobs=np.array(self.behavior_logprobs, dtype=np.float32),
         )
 
 
@@ -214,31 +216,33 @@ def _draw_tokens(
     entropies_B = torch.special.entr(logprobs_BV.exp()).sum(1)
     _check_finite(entropies_B, running)
     if sampling.temperature == 0:
-        drawn_B = _lowest_argmax(logits_BV)
+        drawn_B, behavior_B = _lowest_argmax(logits_BV), torch.zeros_like(entropies_B)
     else:
         uniforms = [0.0 if row.is_finished else row.uniforms[len(row.ids)] for row in running]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=loaded.device)
-        drawn_B = draw(logits_BV, uniforms_B, sampling)
-    columns = (
-        drawn_B,
-        logprobs_BV.gather(1, drawn_B[:, None])[:, 0],
-        entropies_B,
-        torch.isin(drawn_B, stops),
-    )
-    for row, token, logprob, entropy, is_stop in zip(running, *(c.tolist() for c in columns), strict=True):
+        drawn_B, behavior_B = draw(logits_BV, uniforms_B, sampling)
+    logprobs_B = logprobs_BV.gather(1, drawn_B[:, None])[:, 0]
+    if sampling.is_raw:
+        behavior_B = logprobs_B
+    columns = (drawn_B, logprobs_B, entropies_B, behavior_B, torch.isin(drawn_B, stops))
+    for row, token, logprob, entropy, behavior, is_stop in zip(
+        running, *(column.tolist() for column in columns), strict=True
+    ):
         if not row.is_finished:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(entropy)
+            row.behavior_logprobs.append(behavior)
             row.is_stopped = is_stop
     return drawn_B
 
 
-def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig) -> Tensor:
+def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Ids int64 [B] at which the cumulative distribution over the ids, in their order, passes the uniforms.
 
     Sums run in float64 and in the order of the ids, so rounding in the logits moves no boundary by more than
-    itself. A token of probability zero is never drawn.
+    itself. A token of probability zero is never drawn. With the ids come their log-probabilities under that
+    distribution, float64 [B].
 
     Args:
         logits_BV: float32, raw.
@@ -258,7 +262,10 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig) -> Ten
     total_B1 = cumulative_BV[:, -1:]
     below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_total_B1)
-    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+    drawn_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    # From the scaled logits, not from the weight: that of a rare token underflows to zero.
+    shifted_B1 = scaled_BV.gather(1, drawn_B1).double() - scaled_BV.amax(1, keepdim=True).double()
+    return drawn_B1[:, 0], (shifted_B1 - total_B1.log())[:, 0]
 
 
 def _most_likely(weights_BV: Tensor, top_k: int) -> Tensor:

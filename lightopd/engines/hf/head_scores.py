@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightopd.engines.hf.hidden_states import to_device
 from lightopd.models.head import Head
 from lightopd.schemas.records import Floats, Ids, Support
 
@@ -35,9 +36,39 @@ class PositionScores(NamedTuple):
     tail_logprobs_N: Floats
 
 
+class PendingScores:
+    """Scores on their way to the host, so that the device goes on with the next batch meanwhile.
+
+    On a GPU they are copied into pinned memory behind the work that makes them; an event says when they are
+    there. On a CPU they are there.
+    """
+
+    def __init__(self, slices: Sequence[tuple[Tensor, ...]]) -> None:
+        """Slices of the fields of `PositionScores`, in order."""
+        logprobs_N, counts_N, ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
+        self._fields = [
+            _leaving(each) for each in (logprobs_N, counts_N.int(), ids_NK.int(), topk_NK, tail_N)
+        ]
+        self._event = torch.cuda.Event() if logprobs_N.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def arrived(self) -> PositionScores:
+        """The scores as numpy, waited for."""
+        if self._event is not None:
+            self._event.synchronize()
+        return PositionScores(*(each.numpy() for each in self._fields))
+
+
+def _leaving(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def score_positions(
     head: Head, hidden_ND: Tensor, ids_N: Tensor, top_k: int, min_probability: float
-) -> PositionScores:
+) -> PendingScores:
     """Scores under the full-vocabulary softmax in float32; non-finite logits give NaN log-probabilities.
 
     Args:
@@ -47,22 +78,11 @@ def score_positions(
         top_k: 0 to V.
         min_probability: entries less likely than this count as tail.
     """
-    slices = [
-        _score_slice(logits_CV, ids_N[rows], top_k, min_probability)
-        for rows, logits_CV in logit_slices(head, hidden_ND)
-    ]
-    return gathered(slices)
-
-
-def gathered(slices: Sequence[tuple[Tensor, ...]]) -> PositionScores:
-    """Slices of the fields of `PositionScores`, in order, as numpy."""
-    logprobs_N, counts_N, ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
-    return PositionScores(
-        logprobs_N=logprobs_N.cpu().numpy(),
-        topk_counts_N=counts_N.int().cpu().numpy(),
-        topk_ids_NK=ids_NK.int().cpu().numpy(),
-        topk_logprobs_NK=topk_NK.cpu().numpy(),
-        tail_logprobs_N=tail_N.cpu().numpy(),
+    return PendingScores(
+        [
+            _score_slice(logits_CV, ids_N[rows], top_k, min_probability)
+            for rows, logits_CV in logit_slices(head, hidden_ND)
+        ]
     )
 
 
@@ -143,12 +163,12 @@ def support_ids(supports: list[Support], device: torch.device) -> Tensor:
     counts_N = np.concatenate([support.counts for support in supports])
     padded_NS = np.full((len(counts_N), int(counts_N.max(initial=0))), PADDING, dtype=np.int64)
     padded_NS[np.arange(padded_NS.shape[1]) < counts_N[:, None]] = np.concatenate([s.ids for s in supports])
-    return torch.from_numpy(padded_NS).to(device)
+    return to_device(padded_NS, device)
 
 
 def score_support(
     head: Head, hidden_ND: Tensor, ids_N: Tensor, support_NS: Tensor, top_k: int
-) -> PositionScores:
+) -> PendingScores:
     """Scores whose entries are the support's ids and the `top_k` most likely ones, most likely first.
 
     Args:
@@ -158,7 +178,7 @@ def score_support(
         support_NS: int64, ids that are kept whatever their probability; -1 is padding.
         top_k: 0 to V.
     """
-    return gathered(
+    return PendingScores(
         [
             _support_slice(logits_CV, ids_N[rows], support_NS[rows], top_k)
             for rows, logits_CV in logit_slices(head, hidden_ND)

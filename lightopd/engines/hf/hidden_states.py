@@ -7,12 +7,14 @@ T = positions, N = response positions of all sequences laid end to end, D = hidd
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightopd.models.causal_attention import brings_masks, causal_mask
 from lightopd.models.head import last_hidden
 from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
@@ -22,8 +24,9 @@ from lightopd.schemas.records import Ids
 def plain_hidden(loaded: LoadedModel, sequences: Sequence[records.Sequence]) -> Tensor:
     """Hidden states [N, D] of the positions that predict response tokens, sequence after sequence."""
     rows = [np.concatenate([sequence.prompt_ids, sequence.response_ids[:-1]]) for sequence in sequences]
-    input_ids_BT = torch.from_numpy(pad_right(rows)).to(loaded.device)
-    hidden_BTD = last_hidden(loaded.model, input_ids=input_ids_BT, use_cache=False)
+    input_ids_BT = to_device(pad_right(rows), loaded.device)
+    masks = {"attention_mask": causal_mask(loaded.device)} if brings_masks(loaded.model) else {}
+    hidden_BTD = last_hidden(loaded.model, input_ids=input_ids_BT, use_cache=False, **masks)
     starts = [len(sequence.prompt_ids) - 1 for sequence in sequences]
     return gather_spans(hidden_BTD, starts, [len(sequence.response_ids) for sequence in sequences])
 
@@ -48,5 +51,10 @@ def gather_spans(hidden_BTD: Tensor, starts: Sequence[int], lengths: Sequence[in
         row * width + start + np.arange(length)
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
-    places_N = torch.from_numpy(np.concatenate(places)).to(hidden_BTD.device)
-    return hidden_BTD.flatten(0, 1)[places_N]
+    return hidden_BTD.flatten(0, 1)[to_device(np.concatenate(places), hidden_BTD.device)]
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """On the device. A GPU takes it from pinned memory and is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -4,7 +4,7 @@ N = response positions of a batch, D = hidden size, K = top-k; nats throughout.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightopd.engines.hf.batching import plan_batches
-from lightopd.engines.hf.head_scores import PositionScores, score_positions, score_support, support_ids
-from lightopd.engines.hf.hidden_states import num_inputs, plain_hidden
-from lightopd.engines.hf.memory import memory_advice
+from lightopd.engines.hf.head_scores import (
+    PendingScores,
+    PositionScores,
+    score_positions,
+    score_support,
+    support_ids,
+)
+from lightopd.engines.hf.hidden_states import num_inputs, plain_hidden, to_device
+from lightopd.engines.hf.memory import fitting_tokens, free_bytes, memory_advice
 from lightopd.engines.hf.shared_prompts import Group, hidden_of_groups, worthwhile_groups
 from lightopd.errors import EngineError
 from lightopd.models.load import LoadedModel
@@ -43,18 +49,43 @@ def score(
     Raises:
         EngineError: NaN or +inf logits, or not enough memory for a batch.
     """
+    free = free_bytes(loaded.device)
+    if free is not None:
+        fitting = fitting_tokens(loaded.model, free)
+        settings = replace(settings, batch_tokens=min(settings.batch_tokens, fitting))
     results = [empty_scores()] * len(sequences)
     filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
     with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
-        for indices, hidden_ND in _batches(loaded, sequences, filled, settings):
-            ids_N = np.concatenate([sequences[index].response_ids for index in indices]).astype(np.int64)
-            scores = _score(
-                loaded, hidden_ND, ids_N, [sequences[index].support for index in indices], settings
-            )
+        for indices, scores in _one_behind(_scored(loaded, sequences, filled, settings)):
             _check_finite(scores, sequences, indices)
             for index, part in _split(scores, sequences, indices):
                 results[index] = part
     return results
+
+
+def _scored(
+    loaded: LoadedModel,
+    sequences: Sequence[records.Sequence],
+    indices: Sequence[int],
+    settings: ScoreSettings,
+) -> Iterator[tuple[list[int], PendingScores]]:
+    for members, hidden_ND in _batches(loaded, sequences, indices, settings):
+        ids_N = np.concatenate([sequences[index].response_ids for index in members]).astype(np.int64)
+        supports = [sequences[index].support for index in members]
+        yield members, _score(loaded, hidden_ND, ids_N, supports, settings)
+
+
+def _one_behind(
+    batches: Iterator[tuple[list[int], PendingScores]],
+) -> Iterator[tuple[list[int], PositionScores]]:
+    """Scores of each batch, waited for when the device has the work of the next one."""
+    before: tuple[list[int], PendingScores] | None = None
+    for batch in batches:
+        if before is not None:
+            yield before[0], before[1].arrived()
+        before = batch
+    if before is not None:
+        yield before[0], before[1].arrived()
 
 
 def _score(
@@ -63,8 +94,8 @@ def _score(
     ids_N: NDArray[np.int64],
     supports: Sequence[Support | None],
     settings: ScoreSettings,
-) -> PositionScores:
-    asked_N = torch.from_numpy(ids_N).to(loaded.device)
+) -> PendingScores:
+    asked_N = to_device(ids_N, loaded.device)
     given = [support for support in supports if support is not None]
     if given:
         assert len(given) == len(supports), "all sequences of a call have a support, or none has"

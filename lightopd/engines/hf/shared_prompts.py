@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightopd.engines.hf.batching import plan_batches
-from lightopd.engines.hf.hidden_states import gather_spans, pad_right, plain_hidden
+from lightopd.engines.hf.hidden_states import gather_spans, pad_right, plain_hidden, to_device
 from lightopd.models.head import last_hidden
 from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
@@ -99,9 +99,9 @@ def prompts_can_be_shared(loaded: LoadedModel) -> bool:
 def _run_prompts(loaded: LoadedModel, prompts: Sequence[Ids]) -> tuple[DynamicCache, Tensor]:
     """Keys and values of right-padded prompts, and the hidden state [U, D] of each one's last token."""
     cache = DynamicCache(config=loaded.model.config)
-    ids_UP = torch.from_numpy(pad_right(prompts)).to(loaded.device)
+    ids_UP = to_device(pad_right(prompts), loaded.device)
     hidden_UPD = last_hidden(loaded.model, input_ids=ids_UP, past_key_values=cache, use_cache=True)
-    last_U = torch.tensor([len(prompt) - 1 for prompt in prompts], device=loaded.device)
+    last_U = to_device(np.array([len(prompt) - 1 for prompt in prompts]), loaded.device)
     return cache, hidden_UPD[torch.arange(len(prompts), device=loaded.device), last_U]
 
 
@@ -114,7 +114,7 @@ def _run_responses(
     responses: Sequence[Ids],
 ) -> Tensor:
     """Hidden states [N, D] that predict the responses; row b continues prompt `prompt_rows[b]`."""
-    rows_B = torch.tensor(prompt_rows, device=loaded.device)
+    rows_B = to_device(np.array(prompt_rows), loaded.device)
     hidden_BTD = last_UD[rows_B][:, None]
     inputs_BT = pad_right([response[:-1] for response in responses])
     if inputs_BT.shape[1]:
@@ -124,9 +124,9 @@ def _run_responses(
         positions_BT = lengths_B[:, None] + np.arange(inputs_BT.shape[1])
         rest_BTD = last_hidden(
             loaded.model,
-            input_ids=torch.from_numpy(inputs_BT).to(loaded.device),
-            attention_mask=torch.from_numpy(mask_BT).to(loaded.device),
-            position_ids=torch.from_numpy(positions_BT).to(loaded.device),
+            input_ids=to_device(inputs_BT, loaded.device),
+            attention_mask=to_device(mask_BT, loaded.device),
+            position_ids=to_device(positions_BT, loaded.device),
             past_key_values=_select_rows(prompt_cache, rows_B),
             use_cache=True,
         )

@@ -26,7 +26,7 @@ class VllmInProcess(RequestEngine):
     """Implements `Engine` with vLLM; built by `load_vllm_engine`."""
 
     def __init__(self, loop: LoopThread, client: Any, adapter: Any, limits: ModelLimits) -> None:
-        super().__init__(loop, limits, ENTRY_BYTES)
+        super().__init__(loop, limits, ENTRY_BYTES, is_processed=True)
         self._client: Any = client
         self._adapter = adapter
         self._num_requests = 0

@@ -5,6 +5,7 @@ R = response tokens, M = top-k + 1 entries of a position (its own token, then th
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -40,12 +41,20 @@ class RequestEngine(ABC):
         loop: where requests run; it is closed with the engine.
         limits: of the model, or shorter.
         entry_bytes: memory of one log-probability in a reply.
+        is_processed: log-probabilities of drawn tokens are those after temperature and truncation.
         most: requests at once; None for no limit but that of memory.
     """
 
     def __init__(
-        self, loop: LoopThread, limits: ModelLimits, entry_bytes: int, most: int | None = None
+        self,
+        loop: LoopThread,
+        limits: ModelLimits,
+        entry_bytes: int,
+        *,
+        is_processed: bool,
+        most: int | None = None,
     ) -> None:
+        self._is_processed = is_processed
         self.vocabulary_size, self.context_length = limits.vocabulary_size, limits.context_length
         self._loop, self._entry_bytes, self._most = loop, entry_bytes, most
 
@@ -71,10 +80,31 @@ class RequestEngine(ABC):
         async def draw(index: int) -> Sample:
             name, limit, seed = f"rollout {keys[index]}", limits[index], row_seed(sampling.seed, keys[index])
             drawn = await self._draw(name, prompts[index], sampling, limit, seed, stops)
-            return sample_of(name, *drawn, limit, stops, self.vocabulary_size)
+            sample = sample_of(name, *drawn, limit, stops, self.vocabulary_size)
+            return await self._told_both(name, prompts[index], sample, sampling)
 
         lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
         return self._run("sampling", draw, lengths)
+
+    async def _told_both(
+        self, name: str, prompt_ids: Ids, sample: Sample, sampling: SamplingConfig
+    ) -> Sample:
+        """A drawn response with the raw log-probabilities and with those that it was drawn by.
+
+        vLLM tells one of them with a drawn token. Where that is the other, the raw ones come from scoring the
+        response, a small part of what drawing it took.
+        """
+        told, is_greedy = sample.logprobs, sampling.temperature == 0
+        is_told_raw = sampling.is_raw or (is_greedy and sampling.repetition_penalty == 1)
+        if self._is_processed and not is_told_raw:
+            sequence = records.Sequence(prompt_ids, sample.response_ids)
+            rows = await self._score(name, sequence, 0)
+            scores = scores_of(name, sample.response_ids, *rows, 0.0, self.vocabulary_size)
+            sample = replace(sample, logprobs=scores.logprobs)
+        if is_greedy:
+            return replace(sample, behavior_logprobs=np.zeros_like(told))
+        is_known = self._is_processed or sampling.is_raw
+        return replace(sample, behavior_logprobs=told if is_known else None)
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0

@@ -26,7 +26,8 @@ class ServerClient(RequestEngine):
     """Implements `Engine` with vLLM servers; built by `load_server_engine`."""
 
     def __init__(self, loop: LoopThread, pool: ServerPool, engine: ServerEngine, served: Served) -> None:
-        super().__init__(loop, served.limits, ENTRY_BYTES, engine.concurrency * len(engine.urls))
+        most = engine.concurrency * len(engine.urls)
+        super().__init__(loop, served.limits, ENTRY_BYTES, is_processed=served.is_processed, most=most)
         self._pool = pool
         self._name = served.name
         self._checked_top_k = 0

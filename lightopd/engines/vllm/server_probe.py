@@ -33,6 +33,8 @@ DECODED_IDS = 512
 PROMPTS, PROMPT_TOKENS = 4, 8
 ALLOWED_NATS, ALLOWED_SHARE = 0.1, 0.05
 """How far a token's log-probability may differ between drawing and scoring: noise of half precision."""
+PROCESSED_NATS = 1e-3
+"""How far that of the only candidate may be from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Served:
     """Name to ask for."""
     limits: ModelLimits
     """The context is one less than the server's own: scoring asks for one token beyond the sequence."""
+    is_processed: bool
+    """Log-probabilities of drawn tokens are those after temperature and truncation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ async def served_model(pool: ServerPool, engine: ServerEngine) -> Card:
 
 
 async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> Served:
-    """Refuse servers of another model or tokenizer, and those whose log-probabilities are not the raw ones.
+    """Refuse servers of another model or tokenizer, and those whose log-probabilities are not the model's.
 
     Raises:
         EngineError: says what the server did and how to start it.
@@ -89,10 +93,17 @@ async def probe(pool: ServerPool, engine: ServerEngine, model: ModelConfig) -> S
             f"with --max-model-len {limits.rope_switch}"
         )
     tokenizer = load_tokenizer(model)
+    modes = []
     for url in pool.urls:
         await _check_tokenizer(pool, url, card.name, tokenizer)
-        await _check_raw(pool, url, card.name, min(limits.vocabulary_size, len(tokenizer)))
-    return Served(card.name, ModelLimits(limits.vocabulary_size, card.max_model_len - 1))
+        modes.append(await _is_processed(pool, url, card.name, min(limits.vocabulary_size, len(tokenizer))))
+    if any(modes) and not all(modes):
+        raise EngineError(
+            f"{pool.urls[modes.index(True)]} reports log-probabilities after temperature and truncation, "
+            f"{pool.urls[modes.index(False)]} reports the raw ones; start all with --logprobs-mode "
+            f"processed_logprobs"
+        )
+    return Served(card.name, ModelLimits(limits.vocabulary_size, card.max_model_len - 1), modes[0])
 
 
 async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
@@ -178,11 +189,11 @@ async def _check_tokenizer(pool: ServerPool, url: str, name: str, tokenizer: Any
             )
 
 
-async def _check_raw(pool: ServerPool, url: str, name: str, vocabulary_size: int) -> None:
-    """A drawn token's log-probability must be the one that scoring gives it.
+async def _is_processed(pool: ServerPool, url: str, name: str, vocabulary_size: int) -> bool:
+    """Whether a drawn token comes with its log-probability after temperature and truncation, not the raw one.
 
-    It is drawn among one candidate and at another temperature: a server that reports log-probabilities
-    after temperature and truncation says 0. Random ids are also what no tokenizer would make of any text, so
+    It is drawn among one candidate and at another temperature, so the one is 0 and the other what scoring
+    gives it; anything else is refused. Random ids are also what no tokenizer would make of any text, so
     a server that decodes and encodes them shows itself.
     """
     drawing = {"temperature": 0.5, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "logprobs": 0, "ignore_eos": True}
@@ -202,11 +213,13 @@ async def _check_raw(pool: ServerPool, url: str, name: str, vocabulary_size: int
         drawn.append(logprobs[0])
         scored.append(entry.logprob)
     difference, size = abs(np.mean(drawn) - np.mean(scored)), abs(np.mean(scored))
-    if not difference <= ALLOWED_NATS + ALLOWED_SHARE * size:
+    is_raw = difference <= ALLOWED_NATS + ALLOWED_SHARE * size
+    if not is_raw and not np.abs(drawn).max() <= PROCESSED_NATS:
         raise EngineError(
-            f"{url} reports log-probabilities after temperature and truncation (mean {np.mean(drawn):.3f} "
-            f"nats where scoring gives {np.mean(scored):.3f}); start it with --logprobs-mode raw_logprobs"
+            f"{url} reports log-probabilities of another kind (mean {np.mean(drawn):.3f} nats where scoring "
+            f"gives {np.mean(scored):.3f}); start it with --logprobs-mode processed_logprobs"
         )
+    return not is_raw
 
 
 async def _complete(

@@ -102,7 +102,9 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: ModelLimits
 
     The context has one token more than the model's: scoring a full one asks for one token that is drawn
     and thrown away, and never run through the model. Prefix caching stays off, since cached prefixes have
-    returned stale log-probabilities (vllm#42019) and make a row depend on those before it.
+    returned stale log-probabilities (vllm#42019) and make a row depend on those before it. Log-probabilities
+    of drawn tokens are those after temperature and truncation; of a prompt's tokens vLLM gives the raw ones
+    in every mode.
     """
     arguments: dict[str, Any] = {
         "model": str(model_folder(model).path),
@@ -118,7 +120,7 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: ModelLimits
         "max_model_len": limits.context_length + 1,
         "enable_prefix_caching": False,
         "max_logprobs": -1,
-        "logprobs_mode": "raw_logprobs",
+        "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
     if engine.quantization is not None:

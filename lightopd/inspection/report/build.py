@@ -29,7 +29,8 @@ CURVES = (
     ("log_ratio", "gap to the teacher now", "nats per token"),
     ("entropy", "entropy of the student", "nats"),
     ("ess", "effective sample size", "share of the tokens"),
-    ("chi2", "chi-square from the student at rollout", "per token"),
+    ("overlap", "overlap with the student at rollout", "squared coefficient"),
+    ("chi2", "chi-square from who sampled", "per token"),
     ("log_ratio_lost", "nats lost since the rollout", "nats per token"),
     ("w_mean", "mean ratio w", "now / at rollout"),
     ("grad_norm", "gradient norm", "norm"),
@@ -39,7 +40,7 @@ CURVES = (
     ("tokens_per_second", "speed", "tokens per second"),
 )
 """(column of metrics.csv, title, axis)."""
-LIMITS = {"ess": "min_ess", "chi2": "max_chi2", "log_ratio_lost": "max_log_ratio"}
+LIMITS = {"overlap": "min_overlap", "chi2": "max_chi2", "log_ratio_lost": "max_log_ratio"}
 """Column to the setting of `staleness` that limits it."""
 
 

@@ -68,8 +68,15 @@ class RolloutBatch:
     """R long; named in errors."""
     totals: BatchTotals
     """Totals of the optimiser step this micro-batch is part of."""
+    longest: int
+    """Tokens of the longest response, on the host: above every `index_N`."""
+    num_turns: int
+    """On the host: above every `turns_N`, at least 1."""
     prepared_R: dict[str, Tensor] = field(default_factory=dict)
     """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+    behavior_logprobs_N: Tensor | None = None
+    """float32, of the sampled token under the distribution it was drawn from, with its temperature and
+    truncation; None where that is taken to be the student at rollout."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,9 @@ class Scene:
 
     def ratio_N(self) -> Tensor:
         """Probability of the sampled token under the student now over that under who sampled it, detached."""
-        return (self.student.logprobs_N.detach() - self.ref_logprobs_N()).exp()
+        behavior_N = self.batch.behavior_logprobs_N
+        sampled_N = self.ref_logprobs_N() if behavior_N is None else behavior_N
+        return (self.student.logprobs_N.detach() - sampled_N).exp()
 
     def prepared_N(self, name: str) -> Tensor:
         """A column of `prepare`, spread over the tokens."""

@@ -23,8 +23,7 @@ def token_mean(values_N: Tensor, loss_mask_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def pad_rollouts(values_N: Tensor, batch: RolloutBatch, fill: float) -> Tensor:
     """[R, L] with one rollout a row, `fill` where there is no token."""
-    length = int(batch.index_N.max()) + 1 if len(batch.index_N) else 0
-    padded_RL = values_N.new_full((len(batch.lengths_R), length), fill)
+    padded_RL = values_N.new_full((len(batch.lengths_R), batch.longest), fill)
     padded_RL[batch.row_N, batch.index_N] = values_N
     return padded_RL
 

@@ -47,7 +47,7 @@ def step_drift_scale(config: StepDriftScale, scene: Scene, advantage_N: Tensor) 
     The product over turns in the paper telescopes to this (arXiv 2605.07725, eqs. 6 and 7).
     """
     batch = scene.batch
-    num_turns = int(batch.turns_N.max()) + 1 if len(batch.turns_N) else 1
+    num_turns = batch.num_turns
     place_N = batch.row_N * num_turns + batch.turns_N
     gap_N = (scene.ref_logprobs_N() - scene.taught().logprobs_N).abs()
     cells = len(batch.lengths_R) * num_turns

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, logsigmoid
 
-from lightopd.errors import ConfigError, TrainingError
+from lightopd.errors import ConfigError
 from lightopd.objectives.base.divergences import normalised_teacher, token_divergence
 from lightopd.objectives.base.part import RATIO, Needs, Scene
 from lightopd.objectives.base.segments import rollout_sums
@@ -115,27 +115,19 @@ def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
 
     margin = (log s - log reference of the teacher's answer) - (the same of the student's own), as sums over
     trained tokens. Both rollouts of a pair carry the pair's loss, so a mean over rollouts is one over pairs.
-
-    Raises:
-        TrainingError: a rollout's partner is not in the micro-batch.
+    The plan of a run keeps pairs together; the loss of a rollout without its partner is NaN, which a step
+    refuses: to look for it here would wait for the device.
 
     Source: arXiv 2604.03873, eqs. 3-5.
     """
     reference_N = scene.batch.signals[config.reference].logprobs_N
     gain_R = rollout_sums(scene.student.logprobs_N - reference_N, scene.batch)
     sign_R = scene.batch.prepared_R[f"{scene.term.name}/preferred"]
-    groups_P, pair_R = torch.unique(scene.batch.groups_R, return_inverse=True)
-    members_P = torch.bincount(pair_R, minlength=len(groups_P))
-    surplus_P = sign_R.new_zeros(len(groups_P)).index_add(0, pair_R, sign_R)
-    if bool((surplus_P != 0).any()):
-        lonely = scene.batch.rollout_ids[int((surplus_P[pair_R] != 0).nonzero()[0])]
-        raise TrainingError(
-            f"rollout {lonely} has no partner in its micro-batch; a preference needs both answers to a "
-            f"prompt together: raise micro_batch_tokens until a pair fits"
-        )
-    total_P = gain_R.new_zeros(len(groups_P)).index_add(0, pair_R, sign_R.to(gain_R.dtype) * gain_R)
-    margin_P = total_P / (members_P / 2)  # a batch that straddles two epochs can hold a pair twice
-    return -logsigmoid(config.beta * margin_P)[pair_R]
+    is_pair_RR = scene.batch.groups_R[:, None] == scene.batch.groups_R
+    is_whole_R = (is_pair_RR * sign_R).sum(1) == 0
+    total_R = (is_pair_RR * (sign_R.to(gain_R.dtype) * gain_R)).sum(1)
+    margin_R = total_R / (is_pair_RR.sum(1) / 2)  # a batch that straddles two epochs can hold a pair twice
+    return -logsigmoid(config.beta * torch.where(is_whole_R, margin_R, torch.nan))
 
 
 def custom(config: CustomTarget, scene: Scene) -> Tensor:

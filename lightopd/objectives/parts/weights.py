@@ -24,7 +24,7 @@ from lightopd.schemas.objectives.weights import (
 
 
 def ratio(config: RatioWeight, scene: Scene, advantage_N: Tensor | None) -> Tensor:
-    """min(student now / student at rollout, cap), [N]."""
+    """min(student now / who sampled, cap), [N]."""
     return scene.ratio_N().clamp(max=config.cap)
 
 

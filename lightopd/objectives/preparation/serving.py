@@ -17,7 +17,12 @@ from lightopd.objectives.base.part import Needs
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
-from lightopd.schemas.objectives.targets import ConstantExtrapolation, CustomTarget, LogRatioTarget
+from lightopd.schemas.objectives.targets import (
+    ConstantExtrapolation,
+    CustomTarget,
+    DivergenceTarget,
+    LogRatioTarget,
+)
 from lightopd.schemas.objectives.weights import DriftFadeWeight
 
 
@@ -79,13 +84,35 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
             lines.append(
                 "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
             )
+    return lines + ([line] if wanted.ratio and (line := _ratio_remark(cache)) else [])
+
+
+def _ratio_remark(cache: Cache) -> str | None:
+    """Why a ratio is no importance ratio on this cache; None where it is one."""
     sampling = cache.manifest.sampling
-    if wanted.ratio and sampling is not None and not sampling.is_raw:
-        lines.append(
-            f"rollouts were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, and "
-            f"the stored log-probabilities are at 1: a ratio of them is no importance ratio"
+    if sampling is None or sampling.is_raw:
+        return None
+    if sampling.temperature == 0:
+        return (
+            "rollouts are greedy: whatever is not the most likely token was never drawn, and no ratio mends "
+            "that; sample at a temperature above 0"
         )
-    return lines
+    if knows_behavior(cache):
+        return None
+    return (
+        f"rollouts were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, and the "
+        f"cache has no behavior_logprobs: a ratio against the student at 1 is no importance ratio; roll out "
+        f"again (servers: --logprobs-mode processed_logprobs)"
+    )
+
+
+def knows_behavior(cache: Cache) -> bool:
+    """Whether every rollout has the log-probabilities of the distribution that it was drawn from."""
+    sampling = cache.manifest.sampling
+    if sampling is not None and sampling.is_raw:
+        return True
+    name = "behavior_logprobs"
+    return all(read_columns(cache, shard, [name]).column(name).null_count == 0 for shard in cache.shards)
 
 
 def _has(cache: Cache, name: str) -> bool:
@@ -111,8 +138,15 @@ def check_cache(config: ObjectiveConfig, cache: Cache) -> None:
         if isinstance(term.target, CustomTarget):
             load_custom(term.target)
     lines = missing(config, cache_facts(cache, needs(config)))
+    if _has_residual(config) and (line := _ratio_remark(cache)):
+        lines.append(f"a residual is unbiased by its ratio alone, and {line}")
     if lines:
         raise CacheError(f"{cache.path} cannot serve this objective: {'; '.join(lines)}")
+
+
+def _has_residual(config: ObjectiveConfig) -> bool:
+    targets = (term.target for term in config.terms)
+    return any(isinstance(target, DivergenceTarget) and target.residual is not None for target in targets)
 
 
 def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:

@@ -7,6 +7,7 @@ It can be loaded as a model like any other; a run that resumes from it is the sa
 import json
 import logging
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import nn
 from lightopd.errors import TrainingError
 from lightopd.files import file_sha256, json_bytes, put_folder, write_atomically
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.measures.best import Best
 from lightopd.training.weight_files.tensor_shards import OPTIMIZER, StoredSet
 
@@ -44,6 +46,8 @@ class TrainerState(StrictModel):
     """State of the objective: curriculum and running means."""
     is_stale: bool = False
     """Training ended here because the cache had gone stale."""
+    num_exceeded: int = 0
+    """Last steps in a row that passed a limit of staleness."""
     best: Best | None = None
     """The best measurement so far, where the best student is exported in place of the last."""
     sizes_bytes: dict[str, int] = Field({})
@@ -193,17 +197,40 @@ def check_same_run(path: Path, state: TrainerState, recipe: Mapping[str, JsonVal
     Raises:
         TrainingError: names every setting that differs, with both values.
     """
-    names = sorted({*state.recipe, *recipe})
-    differences = [
-        f"{name} is {_short(recipe.get(name))}, there it was {_short(state.recipe.get(name))}"
-        for name in names
-        if state.recipe.get(name) != recipe.get(name)
-    ]
-    if differences:
-        raise TrainingError(
-            f"checkpoint {path} belongs to another run: {'; '.join(differences)}; "
-            "set these back, or choose another out folder"
+    before, now = _leaves(state.recipe), _leaves(recipe)
+    changed = {name: now.get(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)}
+    if changed:
+        told = (
+            f"{name} is {_short(v)}, there it was {_short(before.get(name))}" for name, v in changed.items()
         )
+        raise TrainingError(
+            f"checkpoint {path} belongs to another run: {'; '.join(told)}; set these back, or "
+            f"{_second_run(path.parent.parent, changed)}"
+        )
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, JsonValue]:
+    """Single values by dotted names; the parts of a list by their places."""
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(parts, Mapping) or not parts:
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, part in parts.items()
+        for name, leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _second_run(run: Path, changed: Mapping[str, JsonValue]) -> str:
+    """How both runs can be had, in words: the command that trains again on the same cache."""
+    if not (run / "train.yaml").is_file():
+        return "choose another out folder"
+    if all(name.partition(".")[0] in FinetuneConfig.model_fields for name in changed):
+        sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in changed.items()]
+        told = f"-c {run / 'train.yaml'} {' '.join(sets)}"
+    else:
+        told = "with these settings and"
+    return f"train a second student on the same cache: lightopd train {told} --out {run}-2"
 
 
 def _whole_state(path: Path) -> TrainerState | None:

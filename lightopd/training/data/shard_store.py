@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import ShardColumns, read_shard_columns
 from lightopd.cache.shards import read_content, shard_path
-from lightopd.cache.store import Cache, rollouts_folder, signal_folder
+from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.preparation.prepare import PreparedRollouts
 from lightopd.schemas.manifest import ShardMarker

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lightopd.cache.reader import largest_id, rows_beyond
 from lightopd.cache.store import Cache
-from lightopd.errors import CacheError, ConfigError
+from lightopd.errors import CacheError, ConfigError, TrainingError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.cache_tables import cache_views
 from lightopd.objectives.preparation.prepare import prepare_rollouts
@@ -36,6 +37,7 @@ def select_rollouts(
     needed: Needs,
     held_out: int,
     reading: FirstReading | None = None,
+    id_limit: int | None = None,
 ) -> SelectedRollouts:
     """Read the whole cache once for what the objective decides before the first step, and index the rest.
 
@@ -45,6 +47,7 @@ def select_rollouts(
         needed: its needs.
         held_out: rollouts to hold out, at least; whole prompts are.
         reading: of the same cache, signals and top-k, used up here; None reads the cache and keeps nothing.
+        id_limit: rollouts with this id or a larger one are left out; None where all can be trained on.
 
     Raises:
         CacheError: a value is not finite, or the cache cannot serve a part; see `objectives.prepare`.
@@ -54,6 +57,12 @@ def select_rollouts(
     parts = None if reading is None else reading.parts
     index = index_cache(cache, needed.signals, needed.topk, prepared, parts)
     notes = list(prepared.notes)
+    if id_limit is not None:
+        index, without = _below(cache, index, id_limit)
+        notes += [
+            f"{without} rollouts have a token id of {id_limit} or more, which the student has no output for, "
+            "and are left out"
+        ] * bool(without)
     if needed.together:
         index, dropped = keep_prompts_whole(index)
         notes += [f"{dropped} rollouts lost their partner, which has no trained token"] * bool(dropped)
@@ -62,6 +71,38 @@ def select_rollouts(
     trained, validation = split(index, held_out)
     notes.append(f"{len(validation.row_P)} rollouts are held out")
     return SelectedRollouts(trained, validation, tuple(notes))
+
+
+def refuse_ids_beyond(cache: Cache, width: int, student: str) -> None:
+    """Refuse a cache with an id that the student has no output for; its sampler may have had more outputs.
+
+    Raises:
+        TrainingError: names the shard and the id.
+    """
+    for shard in cache.shards:
+        largest = largest_id(cache, shard)
+        if largest >= width:
+            raise TrainingError(
+                f"{cache.file(shard)} has token id {largest}, {student} has {width} outputs; "
+                f"train a student that has it, or leave out the responses with such ids"
+            )
+
+
+def _below(cache: Cache, index: CacheIndex, limit: int) -> tuple[CacheIndex, int]:
+    """The rollouts without an id of `limit` or more, and how many have one.
+
+    Raises:
+        ConfigError: every rollout has one.
+    """
+    beyond = {(shard, int(row)) for shard in cache.shards for row in rows_beyond(cache, shard, limit)}
+    places = zip(index.shard_P.tolist(), index.row_P.tolist(), strict=True)
+    kept_P = np.array([place not in beyond for place in places], bool)
+    if not kept_P.any():
+        raise ConfigError(
+            f"every response of {cache.path} has a token id of {limit} or more, and the student has {limit} "
+            "outputs; give the student an output for each with resize_token_embeddings, and save it"
+        )
+    return index.take(kept_P), int((~kept_P).sum())
 
 
 def keep_prompts_whole(index: CacheIndex) -> tuple[CacheIndex, int]:

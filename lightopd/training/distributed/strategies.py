@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -12,6 +13,11 @@ from lightopd.schemas.finetune import FinetuneConfig
 
 FSDP = "fsdp"
 """Name of the strategy that shards weights, gradients and moments over all devices."""
+
+
+def uses_gpu(finetune: FinetuneConfig) -> bool:
+    """Whether a run trains on GPUs."""
+    return finetune.accelerator != "cpu" and torch.cuda.is_available()
 
 
 @contextlib.contextmanager

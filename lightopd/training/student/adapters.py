@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from lightopd.errors import ConfigError, InputError
 from lightopd.models.load import check_adapter_config, load_model
+from lightopd.schemas.configs import ADAPTER_CONFIG as ADAPTER_CONFIG
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import ALL_LINEAR, AdapterConfig, FinetuneConfig
 from lightopd.training.weight_files.tensor_shards import is_shared, whole_weights
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -78,18 +78,20 @@ def save_student(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     save_file(whole, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
-    config.base_model_name_or_path = _lasting_name(config.base_model_name_or_path)
+    base = config.base_model_name_or_path
+    if base is not None:
+        config.base_model_name_or_path = lasting_name(base, is_folder=Path(base).is_dir())
     if not isinstance(config.target_modules, str):  # peft keeps a set, whose order changes from run to run
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
 
 
-def _lasting_name(base: str | None) -> str | None:
+def lasting_name(base: str, *, is_folder: bool) -> str:
     """A model's name that holds from every working folder: its hub id, or its absolute path."""
-    if base is None or not Path(base).is_dir():
-        return base
     found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", base)
-    return "/".join(found.groups()) if found else str(Path(base).resolve())
+    if found or not is_folder:
+        return "/".join(found.groups()) if found else base
+    return str(Path(base).resolve())
 
 
 def is_adapted(model: Any) -> bool:

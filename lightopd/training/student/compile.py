@@ -45,11 +45,15 @@ def uncompiled(student: torch.nn.Module) -> Iterator[None]:
     For generation, which grows a cache by one token at a time, and for passes without gradient. It leaves a
     student alone that is not compiled.
     """
-    if all(module._compiled_call_impl is None for module in student.modules()):
+    compiled = {module: module._compiled_call_impl for module in student.modules()}
+    # Of these layers alone: what else is compiled, such as attention over packed rows, stays so.
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def is_of_compiler(error: RuntimeError) -> bool:

@@ -86,7 +86,8 @@ def student_sums(rollouts: RolloutBatch, student: StudentTokens) -> MetricSums:
     mask_N = rollouts.loss_mask_N.double()
     sums: MetricSums = {"entropy": ((student.entropies_N.double() * mask_N).sum(), mask_N.sum())}
     if rollouts.ref_logprobs_N is not None:
-        sums |= drift_sums(student.logprobs_N, rollouts.ref_logprobs_N, rollouts.loss_mask_N)
+        ref_N, behavior_N = rollouts.ref_logprobs_N, rollouts.behavior_logprobs_N
+        sums |= drift_sums(student.logprobs_N, ref_N, behavior_N, rollouts.loss_mask_N)
     return sums
 
 

@@ -3,12 +3,13 @@
 # B = rows, T = their length, D = hidden size
 
 import inspect
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightopd.errors import TrainingError
+from lightopd.models.causal_attention import brings_masks, causal_mask, packed_mask
 from lightopd.models.head import last_hidden
 from lightopd.training.data.batches import Microbatch
 
@@ -18,16 +19,23 @@ PROBE_TOLERANCE = 1e-4
 """Relative difference that rounding explains; what leaks from one sequence into the next is far larger."""
 
 
-def decoder_inputs(student: PreTrainedModel, batch: Microbatch) -> dict[str, Tensor]:
+def decoder_inputs(student: PreTrainedModel, batch: Microbatch) -> dict[str, Any]:
     """Arguments of the decoder for a micro-batch.
 
     Rows are padded on the right and attention is causal: no response position can see padding, so no mask is
     needed, and without one the fastest attention kernels apply. Where rollouts share rows transformers makes
-    the mask from the positions, which begin again with each rollout.
+    the mask from the positions, which begin again with each rollout. A student that takes masks from here
+    (`causal_attention`) is given one that is smaller than [T, T].
     """
-    if batch.position_ids_BT is None:
-        return {"input_ids": batch.input_ids_BT}
-    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
+    ids_BT, positions_BT = batch.input_ids_BT, batch.position_ids_BT
+    if brings_masks(student):
+        if positions_BT is None:
+            return {"input_ids": ids_BT, "attention_mask": causal_mask(ids_BT.device)}
+        masks = {"attention_mask": packed_mask(positions_BT)}
+        return {"input_ids": ids_BT, "position_ids": positions_BT, **masks}
+    if positions_BT is None:
+        return {"input_ids": ids_BT}
+    inputs = {"input_ids": ids_BT, "position_ids": positions_BT}
     if (student.config._attn_implementation or "").startswith("flash"):
         # These kernels keep sequences apart only in a batch of one row.
         return {name: ids_BT.reshape(1, -1) for name, ids_BT in inputs.items()}

@@ -6,7 +6,7 @@ its own.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lightopd.files import json_bytes, write_atomically
 from lightopd.models.load import outline
+from lightopd.training.weight_files.names import keep_stored_names
 from lightopd.training.weight_files.tensor_shards import AVERAGE, MODEL, StoredSet, has_set
 
 LAYER = re.compile(r".*?\.\d+\.")
@@ -26,12 +27,15 @@ LARGEST_FILE = "5GB"
 """Ten times smaller than what transformers writes, as it is how much of a model is held."""
 
 
-def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> None:
+def write_whole(
+    checkpoint: Path, folder: Path, *, trust_remote_code: bool, stored: Collection[str] = ()
+) -> None:
     """Write the weights of a checkpoint into a folder, with an index where they take several files.
 
     Args:
         checkpoint: its weights are stored in shares.
         folder: exists and has no weights.
+        stored: names of the tensors where training began, which are kept.
         trust_remote_code: whether the model's own code may be run to learn the names.
 
     Raises:
@@ -39,6 +43,7 @@ def write_whole(checkpoint: Path, folder: Path, *, trust_remote_code: bool) -> N
         InputError: the checkpoint is damaged.
     """
     model = outline(checkpoint, trust_remote_code=trust_remote_code)
+    keep_stored_names(model, stored)
     weights = _Weights(checkpoint, model)
     outlines = {
         name: tensor.new_empty(tensor.shape)  # a part of a fused tensor counts with its own size

@@ -12,7 +12,9 @@ SELECT
     round((SELECT avg(cache_gap) FROM gaps), 4) AS gap_at_rollout,
     round(max(value) FILTER (name = 'w_mean'), 4) AS w_mean,
     round(max(value) FILTER (name = 'ess'), 4) AS ess,
+    round(max(value) FILTER (name = 'overlap'), 4) AS overlap,
     round(max(value) FILTER (name = 'chi2'), 4) AS chi2,
+    round(max(value) FILTER (name = 'chi2_error'), 4) AS chi2_error,
     round(max(value) FILTER (name = 'log_ratio_lost'), 4) AS log_ratio_lost,
     max(value) FILTER (name = 'stale') AS stale
 FROM metrics AS m

@@ -13,7 +13,7 @@ from lightopd.models.head import Head
 
 def score_logits(logits_NV, ids, top_k, min_probability=0.0):
     head = Head(torch.eye(logits_NV.shape[1]), None, None, 1.0)
-    return score_positions(head, logits_NV, torch.tensor(ids), top_k, min_probability)
+    return score_positions(head, logits_NV, torch.tensor(ids), top_k, min_probability).arrived()
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 130, 1000, 1003, 5000])
@@ -61,7 +61,7 @@ def test_a_sampled_token_outside_the_topk_is_scored():
 
 def test_tokens_the_model_rules_out_have_no_mass():
     head = Head(torch.eye(4), torch.tensor([0.0, 0.0, -torch.inf, -torch.inf]), None, 1.0)
-    scores = score_positions(head, torch.zeros(1, 4), torch.tensor([0]), 2, 0.0)
+    scores = score_positions(head, torch.zeros(1, 4), torch.tensor([0]), 2, 0.0).arrived()
     assert scores.logprobs_N[0] == pytest.approx(-np.log(2))
     assert scores.tail_logprobs_N[0] == -np.inf
 

@@ -15,7 +15,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.3, 0.05, 0.15])
 def drawn(**settings):
     uniforms_B = torch.linspace(0, 1, 201, dtype=torch.float64)[:-1]
     logits_BV = PROBABILITIES.log().expand(len(uniforms_B), -1)
-    ids_B = draw(logits_BV, uniforms_B, SamplingConfig(**settings))
+    ids_B, _ = draw(logits_BV, uniforms_B, SamplingConfig(**settings))
     return {token: (ids_B == token).double().mean().item() for token in sorted(set(ids_B.tolist()))}
 
 

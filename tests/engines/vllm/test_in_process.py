@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_prompts
 from vllm_cases import RealServer, save_vllm_model, shared_engine, shared_server
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import open_cache, signal_folder
+from lightopd.cache.store import open_cache
 from lightopd.config import load_stage
 from lightopd.engines.kinds import describe_engine, load_engine
 from lightopd.engines.noise import measure_noise

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from engine_cases import CONTEXT, VOCABULARY, random_sequences, tiny_model
+from engine_cases import CONTEXT, VOCABULARY, behavior_logprobs, random_sequences, tiny_model
 from fake_engine import FakeEngine
 from fake_vllm_server import FakeServer
 from tiny_models import tokenizer
@@ -19,6 +19,7 @@ from lightopd.engines.vllm.server import load_server_engine
 from lightopd.errors import ConfigError, EngineError
 from lightopd.pipelines.run import RUNNERS
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
+from lightopd.schemas.records import Sequence
 
 TOY = FakeEngine(seed=3, vocabulary_size=VOCABULARY, context_length=CONTEXT)
 
@@ -92,9 +93,41 @@ def test_a_server_that_tokenises_anew_is_refused(serve, connect):
         connect(serve(tokenises_anew=True))
 
 
-def test_a_server_with_processed_logprobs_is_refused(serve, connect):
-    with pytest.raises(EngineError, match="--logprobs-mode raw_logprobs"):
-        connect(serve(processed=True))
+NARROWED = SamplingConfig(max_tokens=9, temperature=0.7, top_p=0.9)
+
+
+def drawn_by(engine, sampling):
+    prompts = [sequence.prompt_ids for sequence in SEQUENCES]
+    return engine.generate(prompts, sampling, [f"p{i}" for i in range(len(prompts))], [2])
+
+
+def test_a_server_with_processed_logprobs_gives_both_kinds(serve, connect):
+    samples = drawn_by(connect(serve(processed=True)), NARROWED)
+    drawn = [Sequence(one.prompt_ids, s.response_ids) for one, s in zip(SEQUENCES, samples, strict=True)]
+    for sample, scores in zip(samples, TOY.score(drawn, VOCABULARY), strict=True):
+        np.testing.assert_allclose(sample.logprobs, scores.logprobs, rtol=0, atol=1e-5)
+        wanted = behavior_logprobs(scores, sample.response_ids, NARROWED)
+        np.testing.assert_allclose(sample.behavior_logprobs, wanted, rtol=0, atol=1e-5)
+        assert (sample.behavior_logprobs > sample.logprobs).mean() > 0.5
+
+
+def test_a_server_with_raw_logprobs_knows_who_sampled_only_where_that_is_the_model_itself(serve, connect):
+    engine = connect(serve())
+    assert all(sample.behavior_logprobs is None for sample in drawn_by(engine, NARROWED))
+    for sampling, value in ((SamplingConfig(max_tokens=9), None), (SamplingConfig(temperature=0), 0.0)):
+        for sample in drawn_by(engine, sampling.model_copy(update={"max_tokens": 9})):
+            expected = sample.logprobs if value is None else np.zeros_like(sample.logprobs)
+            np.testing.assert_array_equal(sample.behavior_logprobs, expected)
+
+
+def test_servers_that_report_different_kinds_of_logprobs_are_refused(serve, connect):
+    with pytest.raises(EngineError, match="start all with --logprobs-mode processed_logprobs"):
+        connect(serve(), serve(processed=True))
+
+
+def test_a_server_whose_logprobs_are_not_the_models_is_refused(serve, connect):
+    with pytest.raises(EngineError, match="log-probabilities of another kind"):
+        connect(serve(broken_logprobs=True))
 
 
 def test_a_server_with_another_tokenizer_is_refused(serve, connect):

@@ -164,3 +164,17 @@ ENGINES = {
     "vllm": EngineCase(_build_vllm, floor_nats=1e-5, marks=(pytest.mark.vllm,)),
     "vllm server": EngineCase(_build_vllm_server, floor_nats=1e-5, marks=(pytest.mark.vllm,)),
 }
+
+
+def behavior_logprobs(scores, response_ids, sampling):
+    """Of each drawn id under temperature and top-p, in float64, from scores of the whole vocabulary."""
+    ends = np.cumsum(scores.topk_counts)[:-1]
+    pairs = zip(np.split(scores.topk_ids, ends), np.split(scores.topk_logprobs, ends), strict=True)
+    found = []
+    for (ids, logprobs), drawn in zip(pairs, response_ids, strict=True):
+        scaled = logprobs.astype(np.float64) / (sampling.temperature or 1)
+        probabilities = np.exp(scaled - np.logaddexp.reduce(scaled))
+        is_kept = np.cumsum(probabilities) - probabilities < sampling.top_p
+        value = np.log(probabilities[ids == drawn][0] / probabilities[is_kept].sum())
+        found.append(value if sampling.temperature else 0.0)
+    return np.array(found)

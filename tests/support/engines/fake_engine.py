@@ -125,19 +125,22 @@ class FakeEngine:
         limit = min(sampling.max_tokens, self.context_length - len(prompt_ids))
         logprobs: list[float] = []
         entropies: list[float] = []
+        behavior_logprobs: list[float] = []
         drawn = -1
         while len(logprobs) < limit and drawn not in stop_ids:
             logits_V = self._observed_logits(np.array(ids), f"rollout {key}")
             logprobs_V = _log_softmax(logits_V)
-            drawn = _pick(logits_V, sampling, stream)
+            drawn, behavior_logprob = _pick(logits_V, sampling, stream)
             ids.append(np.int32(drawn))
             logprobs.append(logprobs_V[drawn])
+            behavior_logprobs.append(logprobs_V[drawn] if sampling.is_raw else behavior_logprob)
             entropies.append(-(np.exp(logprobs_V) * logprobs_V).sum())
         return Sample(
             response_ids=np.array(ids[len(prompt_ids) :], dtype=np.int32),
             logprobs=np.array(logprobs, dtype=np.float32),
             entropies=np.array(entropies, dtype=np.float32),
             finish_reason="stop" if drawn in stop_ids else "length",
+            behavior_logprobs=np.array(behavior_logprobs, dtype=np.float32),
         )
 
 
@@ -179,14 +182,18 @@ def _log_softmax(logits_V: Doubles) -> Doubles:
     return np.asarray(shifted_V - np.log(np.exp(shifted_V).sum(axis=-1, keepdims=True)))
 
 
-def _pick(logits_V: Doubles, sampling: SamplingConfig, stream: np.random.Generator) -> int:
-    """Inverse of the cumulative distribution at one uniform number, over the ids in their order."""
+def _pick(logits_V: Doubles, sampling: SamplingConfig, stream: np.random.Generator) -> tuple[int, float]:
+    """Inverse of the cumulative distribution at one uniform number, over the ids in their order.
+
+    With the id comes its log-probability under that distribution.
+    """
     if sampling.temperature == 0:
-        return int(logits_V.argmax())
+        return int(logits_V.argmax()), 0.0
     probabilities_V = np.exp(_log_softmax(logits_V / sampling.temperature))
     order_V = np.argsort(-probabilities_V, kind="stable")
     mass_before_V = np.cumsum(probabilities_V[order_V]) - probabilities_V[order_V]
     probabilities_V[order_V[mass_before_V >= sampling.top_p]] = 0.0
     cumulative_V = np.cumsum(probabilities_V)
     target = min(stream.random() * cumulative_V[-1], np.nextafter(cumulative_V[-1], 0))
-    return int(np.searchsorted(cumulative_V, target, side="right"))
+    drawn = int(np.searchsorted(cumulative_V, target, side="right"))
+    return drawn, float(np.log(probabilities_V[drawn] / cumulative_V[-1]))

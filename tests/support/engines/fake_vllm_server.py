@@ -25,6 +25,7 @@ class FakeServer:
         max_logprobs: most log-probabilities given; more are refused.
         clip_logprobs: gives fewer than asked for, without a word.
         processed: reports log-probabilities after temperature and truncation.
+        broken_logprobs: reports others than those of the model, after whatever.
         tokenises_anew: changes the prompt's ids.
         max_tokens: most tokens of a response, whatever is asked for.
         statuses: of the first completions, before any is answered.
@@ -136,7 +137,9 @@ class FakeServer:
             "num_calls": 1,
         }
         sample = engine._draw(ids, sampling, "", stops)
-        logprobs = np.zeros_like(sample.logprobs) if self.options.get("processed") else sample.logprobs
+        logprobs = sample.behavior_logprobs if self.options.get("processed") else sample.logprobs
+        if self.options.get("broken_logprobs"):
+            logprobs = logprobs - 3
         choice = {
             "prompt_token_ids": ids.tolist(),
             "token_ids": sample.response_ids.tolist(),

@@ -261,6 +261,8 @@ def make_batch(
         domains=tuple(world.domains[row] for row in rows),
         rollout_ids=tuple(world.names[row] for row in rows),
         totals=BatchTotals(sum(1 for count in trained.values() if count), sum(trained.values())),
+        longest=int(world.index_N[places_N].max()) + 1,
+        num_turns=int(world.turns_N[places_N].max()) + 1,
         prepared_R={name: torch.from_numpy(column[cache_place]).double() for name, column in columns.items()},
     ), list(rows)
 

@@ -101,7 +101,7 @@ def hostile_cache(root: Path, num_rollouts: int = 12, length: int = 20) -> Cache
 def write_run(folder: Path, steps: int = 30, *, is_finished: bool = True, cache: Path | None = None) -> Path:
     """What a run of the train stage leaves: settings, metrics, and a report when it is over."""
     folder.mkdir(parents=True)
-    limits = "staleness: {min_ess: 0.5, max_chi2: 1.0, max_log_ratio: 0.2, stop_when_stale: false}"
+    limits = "staleness: {max_log_ratio: 0.2, min_overlap: 0.9, max_chi2: 1.0, stop_when_stale: false}"
     target = "objective: {terms: [{target: {kind: log_ratio, clip: 3.0}}]}"
     (folder / "train.yaml").write_text(f"steps: {steps}\ncache: {cache}\n{limits}\n{target}\n")
     names = "step,loss,entropy,log_ratio,w_mean,ess,chi2,log_ratio_lost,stale,grad_norm,lr,"

@@ -1,7 +1,6 @@
 """Checkpoints are whole or not there, and a run that lost its process goes on to the same weights."""
 
 import json
-import logging
 import os
 import resource
 import shutil
@@ -21,7 +20,6 @@ from lightopd.errors import OutputError
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.callbacks import ProgressLine
 from lightopd.training.checkpoints.checkpoint import (
     TrainerState,
     load_optimizer,
@@ -197,30 +195,6 @@ def test_lineage_and_foreign_weights_are_not_copied(trained, student_folder, tmp
     assert (path / "chat_template.jinja").read_text() == "x"
     assert not (path / "lightopd_student.json").exists()
     assert not (path / "pytorch_model.bin").exists()
-
-
-def test_progress_is_said_every_ten_seconds_with_rate_and_time_left(caplog):
-    seconds = iter([100.0, 104.0, 110.0, 112.0, 120.0])
-    progress = ProgressLine(steps=20, clock=lambda: next(seconds))
-    caplog.set_level(logging.INFO)
-    progress.on_train_start(None, At(0))
-    for step in (2, 5, 6, 10):
-        progress.on_train_batch_end(Main(), At(step))
-    assert [record.getMessage() for record in caplog.records] == [
-        "step 5/20, loss 0.5, 0.5 steps/s, 300 tokens/s, 30 s left",
-        "step 10/20, loss 0.5, 0.5 steps/s, 300 tokens/s, 20 s left",
-    ]
-
-
-class Main:
-    is_global_zero = True
-
-
-class At:
-    metrics = {"loss": 0.5, "tokens_per_second": 300.0}  # noqa: RUF012
-
-    def __init__(self, step):
-        self.step = step
 
 
 def run_here(cache, student, out, objective=(), **settings):

@@ -9,9 +9,9 @@ import torch
 from cache_cases import table_to_rollouts, table_to_scores
 from training_runs import read_first
 
+from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import rollouts_folder, signal_folder
 from lightopd.errors import CacheError
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig

@@ -158,7 +158,11 @@ def test_a_run_may_go_on_with_or_without_measurements(run):
 
 
 def test_a_run_that_ends_because_the_cache_is_stale_is_measured_at_its_end(run):
-    report = run(staleness={"min_ess": 1.0, "stop_when_stale": True}, asked={"every": 50}, held_out=4)
+    report = run(
+        staleness={"min_overlap": 1.0, "max_chi2": 0.0, "max_log_ratio": 0.0, "stop_when_stale": True},
+        asked={"every": 50},
+        held_out=4,
+    )
     assert report.figures["steps"] < 5
     assert not math.isnan(column(report)[-1])
     assert not math.isnan(rows_of(report)[-1]["held_out"])

@@ -1,19 +1,23 @@
 """Adapters: only they are trained, a step is the dense one's shadow, and what is written is read again."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightopd.errors import ConfigError, TrainingError
+from lightopd.models.load import load_model
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.fit import fit
 from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.optimizer import make_optimizer
-from lightopd.training.student.adapters import load_student, trained_student
+from lightopd.training.student.adapters import lasting_name, load_student, trained_student
 
 CALM = OptimizerConfig(lr=1e-3, eps=1e-3)
 LORA = {"rank": 4, "alpha": 8}
@@ -193,3 +197,31 @@ def test_the_moments_of_an_adapter_that_was_merged_are_not_carried(train, tmp_pa
     merged = train("first", steps=1, adapter={**LORA, "merge": True}).student
     with pytest.raises(TrainingError, match=r"set adapter\.merge to false there"):
         train("second", student=merged, steps=1, continue_from=tmp_path / "first")
+
+
+def test_an_adapter_names_its_base_from_every_working_folder(train, student_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(student_folder.parent)
+    made = train(student=ModelConfig(path=student_folder.name))
+    monkeypatch.chdir(tmp_path)
+    named = json.loads((made.student / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(student_folder.resolve())
+    given = ModelConfig(path=str(made.student))
+    assert (given.path, given.adapter) == (named, made.student)
+    whole = ModelConfig(path=named, adapter=made.student)
+    with torch.no_grad():
+        one, other = (load_model(model, "cpu")(input_ids=IDS_BT).logits for model in (given, whole))
+    assert torch.equal(one, other)
+
+
+def test_an_adapter_of_a_hub_model_names_its_repository():
+    snapshot = "/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2/snapshots/1a2b"
+    assert lasting_name(snapshot, is_folder=True) == "HuggingFaceTB/SmolLM2"
+    assert lasting_name("HuggingFaceTB/SmolLM2", is_folder=False) == "HuggingFaceTB/SmolLM2"
+
+
+@pytest.mark.parametrize("base", [None, 3, "/gone/model"])
+def test_an_adapter_without_its_base_says_how_to_give_it(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ValidationError, match="give the base model as the path and this folder as adapter"):
+        ModelConfig(path=str(tmp_path))
+    assert ModelConfig(path="base", adapter=tmp_path).path == "base"

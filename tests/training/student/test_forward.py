@@ -27,6 +27,8 @@ def make_rollouts():
         domains=(None,),
         rollout_ids=("r",),
         totals=BatchTotals(1, N),
+        longest=N,
+        num_turns=1,
         prepared_R={},
     )
 

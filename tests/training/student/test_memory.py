@@ -1,11 +1,21 @@
 """The estimate of a run's memory against what autograd keeps on a CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from model_families import FAMILIES, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.student.memory import GIB, MemoryEstimate, estimate_memory, measure_saved, saved_bytes
+from lightopd.training.student.memory import (
+    GIB,
+    Memory,
+    MemoryEstimate,
+    estimate_memory,
+    measure_saved,
+    saved_bytes,
+)
 
 SIZES = {
     "vocab_size": 512,
@@ -43,9 +53,32 @@ def test_weights_gradients_and_moments_are_counted_exactly():
 
 
 def test_the_sentence_says_what_memory_goes_to_and_whether_it_fits():
-    estimate = MemoryEstimate(3 * GIB, 2 * GIB, GIB, GIB, GIB)
-    assert estimate.sentence(9 * GIB) == (
-        "estimated memory: 8.0 GiB (weights 3.0, gradients 2.0, moments 1.0, activations 1.0, kernel 1.0), "
-        "which fits into 9.0 GiB"
+    estimate = MemoryEstimate(3 * GIB, 2 * GIB, GIB, GIB, GIB, 0)
+    assert estimate.sentence(Memory("the GPU", 9 * GIB)) == (
+        "estimated memory: 8.0 GiB (weights 3.0, gradients 2.0, moments 1.0, activations 1.0, kernel 1.0, "
+        "cache 0), which fits into the 9.0 GiB of the GPU"
     )
-    assert "does not fit" in estimate.sentence(7 * GIB)
+    assert "does not fit" in estimate.sentence(Memory("the GPU", 7 * GIB))
+    unknown = replace(estimate, activations=None).sentence(Memory("the GPU", 9 * GIB))
+    assert unknown.startswith("estimated memory: at least 7.0 GiB")
+    assert "activations unknown" in unknown
+
+
+def test_every_family_is_estimated_or_says_that_it_cannot_be():
+    known = [name for name in FAMILIES if estimate_memory(make_model(name), FinetuneConfig(), 8).activations]
+    assert set(known) >= {"Llama", "Qwen3", "Gemma3", "Phi", "Phi3", "GPT2", "Granite"}
+
+
+def test_shards_divide_what_is_kept_between_steps():
+    student = LlamaForCausalLM(LlamaConfig(**SIZES))
+    whole = estimate_memory(student, FinetuneConfig(), 32)
+    share = estimate_memory(student, FinetuneConfig(strategy="fsdp", devices=4), 32)
+    assert 4 * share.moments == whole.moments
+    assert share.activations == whole.activations
+
+
+def test_columns_of_the_cache_grow_with_its_support():
+    student = LlamaForCausalLM(LlamaConfig(**SIZES))
+    finetune = FinetuneConfig(micro_batch_tokens=64)
+    none, some = (estimate_memory(student, finetune, 32, cached_entries=k) for k in (0, 10))
+    assert some.cache - none.cache == 64 * 10 * 28

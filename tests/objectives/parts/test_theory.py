@@ -4,96 +4,15 @@ One context, V tokens. An expectation over a ~ s0 is a batch with one rollout of
 the vocabulary, weighed by s0.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from objective_cases import evaluate, make_world, objective, recipe, tail_of
+from objective_cases import evaluate, make_world, objective, recipe
 from objective_references import REFERENCES
-from torch import Tensor
+from one_position import PLAIN, RATIO, REVERSE_KL, Context, V, context, expected_gradient, score_rows
 
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
-from lightopd.objectives.loss import compute_loss
-from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-
-V = 12
-
-
-@dataclass(frozen=True)
-class Context:
-    """Log-probabilities [V] of everyone at one position."""
-
-    student_V: Tensor
-    rollout_V: Tensor
-    tables: dict[str, Tensor]
-
-
-def context(seed: int, drift: float = 0.0, **tables: Tensor) -> Context:
-    random = torch.Generator().manual_seed(seed)
-
-    def draw(spread: float = 1.5) -> Tensor:
-        return spread * torch.randn(V, generator=random, dtype=torch.float64)
-
-    rollout_V = draw()
-    drawn = {name: draw().log_softmax(0) for name in ("teacher", "reference")}
-    student_V = (rollout_V + drift * draw(1.0)).log_softmax(0)
-    return Context(student_V, rollout_V.log_softmax(0), {**drawn, **tables})
-
-
-def expected_gradient(
-    config: ObjectiveConfig, at: Context, top_k: int = V, sampler: str | Tensor = "rollout"
-) -> Tensor:
-    """Gradient by the student's logits, [V], in expectation over the sampler's token."""
-    logits_V = at.student_V.clone().requires_grad_()
-    named = {"rollout": at.rollout_V, "student": at.student_V}
-    batch = expectation_batch(at, top_k, named[sampler] if isinstance(sampler, str) else sampler)
-    logprobs_NV = logits_V.log_softmax(0).expand(V, V)
-    ids = {name: batch.signals[name].topk_ids_NK for name in needs(config).supports}
-    student = StudentTokens(
-        logprobs_NV.diagonal(),
-        torch.zeros(V, dtype=torch.float64),
-        {name: logprobs_NV.gather(1, ids_NK) for name, ids_NK in ids.items()},
-        {name: tail_of(logprobs_NV, ids_NK) for name, ids_NK in ids.items()},
-    )
-    (gradient_V,) = torch.autograd.grad(compute_loss(config, batch, student).value, logits_V)
-    return gradient_V
-
-
-def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatch:
-    every = torch.arange(V)
-    signals = {}
-    for name, table_V in at.tables.items():
-        table_NV = table_V.expand(V, V)
-        topk_NK, ids_NK = table_NV.topk(top_k, dim=1)
-        signals[name] = SignalTokens(table_V, ids_NK, topk_NK, tail_of(table_NV, ids_NK))
-    return RolloutBatch(
-        ids_N=every,
-        row_N=every,
-        index_N=torch.zeros(V, dtype=torch.int64),
-        loss_mask_N=torch.ones(V, dtype=torch.bool),
-        turns_N=torch.zeros(V, dtype=torch.int64),
-        ref_logprobs_N=at.rollout_V,
-        signals=signals,
-        lengths_R=torch.ones(V, dtype=torch.int64),
-        rewards_R=torch.zeros(V),
-        is_truncated_R=torch.zeros(V, dtype=torch.bool),
-        groups_R=every,
-        domains=(None,) * V,
-        rollout_ids=tuple(map(str, range(V))),
-        totals=BatchTotals(V, V),
-        prepared_R={"main/weight": V * sampler_V.exp()},
-    )
-
-
-def score_rows(student_V: Tensor) -> Tensor:
-    """Row a is the gradient of log s(a) by the logits."""
-    return torch.eye(V, dtype=torch.float64) - student_V.exp()
-
-
-PLAIN = objective(target={"kind": "log_ratio", "clip": None})
-RATIO = objective(target={"kind": "log_ratio", "clip": None}, token_weights=[{"kind": "ratio", "cap": 1e9}])
-REVERSE_KL = objective(target={"kind": "divergence"})
 
 
 def extrapolating(factor: float, baseline: bool) -> ObjectiveConfig:
@@ -196,85 +115,6 @@ def test_off_policy_a_baseline_biases_the_gradient_and_its_own_ratio_removes_tha
     )
     assert (expected_gradient(biased, at) - plain_V).norm() > 0.01
     torch.testing.assert_close(expected_gradient(mended, at), plain_V)
-
-
-def residual(divergence: str = "reverse_kl", **keys: object) -> ObjectiveConfig:
-    return objective(target={"kind": "divergence", "divergence": divergence, "residual": keys})
-
-
-def plain(divergence: str = "reverse_kl") -> ObjectiveConfig:
-    return objective(target={"kind": "divergence", "divergence": divergence})
-
-
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("top_k", [1, 4, V])
-@pytest.mark.parametrize("drift", [0.0, 1.0])
-def test_with_its_residual_a_cut_support_has_the_gradient_of_the_vocabulary(divergence, top_k, drift):
-    at = context(15, drift)
-    exact_V = expected_gradient(plain(divergence), at)
-    torch.testing.assert_close(expected_gradient(residual(divergence), at, top_k), exact_V)
-    if top_k < V:
-        assert (expected_gradient(plain(divergence), at, top_k) - exact_V).norm() > 0.01
-
-
-def test_the_forward_residual_is_the_importance_weighted_likelihood_of_the_tail():
-    """In expectation: - sum over K of T log s - 1[a outside K] (T(a) / mu(a)) log s(a)."""
-    at = context(16, drift=0.7)
-    logits_V = at.student_V.clone().requires_grad_()
-    student_V, teacher_V = logits_V.log_softmax(0), at.tables["teacher"]
-    is_kept_V = torch.zeros(V, dtype=torch.bool)
-    is_kept_V[teacher_V.topk(4).indices] = True
-    ratio_V = (teacher_V - at.rollout_V).exp()
-    sampled = (at.rollout_V.exp() * ratio_V * student_V)[~is_kept_V].sum()
-    wanted = -(teacher_V.exp() * student_V)[is_kept_V].sum() - sampled
-    (wanted_V,) = torch.autograd.grad(wanted, logits_V)
-    torch.testing.assert_close(expected_gradient(residual("forward_kl"), at, 4), wanted_V)
-
-
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-def test_every_sample_of_a_residual_is_at_rest_at_the_teacher(divergence):
-    world = make_world(1)
-    config = residual(divergence)
-    _, gradient_NV, _ = evaluate(config, world, top_k=2, student_NV=world.tables["teacher"])
-    assert gradient_NV.abs().max() < 1e-9
-
-
-def test_a_residual_of_eta_zero_is_the_plain_divergence_and_its_value_is_always():
-    world = make_world(1)
-    value, gradient_NV, _ = evaluate(plain(), world, top_k=3)
-    same, same_NV, _ = evaluate(residual(eta=0), world, top_k=3)
-    torch.testing.assert_close(same_NV, gradient_NV)
-    moved, moved_NV, _ = evaluate(residual(), world, top_k=3)
-    assert value == pytest.approx(same) == pytest.approx(moved)
-    assert (moved_NV - gradient_NV).abs().max() > 1e-3
-
-
-def error_of_draws(config: ObjectiveConfig, at: Context, top_k: int, draws: int = 256) -> float:
-    """Root mean square error of a mean over draws against the gradient of the whole vocabulary."""
-    mean_V = expected_gradient(config, at, top_k)
-    square = torch.zeros((), dtype=torch.float64)
-    for token in range(V):
-        only_V = torch.full((V,), -float("inf"), dtype=torch.float64)
-        only_V[token] = 0.0
-        alone_V = expected_gradient(config, at, top_k, sampler=only_V)
-        square = square + at.rollout_V[token].exp() * alone_V.square().sum()
-    variance = square - mean_V.square().sum()
-    bias_V = mean_V - expected_gradient(plain(), at)
-    return (bias_V.square().sum() + variance / draws).sqrt().item()
-
-
-@pytest.mark.parametrize("top_k", [2, 4])
-def test_a_residual_has_the_smallest_error_where_the_teacher_is_near(top_k):
-    """The teacher half a nat from the student that sampled. Far away the tail alone has the smaller one."""
-    errors = dict.fromkeys(("plain", "ratio", "tail", "residual"), 0.0)
-    configs = {"plain": PLAIN, "ratio": RATIO, "tail": plain(), "residual": residual(cap=2.0)}
-    for seed in range(4):
-        at = context(100 + seed, drift=0.5)
-        noise_V = torch.randn(V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        near = Context(at.student_V, at.rollout_V, {"teacher": (at.rollout_V + noise_V / 2).log_softmax(0)})
-        for name, config in configs.items():
-            errors[name] += error_of_draws(config, near, top_k)
-    assert errors["residual"] < 0.9 * min(errors["ratio"], errors["tail"], errors["plain"])
 
 
 def test_k2_has_the_gradient_of_the_live_advantage():

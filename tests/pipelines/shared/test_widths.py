@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from tiny_models import save_model, write_prompts
 
-from lightopd.cache.reader import largest_id, read_columns
+from lightopd.cache.reader import largest_id, read_columns, rows_beyond
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.engines.kinds import load_engine
-from lightopd.pipelines import precompute, rollout, train
+from lightopd.errors import InputError
+from lightopd.pipelines import precompute, rollout, sft, train
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.configs import HfEngine, ModelConfig
 
@@ -64,3 +65,26 @@ def test_the_cache_is_whole_and_trains_on_the_top_k(made):
     train.run(
         load_stage("train", [], ["steps=1", "batch_sequences=6"], asked | {"objective": {"terms": TERMS}})
     )
+
+
+def tune(root, student, teacher, **flags):
+    asked = {"student": student, "teacher": teacher, "prompts": write_prompts(root / "prompts.jsonl", 6)}
+    asked |= {"out": root / "sft", "finetune": {"steps": 1, "batch_sequences": 2}}
+    sets = ["sampling.max_tokens=8", "sampling.n=3"]
+    return sft.run(load_stage("sft", [], sets, asked), **flags)
+
+
+def test_answers_with_an_id_beyond_the_students_are_left_out_of_fine_tuning_and_named(tmp_path):
+    student = save_model(tmp_path / "student", 0, vocabulary=24)
+    report = tune(tmp_path, student, save_model(tmp_path / "teacher", 1, vocabulary=40))
+    answers = open_cache(tmp_path / "sft" / "answers")
+    beyond = sum(len(rows_beyond(answers, shard, 24)) for shard in answers.shards)
+    assert 0 < beyond < 18
+    assert any(f"{beyond} rollouts have a token id of 24 or more" in note for note in report.notes)
+
+
+def test_a_student_without_an_output_for_a_token_is_refused_before_a_teacher_answers(tmp_path):
+    student = save_model(tmp_path / "student", 0, vocabulary=20)
+    with pytest.raises(InputError, match=r"has 20 outputs, and .* is id 20; .*resize_token_embeddings\(21\)"):
+        tune(tmp_path, student, save_model(tmp_path / "teacher", 1), load=None)
+    assert not (tmp_path / "sft").exists()

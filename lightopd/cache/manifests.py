@@ -1,0 +1,180 @@
+"""Manifests of a cache: read, compared, and made again from the markers of their shards.
+
+A marker holds the manifest that its shard was made under, so that one that is lost costs nothing that was
+paid for. The engine's noise is measured when scoring begins and stands in the manifest alone: one made again
+lacks it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import JsonValue, ValidationError
+
+from lightopd.cache.shards import read_marker
+from lightopd.errors import CacheError
+from lightopd.files import json_bytes, write_atomically
+from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.manifest import (
+    CACHE_MANIFEST,
+    SIGNAL_MANIFEST,
+    CacheManifest,
+    SignalManifest,
+    compared_fields,
+)
+
+Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
+
+
+def rollouts_folder(path: Path) -> Path:
+    """Folder of the rollout shards of a cache."""
+    return path / "rollouts"
+
+
+def signal_folder(path: Path, name: str) -> Path:
+    """Folder of a signal's manifest and shards."""
+    return path / "signals" / name
+
+
+def signal_names(path: Path) -> tuple[str, ...]:
+    """Names of the signals in a cache folder, sorted."""
+    return tuple(sorted(file.parent.name for file in (path / "signals").glob(f"*/{SIGNAL_MANIFEST}")))
+
+
+def orphaned_signals(path: Path) -> tuple[str, ...]:
+    """Names of folders with shards of a signal and no manifest, sorted."""
+    found = {file.parent.name for file in (path / "signals").glob("*/part-*")}
+    return tuple(sorted(found - set(signal_names(path))))
+
+
+def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
+    """Read a manifest file.
+
+    Raises:
+        CacheError: the file is missing, is not JSON, does not fit, or has a newer schema version.
+    """
+    try:
+        plain = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing; copy the whole cache folder, or make it again") from None
+    except ValueError as error:
+        raise CacheError(
+            f"{path} is not valid JSON ({error}); copy the file again from where it was made"
+        ) from None
+    version = plain.get("schema_version") if isinstance(plain, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise CacheError(
+            f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
+        )
+    try:
+        return kind.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CacheError(
+            f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
+        ) from None
+
+
+def schema_version_at(path: Path) -> int:
+    """Schema version of the manifest at `path`, which a stage that resumes keeps; the newest where none is.
+
+    Raises:
+        CacheError: the manifest is broken.
+    """
+    if not path.exists():
+        return SCHEMA_VERSION
+    if path.name == SIGNAL_MANIFEST:
+        return read_manifest(path, SignalManifest).schema_version
+    return read_manifest(path, CacheManifest).schema_version
+
+
+def differences(found: Manifest, wanted: Manifest) -> list[str]:
+    """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
+    before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
+    return [
+        f"{field}: is {before.get(field)!r}, would be {after.get(field)!r}"
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+    ]
+
+
+def differing(one: str, other: str) -> tuple[str, str]:
+    """The beginnings of two hashes, as long as it takes to tell them apart."""
+    length = next((n for n in range(12, len(one)) if one[:n] != other[:n]), len(one))
+    return one[:length], other[:length]
+
+
+def restoring(cache: Path, name: str) -> str:
+    """How the manifest of a signal that is gone comes back, without scoring anything again."""
+    folder = signal_folder(cache, name)
+    if _made_from(folder):
+        return f"make it again from its shards: lightopd verify {cache} --restore"
+    return (
+        f"copy {SIGNAL_MANIFEST} again, or make it again from the settings it was scored with: "
+        f"lightopd precompute -c {folder / 'precompute.yaml'}"
+    )
+
+
+def made_again(cache: Path) -> str:
+    """What to do about a folder without the manifest of a cache."""
+    if _made_from(rollouts_folder(cache)):
+        return f"it has rollouts, which say how they were made: lightopd verify {cache} --restore"
+    return "name a folder made by `lightopd rollout`"
+
+
+def restore_manifests(cache: Path) -> list[Path]:
+    """Write the manifests that are gone again, of the rollouts and of every signal; those that were written.
+
+    Raises:
+        CacheError: markers of one folder speak of several manifests, or of none: they are older than this.
+    """
+    written = []
+    if not (cache / CACHE_MANIFEST).exists() and any(rollouts_folder(cache).glob("part-*.json")):
+        written.append(_restore(cache / CACHE_MANIFEST, rollouts_folder(cache), CacheManifest))
+    for name in orphaned_signals(cache):
+        folder = signal_folder(cache, name)
+        written.append(_restore(folder / SIGNAL_MANIFEST, folder, SignalManifest))
+    return written
+
+
+def _restore(path: Path, folder: Path, kind: type[Manifest]) -> Path:
+    found = _made_from(folder)
+    if len({json.dumps(each, sort_keys=True) for each in found}) != 1:
+        what = "of several manifests" if found else "of no manifest, as those of older versions do"
+        raise CacheError(
+            f"the markers in {folder} speak {what}; copy {path.name} again from where it was made"
+        )
+    try:
+        manifest = kind.model_validate(found[0])
+    except ValidationError as error:
+        raise CacheError(f"the markers in {folder} hold a broken manifest; copy {path.name} again") from error
+    markers = [read_marker(folder, index) for index in _indices(folder)]
+    others = [marker for marker in markers if marker and marker.fingerprint != manifest.fingerprint()]
+    if others or (isinstance(manifest, SignalManifest) and manifest.name != folder.name):
+        raise CacheError(
+            f"the markers in {folder} hold a manifest of other shards; copy {path.name} again from where it "
+            "was made"
+        )
+    write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+    return path
+
+
+def _made_from(folder: Path) -> list[dict[str, JsonValue]]:
+    """The manifests that the markers of a folder hold."""
+    markers = [read_marker(folder, index) for index in _indices(folder)]
+    return [marker.made_from for marker in markers if marker is not None and marker.made_from is not None]
+
+
+def _indices(folder: Path) -> list[int]:
+    names = (path.stem.removeprefix("part-") for path in sorted(folder.glob("part-*.json")))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {} if value else {prefix: {}}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
+    return flat
