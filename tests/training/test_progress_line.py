@@ -3,7 +3,7 @@
 import logging
 import math
 
-from lightopd.training.callbacks import drift_words
+from lightopd.training.callbacks import ProgressLine, drift_words
 
 
 class Main:
