@@ -121,6 +121,16 @@ def test_an_imported_cache_without_sampler_or_tokenizer_needs_overrides():
             "special-ids-mismatch",
             r"eos ids are \[1, 3\] in the cache and \[1\] in this model",
         ),
+        (
+            {"special_ids": {"bos": [2], "eos": [1, 3], "pad": [1], "unk": []}},
+            "special-ids-mismatch",
+            r"bos ids are \[0\] in the cache and \[2\] in this model",
+        ),
+        (
+            {"special_ids": {"bos": [0], "eos": [1, 3], "pad": [1], "unk": [4]}},
+            "special-ids-mismatch",
+            r"unk ids are \[\] in the cache and \[4\] in this model",
+        ),
         ({"template": "t2"}, "template-mismatch", "template is t1 in the cache and t2 in this model"),
         ({"template": None}, "template-mismatch", "template is t1 in the cache and absent in this model"),
     ],
@@ -134,6 +144,11 @@ def test_each_part_of_a_tokenizer_is_refused_and_allowed_on_its_own(changes, all
         check_tokenizer(tokenizer(), found, others, "train")
     (override,) = check_tokenizer(tokenizer(), found, (allowed,), "train")
     assert override.allowed == allowed
+
+
+def test_a_cache_without_a_template_does_not_take_any():
+    with pytest.raises(LineageError, match="template is absent in the cache and t1 in this model"):
+        check_tokenizer(tokenizer(template=None), tokenizer(), (), "train")
 
 
 def test_an_equal_tokenizer_with_another_pad_token_is_accepted():
