@@ -147,6 +147,10 @@ SPECIAL = (
         )
         for name in SELF_TAUGHT
     ),
+    Case("vision_opd", f"{PRIVILEGED}, on the teacher's own top-k"),
+    Case("pipo", "the support is the teacher's top-k alone"),
+    Case("caopd", f"{PRIVILEGED}; no confidence is stated"),
+    Case("zppo", "the prompts are the plain ones"),
     Case("erpd", f"the over-optimised model is the teacher; {REFERENCE}"),
     Case("brts", PAIRS, cache="pairs"),
     Case("v_zero", "the evidence is the prompt; wrong evidence is the prompt with another last addend"),
@@ -154,6 +158,7 @@ SPECIAL = (
         Case(name, PAIRS, cache="pairs")
         for name in ("decoupling_teacher_fkl", "decoupling_teacher_rkl", "soda")
     ),
+    Case("trd", f"{PAIRS}; its answers are the rewritten ones, scored on the plain prompt", cache="pairs"),
     Case("raft", f"{PAIRS}; {PRIVILEGED}, and its answers are the refined ones", cache="pairs"),
     Case(
         "video_opd",

@@ -26,7 +26,7 @@ from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.module import StudentModule
 
 METHODS = Path(__file__).parents[2] / "pipelines" / "recipes" / "methods"
-MIXED = ("soda", "raft", "brts", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
+MIXED = ("soda", "raft", "brts", "trd", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
 """Recipes over answers of both the teacher and the student."""
 
 
