@@ -47,7 +47,7 @@ class StopWhenStale(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Every rank has the same metrics, so every rank stops."""
-        if module.limits is not None and module.limits.stop_when_stale and module.metrics.get("stale"):
+        if module.drift.ends_run:
             trainer.should_stop = True
 
 

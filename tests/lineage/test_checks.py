@@ -178,3 +178,21 @@ def test_a_difference_in_precision_is_told_and_not_refused():
     assert "bfloat16 before, float32 (gptq) now" in note
     assert precision_note(Precision(dtype="float32"), Precision(dtype="float32")) is None
     assert precision_note(None, Precision(dtype="float32")) is None
+
+
+def test_a_teacher_in_another_number_format_is_called_so(tmp_path):
+    sources = {"float32": tmp_path / "whole", "bfloat16": tmp_path / "half"}
+    for dtype, folder in sources.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"dtype": "{dtype}"}}')
+    whole, half = (
+        ModelFingerprint(identity=dtype, weights=dtype, config="c", source=str(folder))
+        for dtype, folder in sources.items()
+    )
+    taught = SftLineage(proof="recorded", teacher=whole)
+    with pytest.raises(LineageError, match="the one is stored in float32, the other in bfloat16"):
+        check_teacher(taught, half, (), "precompute")
+    moved = half.model_copy(update={"source": str(tmp_path / "gone")})
+    with pytest.raises(LineageError) as refused:
+        check_teacher(taught, moved, (), "precompute")
+    assert "is stored in" not in str(refused.value)
