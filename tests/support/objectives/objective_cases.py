@@ -25,6 +25,12 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig
 METHODS = Path(__file__).parents[3] / "pipelines" / "recipes" / "methods"
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "warmup", "code_teacher")
 
+CONFIDENCES = {
+    "confidence": (90, 20, 55, 70, 0, 100, 40, 35),
+    "second_confidence": (10, 60, 55, 5, 80, 30, 95, 0),
+}
+"""Numbers of text columns, by rollout of the world."""
+
 torch.set_num_threads(1)
 
 
@@ -76,6 +82,9 @@ def make_world(seed: int = 0, vocabulary: int = 7, spread: float = 1.0, drift: f
     base_NV = spread * noise(total, vocabulary)
     tables = {name: (base_NV + noise(total, vocabulary)).log_softmax(-1) for name in SIGNALS}
     tables["rollout_student"] = base_NV.log_softmax(-1)
+    other = torch.Generator().manual_seed(seed + 1000)
+    moved_NV = torch.randn(total, vocabulary, generator=other, dtype=torch.float64)
+    tables["second_teacher"] = (base_NV + moved_NV).log_softmax(-1)
     ids_N = torch.multinomial(tables["rollout_student"].exp(), 1, generator=random)[:, 0]
     return World(
         vocabulary=vocabulary,
@@ -245,6 +254,9 @@ def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
         logprobs_N=sampled["rollout_student"],
         signals=sampled,
         tables={name: table_NV[places_N].numpy() for name, table_NV in world.tables.items()},
+        text_values_R={
+            name: np.array([values[row] for row in rows], np.float32) for name, values in CONFIDENCES.items()
+        },
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
 
