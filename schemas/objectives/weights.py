@@ -290,7 +290,7 @@ class TurnCurriculum(StrictModel):
     every: int = Field(2, ge=1)
     """Steps until one more turn is trained."""
     limit: int | None = Field(None, ge=1)
-    """Most turns; none goes on to the last."""
+    """Most turns; none rises to the last."""
 
 
 class LengthCurriculum(StrictModel):
