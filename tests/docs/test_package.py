@@ -23,6 +23,7 @@ ROOMS = [
     "files",
     "ranks",
     "stopping",
+    "text_tables",
     "telling",
     "config",
     "lineage",
