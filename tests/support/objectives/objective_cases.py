@@ -4,9 +4,10 @@ R = rollouts, N = their response tokens laid end to end, V = vocabulary, K = sup
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,13 +131,15 @@ def evaluate(
     state: ObjectiveState | None = None,
     student_NV: Tensor | None = None,
     order: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> tuple[float, Tensor, dict[str, float]]:
     """Value, gradient by the student's logits [N, V], and mean metrics, as the trainer would make them.
 
-    `splits` divides the rollouts into micro-batches; `order` is the order of the cache's rows.
+    `splits` divides the rollouts into micro-batches; `order` is the order of the cache's rows; the loss is
+    made on `device`.
     """
     logits_NV = (world.student_NV if student_NV is None else student_NV).clone().requires_grad_()
-    losses = _step(config, world, logits_NV, top_k or world.vocabulary, splits, state, order)
+    losses = _step(config, world, logits_NV, top_k or world.vocabulary, splits, state, order, device)
     value = torch.stack([loss.value for loss in losses]).sum()
     (gradient_NV,) = torch.autograd.grad(value, logits_NV)
     names = losses[0].metrics
@@ -152,6 +155,7 @@ def _step(
     splits: Sequence[Sequence[int]] | None,
     state: ObjectiveState | None,
     order: Sequence[int] | None,
+    device: str,
 ) -> list[Loss]:
     wanted = needs(config)
     rows = list(order or range(world.size))
@@ -161,6 +165,8 @@ def _step(
     groups = [[row for row in split if row in kept] for split in (splits or [kept])]
     batches = [make_batch(shown, split, kept, top_k, prepared, rows) for split in groups if split]
     students = [make_student(shown, logits_NV, batch, wanted.supports, split) for batch, split in batches]
+    batches = [(_moved(batch, device), split) for batch, split in batches]
+    students = [_moved(student, device) for student in students]
     with torch.no_grad():
         found = [
             collect_step_sums(config, batch, student)
@@ -173,6 +179,17 @@ def _step(
         compute_loss(config, batch, student, totals, state)
         for (batch, _), student in zip(batches, students, strict=True)
     ]
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A tensor, or all tensors of a record or a dictionary, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(one, device) for name, one in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{one.name: _moved(getattr(value, one.name), device) for one in fields(value)})
+    return value
 
 
 def shown_world(config: ObjectiveConfig, world: World, state: ObjectiveState | None) -> World:
