@@ -128,6 +128,8 @@ class Case:
         return self.name or self.recipe
 
 
+UNMEASURED = ("mad_opd",)
+"""Recipes that read what a model writes in words, which the task's models cannot."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),
@@ -199,7 +201,7 @@ def cases() -> list[Case]:
     for case in SPECIAL:
         special.setdefault(case.recipe, []).append(case)
     plain = [method.name for method in list_methods(METHODS)]
-    return [case for name in plain for case in special.get(name, [Case(name)])]
+    return [case for name in plain if name not in UNMEASURED for case in special.get(name, [Case(name)])]
 
 
 def plain_cache() -> Path:

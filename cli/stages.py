@@ -1,29 +1,13 @@
 """The stages as commands: sft, rollout, precompute, train, eval, run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from lightopd.cli import options
-from lightopd.cli.guard import guarded
 from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.output import show_report
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    commands: dict[str, Callable[..., None]] = {
-        "sft": sft,
-        "rollout": rollout,
-        "rewrite": rewrite,
-        "precompute": precompute,
-        "train": train,
-        "eval": evaluate,
-        "run": run,
-    }
-    for name, command in commands.items():
-        app.command(name)(guarded(command))
 
 
 def sft(
@@ -312,3 +296,14 @@ def _run_stage(
     with never_silent(stage):
         report = RUNNERS[stage](loaded, **arguments)
     show_report(report, as_json)
+
+
+COMMANDS = {
+    "sft": sft,
+    "rollout": rollout,
+    "rewrite": rewrite,
+    "precompute": precompute,
+    "train": train,
+    "eval": evaluate,
+    "run": run,
+}

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
@@ -21,7 +22,7 @@ from lightopd.schemas.cache import list_of, shard_metadata
 from lightopd.schemas.configs import ContextConfig
 from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.prompts import SHIPPED_TEMPLATES
-from lightopd.schemas.records import Ids
+from lightopd.schemas.records import Floats, Ids
 from lightopd.schemas.rewriting import TEXTS
 
 CONTEXTS = "contexts.parquet"
@@ -179,6 +180,31 @@ def read_texts(cache: Cache, name: str, shard: int) -> pa.Table:
     if table.column("rollout_id") != read_columns(cache, shard, ["rollout_id"]).column("rollout_id"):
         raise CacheError(f"{path}: its rollout_id are not those of the rollouts' shard; {AGAIN}")
     return table
+
+
+def text_values(cache: Cache, name: str, shard: int) -> Floats:
+    """Numbers of one shard of a text column, float32, NaN where there is none.
+
+    Raises:
+        CacheError: it is missing or damaged, or not aligned with the rollouts.
+    """
+    column = read_texts(cache, name, shard).column("value")
+    values: Floats = column.to_numpy().astype(np.float32)
+    return values
+
+
+def text_contents(cache: Cache, names: Sequence[str]) -> list[str]:
+    """Fingerprints and hashes of text columns, of which a run's weights follow.
+
+    Raises:
+        CacheError: there is no such column.
+    """
+    found: list[str] = []
+    for name in sorted(set(names)):
+        found.append(open_text(cache, name).fingerprint())
+        markers = (read_marker(text_folder(cache.path, name), shard) for shard in cache.shards)
+        found += [marker.sha256 if marker else "" for marker in markers]
+    return found
 
 
 def shown_prompts(cache: Cache, name: str) -> Iterator[tuple[str, Ids]]:

@@ -292,7 +292,7 @@ def _refuse_missing(cache: Cache, folder: Path, missing: tuple[int, ...], comman
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CacheError(
             f"{folder} is incomplete: {len(missing)} of {cache.manifest.num_shards} shards are missing "
-            f"({names}{more}); run the same `{command}` again, it goes on where it stopped"
+            f"({names}{more}); run the same `{command}` again, it resumes where it stopped"
         )
 
 

@@ -58,13 +58,17 @@ def model_folder(model: ModelConfig) -> ModelFolder:
     """The folder of a model; a hub repository is downloaded, or found in the local hub cache.
 
     Raises:
-        InputError: no such folder, one with a FIFO, socket or device in it, or the repository can neither be
-            reached nor found locally.
+        InputError: no such folder, one with a FIFO, socket or device in it, a folder with a revision, or the
+            repository can neither be reached nor found locally.
     """
     folder = Path(model.path).expanduser()
     for stream in streams_in(folder, *([model.adapter] if model.adapter else [])):
         raise InputError(stream)
     if folder.is_dir():
+        if model.revision is not None:
+            raise InputError(
+                f"revision is {model.revision}, and {model.path} is a folder, which has none; leave it out"
+            )
         return ModelFolder(folder, None)
     if not HUB_ID.fullmatch(model.path):
         raise InputError(f"no model folder {model.path}; give an existing folder or a hub repository id")

@@ -149,7 +149,7 @@ class StepDone(Callback):  # type: ignore[misc]
         self._held.close()
 
 
-class Progress(Callback):  # type: ignore[misc]
+class ProgressLine(Callback):  # type: ignore[misc]
     """A line with time left, loss, gap, w and rate: every ten seconds in a log, redrawn on a terminal."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -37,7 +37,7 @@ from lightopd.training.callbacks import (
     Checkpoints,
     KeepBest,
     MetricsFile,
-    Progress,
+    ProgressLine,
     StepDone,
     StopWhenStale,
 )
@@ -359,7 +359,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         StopWhenStale(),
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
-        Progress(run.finetune.steps),
+        ProgressLine(run.finetune.steps),
         StepDone(),
     ]
 

@@ -1,7 +1,7 @@
 """Sampling into a cache: shared by rollout, the teacher's half of sft, and evaluation.
 
 Prompts are rendered to ids once; shards of whole prompt groups are sampled, judged and written one by
-one. A shard that is there and valid is never sampled again, so a stopped run goes on where it was.
+one. A shard that is there and valid is never sampled again, so a stopped run resumes where it was.
 """
 
 import logging

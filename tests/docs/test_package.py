@@ -24,6 +24,7 @@ ROOMS = [
     "ranks",
     "stopping",
     "under_way",
+    "text_tables",
     "telling",
     "config",
     "lineage",

@@ -1,4 +1,4 @@
-"""Many requests at once, as many as fit in memory, for engines that answer asynchronously."""
+"""Many requests at once, as many as fit in memory, for engines that reply asynchronously."""
 
 import asyncio
 import threading
@@ -61,7 +61,7 @@ async def run_all(
 
     Args:
         ask: makes one request.
-        sizes: of each request and its answer, in any unit.
+        sizes: of each request and its reply, in any unit.
         budget: most of that unit at once.
         most: most requests at once; None for no limit.
     """
