@@ -128,6 +128,8 @@ class Case:
         return self.name or self.recipe
 
 
+UNMEASURED = ("mad_opd",)
+"""Recipes that read what a model writes in words, which the task's models cannot."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),
@@ -147,6 +149,10 @@ SPECIAL = (
         )
         for name in SELF_TAUGHT
     ),
+    Case("vision_opd", f"{PRIVILEGED}, on the teacher's own top-k"),
+    Case("pipo", "the support is the teacher's top-k alone"),
+    Case("caopd", f"{PRIVILEGED}; no confidence is stated"),
+    Case("zppo", "the prompts are the plain ones"),
     Case("erpd", f"the over-optimised model is the teacher; {REFERENCE}"),
     Case("brts", PAIRS, cache="pairs"),
     Case("v_zero", "the evidence is the prompt; wrong evidence is the prompt with another last addend"),
@@ -154,6 +160,7 @@ SPECIAL = (
         Case(name, PAIRS, cache="pairs")
         for name in ("decoupling_teacher_fkl", "decoupling_teacher_rkl", "soda")
     ),
+    Case("trd", f"{PAIRS}; its answers are the rewritten ones, scored on the plain prompt", cache="pairs"),
     Case("raft", f"{PAIRS}; {PRIVILEGED}, and its answers are the refined ones", cache="pairs"),
     Case(
         "video_opd",
@@ -194,7 +201,7 @@ def cases() -> list[Case]:
     for case in SPECIAL:
         special.setdefault(case.recipe, []).append(case)
     plain = [method.name for method in list_methods(METHODS)]
-    return [case for name in plain for case in special.get(name, [Case(name)])]
+    return [case for name in plain if name not in UNMEASURED for case in special.get(name, [Case(name)])]
 
 
 def plain_cache() -> Path:

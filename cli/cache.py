@@ -1,30 +1,15 @@
 """Commands on a cache folder: verify, index, join, import, export."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lightopd.cli import options
-from lightopd.cli.guard import guarded
 from lightopd.cli.output import say, show_report
 
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    commands: dict[str, Callable[..., None]] = {
-        "verify": verify,
-        "index": index,
-        "join": join_,
-        "import": import_,
-        "export": export,
-    }
-    for name, command in commands.items():
-        app.command(name)(guarded(command))
 
 
 def verify(
@@ -168,3 +153,6 @@ def export(
 
     paths = [str(path) for path in export_dataset(open_cache(cache), out)]
     say(json.dumps({"files": paths}) if as_json else "\n".join(paths))
+
+
+COMMANDS = {"verify": verify, "index": index, "join": join_, "import": import_, "export": export}

@@ -36,7 +36,7 @@ def never_silent(command: str, silence_s: float = SILENCE_S) -> Iterator[None]:
     heard, ended, started_s = _Heard(), threading.Event(), time.monotonic()
 
     def watch() -> None:
-        from lightopd.pipelines.shared.progress import now_doing
+        from lightopd.under_way import now_doing
 
         while not ended.wait(silence_s / 5):
             if time.monotonic() - heard.last_s >= silence_s:

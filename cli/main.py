@@ -9,7 +9,7 @@ import typer
 
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
-from lightopd.cli.guard import debug_file
+from lightopd.cli.guard import debug_file, guarded
 from lightopd.telling import LogLines
 
 app = typer.Typer(
@@ -47,7 +47,8 @@ def _options(
 
 
 for group in (stages, cache, inspection, tools):
-    group.register(app)
+    for name, command in group.COMMANDS.items():
+        app.command(name)(guarded(command))
 app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")
 

@@ -1,6 +1,5 @@
 """What a person sees: reports as aligned lines, tables, and JSON for programs."""
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lightopd.telling import printable
+from lightopd.text_tables import table_lines
 
 if TYPE_CHECKING:
     from lightopd.pipelines.shared.reports import Report
-
-
-SHORTEST = 12
-"""Characters to which a column may shrink."""
 
 
 def say(text: str, err: bool = False) -> None:
@@ -58,28 +54,6 @@ def number(value: Any) -> str:
 
 def show_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as aligned columns, numbers to the right; on a terminal the widest shrinks until all fit."""
-    cells = [list(columns), *([_cell(row[column]) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    while room and sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > SHORTEST:
-        widths[widths.index(max(widths))] -= 1
-    is_number = [bool(rows) and all(isinstance(r[c], int | float | None) for r in rows) for c in columns]
-    for line in [cells[0], ["-" * width for width in widths], *cells[1:]]:
-        parts = [
-            _cut(cell, width).rjust(width) if right else _cut(cell, width).ljust(width)
-            for cell, width, right in zip(line, widths, is_number, strict=True)
-        ]
-        say("  ".join(parts).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)
-    return _cut(text.replace("\n", "\\n"), 60)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+    for line in table_lines(columns, ([row[column] for column in columns] for row in rows), room):
+        say(line)

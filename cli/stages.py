@@ -1,28 +1,13 @@
 """The stages as commands: sft, rollout, precompute, train, eval, run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from lightopd.cli import options
-from lightopd.cli.guard import guarded
 from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.output import show_report
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    commands: dict[str, Callable[..., None]] = {
-        "sft": sft,
-        "rollout": rollout,
-        "precompute": precompute,
-        "train": train,
-        "eval": evaluate,
-        "run": run,
-    }
-    for name, command in commands.items():
-        app.command(name)(guarded(command))
 
 
 def sft(
@@ -88,6 +73,39 @@ def rollout(
         as_json,
         dry_run=dry_run,
     )
+
+
+def rewrite(
+    config: options.Configs = None,
+    sets: options.Sets = None,
+    cache: options.Cache = None,
+    model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of the model.")] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="A shipped one, such as refine, or Jinja text.")
+    ] = None,
+    prompts: options.Prompts = None,
+    columns: options.Map = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the text column.")] = None,
+    gives: Annotated[str | None, typer.Option("--gives", help="text, context, rollouts or prompts.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of --gives rollouts or prompts.")] = None,
+    temperature: options.Temperature = None,
+    max_tokens: options.MaxTokens = None,
+    sft_teacher: options.SftTeacher = None,
+    engine: options.Engine = None,
+    server: options.Server = None,
+    allow: options.Allow = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """A model is shown each rollout and writes a text: a column, a context, or new rollouts.
+
+    Example: lightopd rewrite --cache runs/cache --model T --template refine --prompts prompts.jsonl
+    """
+    flags: dict[str, Any] = {"cache": cache, "model": model, "template": template, "name": name}
+    flags |= {"gives": gives, "out": out, "sft_teacher": sft_teacher}
+    flags["prompts"] = options.prompts_of(prompts, columns)
+    flags["sampling"] = {"temperature": temperature, "max_tokens": max_tokens}
+    _run_stage("rewrite", config, sets, {**flags, **_common(engine, server, allow)}, as_json, dry_run=dry_run)
 
 
 def precompute(
@@ -278,3 +296,14 @@ def _run_stage(
     with never_silent(stage):
         report = RUNNERS[stage](loaded, **arguments)
     show_report(report, as_json)
+
+
+COMMANDS = {
+    "sft": sft,
+    "rollout": rollout,
+    "rewrite": rewrite,
+    "precompute": precompute,
+    "train": train,
+    "eval": evaluate,
+    "run": run,
+}

@@ -7,14 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lightopd.cli import options
-from lightopd.cli.guard import guarded
 from lightopd.cli.output import say, show_report, show_table
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    app.command("demo")(guarded(demo))
-    app.command("smollm2")(guarded(smollm2))
 
 
 def demo(
@@ -75,3 +68,6 @@ def smollm2(
     if half is not None:
         folders.append(str(half_depth_student(out, half)))
     say(json.dumps({"folders": folders}) if as_json else "\n".join(folders))
+
+
+COMMANDS = {"demo": demo, "smollm2": smollm2}

@@ -6,6 +6,7 @@ Whoever looks sees the old one or the new one, whole.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -110,6 +111,12 @@ def streams_in(*folders: Path) -> list[str]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if not entry.is_file() and not entry.is_dir() and (kind := stream_kind(Path(entry.path)))
     ]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:

@@ -14,7 +14,14 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from lightopd.cache.contexts import Contexts, check_lengths, describe_context, write_contexts
+from lightopd.cache.contexts import (
+    Contexts,
+    check_lengths,
+    contexts_hash,
+    describe_context,
+    shown_prompts,
+    write_contexts,
+)
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts
@@ -36,16 +43,17 @@ from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
-from lightopd.pipelines.shared.progress import StageProgress, doing
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sequences import read_prompts, read_sequences
+from lightopd.pipelines.shared.sequences import read_prompts, read_sequences, response_lengths
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import PrecomputeConfig
+from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
 from lightopd.schemas.records import Floats, Scores
 from lightopd.schemas.records import Sequence as TokenSequence
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 
@@ -124,12 +132,17 @@ def _contexts(
     """What the model is shown before each response, described and whole; None: the student's own."""
     if config.context is None:
         return PLAIN, None
+    if isinstance(config.context, WrittenContext):
+        contexts = dict(shown_prompts(cache, config.context.text))
+        check_lengths(contexts, response_lengths(cache), limits.context_length, config.teacher.path)
+        described: dict[str, JsonValue] = {"kind": "written", "text": config.context.text}
+        return described | {"prompts": contexts_hash(contexts)}, contexts
     own, longest = read_prompts(cache)
-    contexts = render_contexts(
+    rendered = render_contexts(
         config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
     )
-    check_lengths(contexts, longest, limits.context_length, config.teacher.path)
-    return describe_context(config.context, contexts), contexts
+    check_lengths(rendered, longest, limits.context_length, config.teacher.path)
+    return describe_context(config.context, rendered), rendered
 
 
 def _support(

@@ -18,7 +18,7 @@ from typing import Any
 
 from lightopd.config import build, laid_over
 from lightopd.errors import ConfigError
-from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
+from lightopd.pipelines import evaluate, precompute, rewrite, rollout, rounds, sft, train
 from lightopd.pipelines.run_checks import check_pipeline
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
@@ -27,6 +27,7 @@ from lightopd.schemas.run import STAGES, RunConfig
 RUNNERS: dict[str, Callable[..., Report]] = {
     "sft": sft.run,
     "rollout": rollout.run,
+    "rewrite": rewrite.run,
     "precompute": precompute.run,
     "train": train.run,
     "eval": evaluate.run,

@@ -37,6 +37,7 @@ from lightopd.schemas.configs import SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
 from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.training.fit import fit
+from lightopd.training.student.adapters import trained_student
 
 
 def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
@@ -123,7 +124,7 @@ def _take_over_tokenizer(config: SftConfig, folder: Path) -> None:
 
 
 def _write_lineage(config: SftConfig, answers: Cache, base: ModelFingerprint, folder: Path) -> None:
-    student = fingerprint_model(config.student.model_copy(update={"path": str(folder), "adapter": None}))
+    student = fingerprint_model(trained_student(config.student, folder))
     lineage = StudentLineage(
         student=student,
         base=base,

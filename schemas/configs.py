@@ -22,6 +22,7 @@ from lightopd.schemas.prompts import PromptRendering as PromptRendering
 from lightopd.schemas.prompts import PromptsConfig as PromptsConfig
 from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
+from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
 
 Allowed = Literal[
@@ -237,8 +238,9 @@ class PrecomputeConfig(StageConfig):
     """Name of the signal; several signals live side by side in one cache."""
     role: Literal["teacher", "self", "reference"] = "teacher"
     """`teacher` wrote the fine-tuning data; `self` sampled the rollouts; `reference` is held to neither."""
-    context: ContextConfig | None = None
-    """Show the scoring model another prompt than the student's; none scores under the student's own."""
+    context: ContextConfig | WrittenContext | None = None
+    """Show the scoring model another prompt than the student's: a template, or what a text column's model was
+    shown; none scores under the student's own."""
     top_k: int = Field(32, ge=0)
     """Most likely tokens kept at each position; 0 keeps the sampled token only."""
     min_probability: float = Field(0.0, ge=0.0, lt=1.0)

@@ -14,6 +14,7 @@ from lightopd.schemas.configs import Allowed, SamplingConfig
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
+TEXT_MANIFEST = "text.json"
 STUDENT_LINEAGE = "lightopd_student.json"
 PLAIN: dict[str, JsonValue] = {"kind": "plain"}
 """Context of a signal whose model saw the student's own prompt."""
@@ -216,7 +217,8 @@ class SignalManifest(StrictModel):
     """The student's SFT teacher as it was declared for this signal, after the rollouts were made."""
     context: dict[str, JsonValue] = PLAIN
     """What the model saw before the response: `plain` is the student's own prompt; `template` has the text
-    of the template, the turn it fills, and the hash of all rendered prompts."""
+    of the template, the turn it fills, and the hash of all rendered prompts; `written` has the name of the
+    text column whose model was shown them, and that hash."""
     support: dict[str, JsonValue] | None = None
     """Whose ids the entries are: None for the model's own top-k; else kind, signal and its content id."""
     top_k: int = Field(ge=0)
@@ -245,6 +247,52 @@ class SignalManifest(StrictModel):
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""
+        return _fingerprint(self)
+
+
+class TextManifest(StrictModel):
+    """`texts/<name>/text.json`: what a model was shown for each rollout, and what it wrote."""
+
+    schema_version: int
+    """Layout version; a newer one is refused."""
+    name: str
+    """Name of the text column and of its folder."""
+    role: Literal["teacher", "self", "reference"]
+    """As a signal's: to whom the writer was held."""
+    rollouts: str
+    """Fingerprint of the cache manifest whose rollouts were shown."""
+    model: ModelFingerprint
+    """The model that wrote, or that reads what it is shown."""
+    precision: Precision | None
+    """How it was run; None where it wrote nothing."""
+    tokenizer: TokenizerFingerprint
+    """Its tokenizer."""
+    sft_declared: SftLineage | None = None
+    """The student's SFT teacher as it was declared for this text."""
+    template: str
+    """Jinja text over a rollout."""
+    turn: Literal["user", "system"] = "user"
+    """Turn of the conversation that it fills."""
+    prompts: str
+    """Hash over what the model was shown, in the order of the rollouts."""
+    value: str | None = None
+    """Regular expression of a number in the text; None for no number."""
+    splice: str | None = None
+    """Regular expression of the span of the response that the template replaced; None where it did not."""
+    sampling: SamplingConfig | None
+    """How it wrote; None for a context, where nothing is written."""
+    engine: EngineRecord | None
+    """What ran it."""
+    overrides: tuple[Override, ...] = ()
+    """Refusals set aside so far, the rollouts' included."""
+
+    @property
+    def kind(self) -> str:
+        """What its shards are, and their folder in the cache."""
+        return f"texts/{self.name}"
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the bytes of the shards."""
         return _fingerprint(self)
 
 
@@ -282,13 +330,13 @@ _HASHED_BY_VERSION_1 = {
 is ever added, so that what version 1 wrote keeps its name."""
 
 
-def compared_fields(manifest: CacheManifest | SignalManifest) -> dict[str, Any]:
+def compared_fields(manifest: CacheManifest | SignalManifest | TextManifest) -> dict[str, Any]:
     """Every field that can decide a byte of the shards: paths, lightopd's version and noise are left out."""
     compared: dict[str, Any] = _without_sources(manifest.model_dump(mode="json", exclude=_NEVER_HASHED))
     return compared
 
 
-def _fingerprint(manifest: CacheManifest | SignalManifest) -> str:
+def _fingerprint(manifest: CacheManifest | SignalManifest | TextManifest) -> str:
     """Hash of the compared fields that are not at their default.
 
     A field that is added with a default leaves the fingerprint of every manifest as it was.

@@ -142,6 +142,13 @@ PromptsConfig = Annotated[
 ]
 
 
+class WrittenContext(StrictModel):
+    """What `lightopd rewrite` showed a model, rollout by rollout, shown to the scoring model."""
+
+    text: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    """Name of a text column of the cache."""
+
+
 class ContextConfig(StrictModel):
     """Another prompt for the scoring model, over the same response ids."""
 

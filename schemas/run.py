@@ -18,10 +18,12 @@ from lightopd.schemas.configs import (
     TrainConfig,
     as_prompts,
 )
+from lightopd.schemas.rewriting import RewriteConfig
 
 STAGES: dict[str, type[StrictModel]] = {
     "sft": SftConfig,
     "rollout": RolloutConfig,
+    "rewrite": RewriteConfig,
     "precompute": PrecomputeConfig,
     "train": TrainConfig,
     "eval": EvalConfig,

@@ -17,6 +17,15 @@ from tiny_models import save_model, write_prompts
 
 from lightopd.cli.main import main
 
+NO_GPU = "no GPU here; `make test-gpu` on a machine with one runs it"
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def device(request):
+    """Where a test runs: the same body on both."""
+    return request.param
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_user_cache(tmp_path_factory):

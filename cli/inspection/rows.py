@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from lightopd.text_tables import cell, table_lines
+
 if TYPE_CHECKING:
     import pyarrow as pa
-
-MEASURED_ROWS = 1_000
-"""Rows whose width the columns of a table follow; later rows may stick out."""
-CELL_CHARACTERS = 60
-"""Longest text in one cell of a table."""
-
-Reader = "pa.RecordBatchReader"
 
 
 def write_rows(reader: "pa.RecordBatchReader", format: str, out: Path | None) -> int:
@@ -39,44 +34,6 @@ def write_rows(reader: "pa.RecordBatchReader", format: str, out: Path | None) ->
     if format == "parquet" and out is None:
         raise ConfigError("--format parquet needs --out FILE")
     return FORMATS[format](reader, out)
-
-
-def table_lines(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
-    """Aligned lines: names, a rule, then the rows; numbers to the right."""
-    columns = [cell(name) for name in columns]
-    first = [row for _, row in zip(range(MEASURED_ROWS), rows, strict=False)]
-    cells = [[cell(value) for value in row] for row in first]
-    places = range(len(columns))
-    widths = [max(len(columns[place]), *(len(line[place]) for line in cells), 0) for place in places]
-    is_number = [
-        bool(first) and all(isinstance(row[place], int | float | None) for row in first) for place in places
-    ]
-
-    def line(texts: Sequence[str]) -> str:
-        parts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, is_number, strict=True)
-        ]
-        return "  ".join(parts).rstrip()
-
-    yield line(columns)
-    yield line(["-" * width for width in widths])
-    yield from map(line, cells)
-    for row in rows:
-        yield line([cell(value) for value in row])
-
-
-def cell(value: Any, longest: int | None = CELL_CHARACTERS) -> str:
-    """A value for a person: four significant digits, no control characters, cut when long."""
-    from lightopd.inspection.token_texts import visible
-
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if value is None:
-        return "-"
-    text = json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)
-    text = visible(text)
-    return text if longest is None or len(text) <= longest else text[: longest - 3] + "..."
 
 
 def rows_of(reader: "pa.RecordBatchReader") -> Iterator[list[Any]]:
@@ -118,7 +75,7 @@ def _csv(reader: "pa.RecordBatchReader", out: Path | None) -> int:
     import pyarrow as pa
     import pyarrow.csv
 
-    from lightopd.inspection.token_texts import visible
+    from lightopd.text_tables import visible
 
     is_shown = out is None and sys.stdout.isatty()
     fields = [
@@ -141,7 +98,7 @@ def _flat(column: "pa.Array", is_shown: bool) -> "pa.Array":
     """Nested values as JSON text, since CSV has no lists; text for a terminal without control characters."""
     import pyarrow as pa
 
-    from lightopd.inspection.token_texts import visible
+    from lightopd.text_tables import visible
 
     if pa.types.is_nested(column.type):
         write: Callable[[Any], str] = functools.partial(json.dumps, default=str)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightopd.cli.inspection.look import warn_without_tokenizer
-from lightopd.cli.inspection.rows import FORMATS, rows_of, table_lines, write_rows
+from lightopd.cli.inspection.rows import FORMATS, rows_of, write_rows
 from lightopd.cli.output import say
+from lightopd.text_tables import table_lines
 
 if TYPE_CHECKING:
     from lightopd.inspection.opened import OpenedCache
@@ -40,7 +41,7 @@ class Shell:
         self.is_over = False
 
     def do(self, text: str) -> None:
-        """One command or one statement; a mistake is told in a line and the shell goes on."""
+        """One command or one statement; a mistake is told in a line and the shell stays."""
         from lightopd.errors import LightopdError
 
         try:

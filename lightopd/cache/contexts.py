@@ -1,29 +1,35 @@
-"""A signal's rendered prompts, stored beside its scores: written, read back and checked."""
+"""What models were shown beside the student's own prompts: contexts of signals, columns of written texts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from lightopd.cache.shards import WRITE_OPTIONS
+from lightopd.cache.manifests import read_manifest
+from lightopd.cache.reader import read_columns
+from lightopd.cache.shards import AGAIN, WRITE_OPTIONS, read_content, read_marker, shard_path
+from lightopd.cache.store import Cache, create_part
 from lightopd.cache.tables import split_lists
 from lightopd.errors import CacheError, InputError
 from lightopd.files import write_atomically
 from lightopd.prompts.tokens import prompt_text
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.cache import list_of
+from lightopd.schemas.cache import list_of, shard_metadata
 from lightopd.schemas.configs import ContextConfig
+from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.prompts import SHIPPED_TEMPLATES
-from lightopd.schemas.records import Ids
+from lightopd.schemas.records import Floats, Ids
+from lightopd.schemas.rewriting import TEXTS
 
 CONTEXTS = "contexts.parquet"
 """File of a signal's rendered prompts, in its folder."""
 
 Contexts = Mapping[str, Ids]
-"""Ids of the rendered prompt, int32, by prompt id."""
+"""Ids of the rendered prompt, int32, by prompt id, or by rollout id where each rollout has its own."""
 
 _SCHEMA = pa.schema(
     [
@@ -108,3 +114,108 @@ def check_lengths(contexts: Contexts, longest: Mapping[str, int], context_length
                 f"{longest[prompt_id]}, the context of {model} holds {context_length}; shorten the template "
                 "or the columns it names"
             )
+
+
+def text_folder(path: Path, name: str) -> Path:
+    """Folder of a text column's manifest and shards."""
+    return path / "texts" / name
+
+
+def text_names(path: Path) -> tuple[str, ...]:
+    """Names of the text columns in a cache folder, sorted."""
+    return tuple(sorted(file.parent.name for file in (path / "texts").glob(f"*/{TEXT_MANIFEST}")))
+
+
+def create_text(cache: Cache, manifest: TextManifest) -> None:
+    """Make the folder of a text column, or find it there made under the same settings.
+
+    Raises:
+        OutputError: a column of this name was made under other settings, or it cannot be written.
+    """
+    create_part(text_folder(cache.path, manifest.name) / TEXT_MANIFEST, manifest)
+
+
+def open_text(cache: Cache, name: str) -> TextManifest:
+    """The manifest of a text column.
+
+    Raises:
+        CacheError: there is no such column, or it speaks of other rollouts than the cache's.
+    """
+    path = text_folder(cache.path, name) / TEXT_MANIFEST
+    if not path.is_file():
+        there = ", ".join(text_names(cache.path)) or "none"
+        raise CacheError(
+            f"{cache.path} has no text {name!r} (there: {there}); make it with `lightopd rewrite --name "
+            f"{name}`"
+        )
+    manifest = read_manifest(path, TextManifest)
+    if manifest.rollouts != cache.manifest.fingerprint():
+        raise CacheError(
+            f"{path} speaks of rollouts {manifest.rollouts[:12]}, the cache is "
+            f"{cache.manifest.fingerprint()[:12]}; make the text again under another name"
+        )
+    return manifest
+
+
+def read_texts(cache: Cache, name: str, shard: int) -> pa.Table:
+    """One shard of a text column, compared with its marker and with the rollouts' shard.
+
+    Raises:
+        CacheError: it is missing or damaged, or not aligned with the rollouts.
+    """
+    manifest, folder = open_text(cache, name), text_folder(cache.path, name)
+    path, marker = shard_path(folder, shard), read_marker(folder, shard)
+    if marker is None or marker.fingerprint != manifest.fingerprint():
+        raise CacheError(
+            f"{path} is missing or of other settings; run `lightopd rewrite --name {name}` again to its end"
+        )
+    try:
+        table = pq.read_table(pa.BufferReader(read_content(path, marker)))
+    except pa.ArrowException as error:
+        raise CacheError(f"{path} cannot be read ({str(error).splitlines()[0]}); {AGAIN}") from error
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    wanted = shard_metadata(manifest.kind, manifest.fingerprint(), manifest.schema_version)
+    if not table.schema.equals(TEXTS) or any(metadata.get(key) != wanted[key] for key in wanted):
+        raise CacheError(f"{path} is another part or has other columns than a text; {AGAIN}")
+    if table.column("rollout_id") != read_columns(cache, shard, ["rollout_id"]).column("rollout_id"):
+        raise CacheError(f"{path}: its rollout_id are not those of the rollouts' shard; {AGAIN}")
+    return table
+
+
+def text_values(cache: Cache, name: str, shard: int) -> Floats:
+    """Numbers of one shard of a text column, float32, NaN where there is none.
+
+    Raises:
+        CacheError: it is missing or damaged, or not aligned with the rollouts.
+    """
+    column = read_texts(cache, name, shard).column("value")
+    values: Floats = column.to_numpy().astype(np.float32)
+    return values
+
+
+def text_contents(cache: Cache, names: Sequence[str]) -> list[str]:
+    """Fingerprints and hashes of text columns, of which a run's weights follow.
+
+    Raises:
+        CacheError: there is no such column.
+    """
+    found: list[str] = []
+    for name in sorted(set(names)):
+        found.append(open_text(cache, name).fingerprint())
+        markers = (read_marker(text_folder(cache.path, name), shard) for shard in cache.shards)
+        found += [marker.sha256 if marker else "" for marker in markers]
+    return found
+
+
+def shown_prompts(cache: Cache, name: str) -> Iterator[tuple[str, Ids]]:
+    """Rollout id and the prompt that the writer was shown, row by row.
+
+    Raises:
+        CacheError: a shard is missing or damaged.
+    """
+    for shard in cache.shards:
+        table = read_texts(cache, name, shard)
+        shown: Sequence[Ids | None] = split_lists(table.column("prompt_ids"))
+        for rollout_id, ids in zip(table.column("rollout_id").to_pylist(), shown, strict=True):
+            assert ids is not None, "never null on disk"
+            yield rollout_id, ids

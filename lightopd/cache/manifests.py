@@ -18,12 +18,14 @@ from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
+    TEXT_MANIFEST,
     CacheManifest,
     SignalManifest,
+    TextManifest,
     compared_fields,
 )
 
-Manifest = TypeVar("Manifest", CacheManifest, SignalManifest)
+Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
 
 
 def rollouts_folder(path: Path) -> Path:
@@ -86,6 +88,8 @@ def schema_version_at(path: Path) -> int:
         return SCHEMA_VERSION
     if path.name == SIGNAL_MANIFEST:
         return read_manifest(path, SignalManifest).schema_version
+    if path.name == TEXT_MANIFEST:
+        return read_manifest(path, TextManifest).schema_version
     return read_manifest(path, CacheManifest).schema_version
 
 

@@ -8,7 +8,7 @@ positions; nats throughout. Offsets are int64, start at 0 and have one entry mor
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,8 @@ class ShardColumns(TokenColumns):
     signals: Mapping[str, SignalColumns]
     teacher_rewards_R: Floats | None = None
     """Mean reward of the teacher's own answers to the rollout's prompt, NaN where there is none."""
+    text_values_R: Mapping[str, Floats] = field(default_factory=dict)
+    """Numbers of text columns by name, NaN where there is none; those that were requested."""
 
 
 def read_shard_columns(

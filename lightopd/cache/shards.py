@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from lightopd.errors import CacheError
-from lightopd.files import json_bytes, write_atomically
+from lightopd.files import file_sha256, json_bytes, write_atomically
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, schema_of, shard_metadata
 from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
 from lightopd.schemas.records import Rollout
@@ -152,12 +152,6 @@ def read_marker(folder: Path, index: int) -> ShardMarker | None:
         return ShardMarker.model_validate_json(marker_path(folder, index).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_content(path: Path, marker: ShardMarker) -> pa.Buffer:

@@ -114,7 +114,7 @@ def create_cache(path: Path, manifest: CacheManifest) -> None:
             without a manifest; or it cannot be written.
         CacheError: the manifest that lies there is broken or of a newer schema version.
     """
-    _create(path / CACHE_MANIFEST, manifest, [rollouts_folder(path), path / "signals"])
+    create_part(path / CACHE_MANIFEST, manifest, [rollouts_folder(path), path / "signals"])
 
 
 def create_signal(cache: Cache, manifest: SignalManifest) -> None:
@@ -126,7 +126,7 @@ def create_signal(cache: Cache, manifest: SignalManifest) -> None:
     """
     _check_belongs(cache.path, cache.manifest, manifest)
     _refuse_orphans(cache, manifest)
-    _create(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
+    create_part(signal_folder(cache.path, manifest.name) / SIGNAL_MANIFEST, manifest, [])
 
 
 def _refuse_orphans(cache: Cache, manifest: SignalManifest) -> None:
@@ -189,7 +189,8 @@ def content_id(cache: Cache, signals: Sequence[str]) -> str:
     return canonical_hash(content)
 
 
-def _create(path: Path, manifest: Manifest, others: Sequence[Path]) -> None:
+def create_part(path: Path, manifest: Manifest, others: Sequence[Path] = ()) -> None:
+    """Write a manifest, or find it there made under the same settings."""
     if not path.exists():
         found = [folder.name for folder in others if folder.exists() and any(folder.iterdir())]
         if found:
@@ -291,7 +292,7 @@ def _refuse_missing(cache: Cache, folder: Path, missing: tuple[int, ...], comman
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CacheError(
             f"{folder} is incomplete: {len(missing)} of {cache.manifest.num_shards} shards are missing "
-            f"({names}{more}); run the same `{command}` again, it goes on where it stopped"
+            f"({names}{more}); run the same `{command}` again, it resumes where it stopped"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from lightopd.cache.contexts import CONTEXTS, read_contexts
+from lightopd.cache.contexts import CONTEXTS, read_contexts, read_texts, text_folder, text_names
 from lightopd.cache.manifests import (
     differing,
     orphaned_signals,
@@ -74,6 +74,7 @@ def verify(path: Path) -> list[Finding]:
     signals, findings = _signal_manifests(path)
     findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
     findings += [finding for signal in signals for finding in _context_findings(path, signal)]
+    findings += _text_findings(path)
     findings += _stray_shards(path, manifest, signals)
     findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
     findings += _manifest_findings(path, manifest, signals)
@@ -136,6 +137,22 @@ def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
         read_contexts(folder, signal.context)
     except CacheError as error:
         yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
+
+
+def _text_findings(path: Path) -> Iterator[Finding]:
+    """Text columns that cannot be read beside the rollouts, one finding for each."""
+    names = text_names(path)
+    try:
+        cache = open_cache(path, signals=()) if names else None
+    except CacheError:  # the rollouts' own findings say why
+        return
+    for name in names if cache else ():
+        assert cache is not None, "there are names"
+        try:
+            for shard in cache.shards:
+                read_texts(cache, name, shard)
+        except CacheError as error:
+            yield Finding(str(text_folder(path, name).relative_to(path)), None, str(error))
 
 
 def _manifest_findings(

@@ -9,12 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from lightopd.errors import ConfigError
-from lightopd.inspection.token_texts import visible
+from lightopd.text_tables import cell, table_lines
 
 PREVIEW_ROWS = 20
 """Rows that a notebook or a prompt shows of a result."""
-CELL_CHARACTERS = 60
-"""Longest text that a preview shows in one cell."""
 
 Stream = Callable[[], AbstractContextManager[pa.RecordBatchReader]]
 
@@ -64,37 +62,26 @@ class Result:
             raise ConfigError("pl() needs Polars, which is not installed; pip install polars") from None
         return polars.from_arrow(self.arrow())
 
-    def preview(self) -> tuple[list[str], list[list[str]], bool]:
-        """Columns, the first rows as short text, and whether there are more."""
-        rows: list[dict[str, Any]] = []
+    def preview(self) -> tuple[list[str], list[list[Any]], bool]:
+        """Columns, the first rows, and whether there are more."""
+        rows: list[list[Any]] = []
         with self.stream() as reader:
             columns: list[str] = reader.schema.names
             for batch in reader:
-                rows += batch.slice(0, PREVIEW_ROWS + 1 - len(rows)).to_pylist()
+                few = batch.slice(0, PREVIEW_ROWS + 1 - len(rows))
+                rows += map(list, zip(*(column.to_pylist() for column in few.columns), strict=True))
                 if len(rows) > PREVIEW_ROWS:
                     break
-        cells = [[_cell(row[name]) for name in columns] for row in rows[:PREVIEW_ROWS]]
-        return columns, cells, len(rows) > PREVIEW_ROWS
+        return columns, rows[:PREVIEW_ROWS], len(rows) > PREVIEW_ROWS
 
     def __repr__(self) -> str:
         columns, rows, has_more = self.preview()
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [columns, *rows]
-        ]
-        return "\n".join([*lines, *(["..."] if has_more else [])])
+        return "\n".join([*table_lines(columns, iter(rows)), *["..."] * has_more])
 
     def _repr_html_(self) -> str:
         columns, rows, has_more = self.preview()
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-        )
+        cells = [[f"<td>{html.escape(cell(value))}</td>" for value in row] for row in rows]
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         more = "<p>first rows only</p>" if has_more else ""
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else visible(str(value))
-    return text if len(text) <= CELL_CHARACTERS else text[: CELL_CHARACTERS - 3] + "..."

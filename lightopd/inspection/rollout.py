@@ -9,8 +9,9 @@ import numpy as np
 
 from lightopd.cache.reader import ShardColumns, SignalColumns, read_columns, read_shard_columns
 from lightopd.cache.store import Cache
-from lightopd.inspection.token_texts import TokenTexts, visible
+from lightopd.inspection.token_texts import TokenTexts
 from lightopd.schemas.records import Floats
+from lightopd.text_tables import visible
 
 SHOWN_TOKENS = 400
 """Tokens that a notebook shows of a rollout."""

@@ -4,7 +4,7 @@ Beside the cache's views there is the table `metrics` (run, step, name, value), 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -159,12 +159,11 @@ def _stopped_after(connection: duckdb.DuckDBPyConnection, seconds: float | None)
 
 
 def _add_functions(connection: duckdb.DuckDBPyConnection, texts: TokenTexts) -> None:
-    def decode(ids: pa.Array) -> pa.Array:
-        return pa.array([None if row is None else texts.decode(row) for row in ids.to_pylist()], pa.string())
-
-    def token(ids: pa.Array) -> pa.Array:
-        return pa.array([None if row is None else texts.token(row) for row in ids.to_pylist()], pa.string())
+    def each(text: Callable[[Any], str]) -> Callable[[pa.Array], pa.Array]:
+        return lambda ids: pa.array(
+            [None if row is None else text(row) for row in ids.to_pylist()], pa.string()
+        )
 
     settings = {"type": "arrow", "null_handling": "special"}
-    connection.create_function("decode", decode, ["INTEGER[]"], "VARCHAR", **settings)
-    connection.create_function("token", token, ["BIGINT"], "VARCHAR", **settings)
+    connection.create_function("decode", each(texts.decode), ["INTEGER[]"], "VARCHAR", **settings)
+    connection.create_function("token", each(texts.token), ["BIGINT"], "VARCHAR", **settings)

@@ -3,7 +3,9 @@
 Each check returns the overrides it used, to be recorded in everything made afterwards, or raises.
 """
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from lightopd.errors import LineageError
 from lightopd.schemas.configs import Allowed
@@ -151,7 +153,9 @@ def refuse_unless_allowed(
 ) -> tuple[Override, ...]:
     if allowed in allow:
         return (Override(stage=stage, allowed=allowed, found=found),)
-    raise LineageError(f"{stage} refused: {found}; {remedy} go on with --allow {allowed}, which is recorded")
+    raise LineageError(
+        f"{stage} refused: {found}; {remedy} continue with --allow {allowed}, which is recorded"
+    )
 
 
 def _shown(model: ModelFingerprint) -> str:
@@ -165,11 +169,27 @@ def _shown_sft(sft: SftLineage) -> str:
 
 
 def _what_differs(one: ModelFingerprint, other: ModelFingerprint) -> str:
-    """Why two identities differ, where it is not the weights."""
+    """Why two identities differ, where it is not that these are other weights."""
     if one.weights != other.weights:
-        return ""
+        formats = _stored_format(one), _stored_format(other)
+        if one.config != other.config or None in formats or formats[0] == formats[1]:
+            return ""
+        return (
+            f"; the one is stored in {formats[0]}, the other in {formats[1]}: rounded weights are other "
+            "weights, take the folder that is recorded and set dtype to run it in another format"
+        )
     part = "config.json" if one.config != other.config else "adapter"
     return f"; the weights are equal, the {part} is not"
+
+
+def _stored_format(model: ModelFingerprint) -> str | None:
+    """The number format that a model's folder names; None where the folder is not at hand."""
+    try:
+        config = json.loads((Path(model.source).expanduser() / "config.json").read_text("utf-8"))
+        stored = config.get("dtype") or config.get("torch_dtype")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return stored if isinstance(stored, str) else None
 
 
 def _vocabulary_difference(

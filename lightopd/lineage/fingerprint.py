@@ -38,6 +38,7 @@ HUB_FILES = (
     "NOTICE*",
     "README.md",
 )
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 STUDENT_LINEAGE_VERSION = 1
 
 # Where the adapter came from and who saved it; `inference_mode` is set by every save.
@@ -57,13 +58,17 @@ def model_folder(model: ModelConfig) -> ModelFolder:
     """The folder of a model; a hub repository is downloaded, or found in the local hub cache.
 
     Raises:
-        InputError: no such folder, one with a FIFO, socket or device in it, or the repository can neither be
-            reached nor found locally.
+        InputError: no such folder, one with a FIFO, socket or device in it, a folder with a revision, or the
+            repository can neither be reached nor found locally.
     """
     folder = Path(model.path).expanduser()
     for stream in streams_in(folder, *([model.adapter] if model.adapter else [])):
         raise InputError(stream)
     if folder.is_dir():
+        if model.revision is not None:
+            raise InputError(
+                f"revision is {model.revision}, and {model.path} is a folder, which has none; leave it out"
+            )
         return ModelFolder(folder, None)
     if not HUB_ID.fullmatch(model.path):
         raise InputError(f"no model folder {model.path}; give an existing folder or a hub repository id")
@@ -251,7 +256,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         # Python's reader takes Infinity and NaN, which a canonical hash cannot hold as numbers.
-        plain = json.loads(path.read_text("utf-8"), parse_constant=str)
+        text = path.read_text("utf-8")
+        plain = json.loads(text, parse_constant=str)
+        if HALF_CHARACTER.search(text):  # written as an escape, half a pair is JSON and no text
+            json.dumps(plain, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise InputError(f"no {path}; give the folder of a complete Hugging Face model") from error
     except OSError as error:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from lightopd.errors import InputError, OutputError
 from lightopd.files import write_atomically
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class TensorHash(NamedTuple):
     sha256: str
 
 
+@doing("hashing weights")
 def hash_tensors(files: Iterable[Path]) -> list[TensorHash]:
     """Hash every tensor of some safetensors files, sorted by name.
 

@@ -33,8 +33,8 @@ def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str
     Args:
         config: the objective.
         state: before the step.
-        metrics: reduced over the whole step: `entropy` (mean token entropy of the student on the
-            trained tokens, nats) and `TERM/loss` of each term.
+        metrics: reduced over the whole step: `entropy` (mean token entropy of the student, nats, on the
+            tokens that a length curriculum reads; NaN where it reads none) and `TERM/loss` of each term.
     """
     steps = state.steps + 1
     rung, since = state.rung, state.rung_since
@@ -43,6 +43,15 @@ def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str
         since = steps if rung != state.rung else since
     averages = _averaged(config.balance, state.averages, metrics) if config.balance else {}
     return ObjectiveState(steps, rung, since, averages)
+
+
+def reads_entropy(config: ObjectiveConfig, state: ObjectiveState) -> bool:
+    """Whether the step after `state` is one at which a length curriculum considers its next rung."""
+    if not isinstance(config.curriculum, LengthCurriculum) or state.rung + 1 == len(
+        config.curriculum.lengths
+    ):
+        return False
+    return (state.steps + 1 - state.rung_since) % config.curriculum.every == 0
 
 
 def next_rung(config: LengthCurriculum, rung: int, steps_on_rung: int, entropy: float) -> int:

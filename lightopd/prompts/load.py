@@ -36,7 +36,7 @@ def load_prompts(config: PromptsConfig, *, all_columns: bool = False) -> list[Pr
 def recognise_prompts(config: PromptsConfig, *, all_columns: bool = False) -> Recognised:
     """Prompts of a source in its order, `limit` of them after `skip`; no two share a `prompt_id`.
 
-    Past the end it goes on at the first prompt, so that every `skip` gives prompts; none comes twice.
+    Past the end it continues at the first prompt, so that every `skip` gives prompts; none comes twice.
 
     With `all_columns`, a file's columns beyond those of the prompt are kept in `Prompt.metadata`.
 

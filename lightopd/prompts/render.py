@@ -19,6 +19,7 @@ from lightopd.prompts.tokens import (
 )
 from lightopd.schemas.configs import ModelConfig, PromptsConfig
 from lightopd.schemas.records import Ids, Prompt
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class RenderedPrompts:
     """What the source was recognised as, and what of it nothing reads."""
 
 
+@doing("reading and rendering prompts")
 def render_prompts(
     config: PromptsConfig, model: ModelConfig, clock: datetime | None = None
 ) -> RenderedPrompts:

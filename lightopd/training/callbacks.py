@@ -47,7 +47,7 @@ class StopWhenStale(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Trainer, module: StudentModule, *_: Any) -> None:
         """Every rank has the same metrics, so every rank stops."""
-        if module.limits is not None and module.limits.stop_when_stale and module.metrics.get("stale"):
+        if module.drift.ends_run:
             trainer.should_stop = True
 
 
@@ -149,7 +149,7 @@ class StepDone(Callback):  # type: ignore[misc]
         self._held.close()
 
 
-class Progress(Callback):  # type: ignore[misc]
+class ProgressLine(Callback):  # type: ignore[misc]
     """A line with time left, loss, gap, w and rate: every ten seconds in a log, redrawn on a terminal."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -37,7 +37,7 @@ from lightopd.training.callbacks import (
     Checkpoints,
     KeepBest,
     MetricsFile,
-    Progress,
+    ProgressLine,
     StepDone,
     StopWhenStale,
 )
@@ -75,6 +75,7 @@ from lightopd.training.student.router_loss import check_experts
 from lightopd.training.student.training_mode import prepare_student
 from lightopd.training.trainer import quiet_libraries, run_trainer
 from lightopd.training.warm_start import optimizer_state_hash, start_after
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,14 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     _make_room(run.out, start.step)
     _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed)], selected.notes)
     index = selected.trained
-    log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
+    rollouts, batch = len(index.row_P), run.finetune.batch_sequences
+    log.info("training on %d rollouts, steps %d to %d", rollouts, start.step + 1, run.finetune.steps)
+    if batch > rollouts:
+        log.warning(
+            "each step of %d rollouts repeats the %d that there are about %.0f times; set batch_sequences to "
+            "%d or less, or roll out more",
+            *(batch, rollouts, batch / rollouts, rollouts),
+        )
     data = CacheData(store, index, run.finetune, start.step)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
     said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes + _changes(store)}
@@ -272,6 +280,7 @@ def _make_room(out: Path, done: int) -> None:
         raise output_error(error, out / "metrics.csv") from error
 
 
+@doing("train: reading the cache")
 def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
@@ -294,6 +303,7 @@ def _id_limit(run: _Run) -> int | None:
     return width if manifest.origin == "teacher" and manifest.vocabulary_size > width else None
 
 
+@doing("train: loading the student")
 def _load_student(run: _Run, checkpoint: Path | None, selected: SelectedRollouts) -> PreTrainedModel:
     model = load_student(run.student, run.finetune, checkpoint)
     if checkpoint is None and not is_adapted(model):
@@ -349,7 +359,7 @@ def _callbacks(run: _Run) -> list[Callback]:
         StopWhenStale(),
         *([KeepBest(run.finetune.best)] if run.finetune.best else []),
         Checkpoints(run.out / "checkpoints", run.student, run.finetune, run.recipe),
-        Progress(run.finetune.steps),
+        ProgressLine(run.finetune.steps),
         StepDone(),
     ]
 

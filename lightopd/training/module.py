@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from lightopd.errors import LightopdError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.loss import collect_step_sums, compute_loss
-from lightopd.objectives.state import ObjectiveState, advance, visible_tokens
+from lightopd.objectives.state import ObjectiveState, advance, reads_entropy, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.schemas.objectives.weights import LengthCurriculum
 from lightopd.training.checkpoints.checkpoint import load_optimizer
 from lightopd.training.data.batches import Microbatch, Rows, collate, count_totals, index_in_response, show
 from lightopd.training.distributed.fsdp import count_broken, shard_student
@@ -35,7 +36,7 @@ from lightopd.training.distributed.strategies import FSDP
 from lightopd.training.jumps import WeightJumps
 from lightopd.training.measures.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.measures.best import Best
-from lightopd.training.measures.held_out import HeldOut, held_out_loss
+from lightopd.training.measures.held_out import HeldOut, held_out_entropy, held_out_loss
 from lightopd.training.measures.metrics_file import global_sums
 from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
 from lightopd.training.optimizer import (
@@ -58,6 +59,7 @@ from lightopd.training.student.router_loss import (
     step_load,
 )
 from lightopd.training.weight_files.tensor_shards import AVERAGE, JUMP_ANCHOR
+from lightopd.under_way import each_told
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,6 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.objective = objective
         self.needed = needed
         self.finetune = finetune
-        self.limits = limits
         self.held_out = held_out
         self.accuracy = accuracy
         self.step = start.step
@@ -179,10 +180,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
         step_sums, load = self._look_ahead(shown)
-        last = len(shown) - 1
-        sums = [
-            self._backward(rows, step_sums, load, is_last=index == last) for index, rows in enumerate(shown)
-        ]
+        told, last = each_told(shown, f"train: step {self.step + 1}, micro-batch"), len(shown) - 1
+        sums = [self._backward(rows, step_sums, load, is_last=i == last) for i, rows in enumerate(told)]
         totals = global_sums(sums, self._reduce)
         self._refuse_non_finite(totals["loss"][0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
@@ -194,13 +193,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
         means = {name: _mean(name, *pair) for name, pair in totals.items()}
-        self.state = advance(self.objective, self.state, means)
+        self.state = advance(self.objective, self.state, {**means, **self._gate()})
         jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
         drift = self.drift.metrics(self.step, totals, is_speaking=self.trainer.is_global_zero)
-        is_stopped = self.limits is not None and self.limits.stop_when_stale and drift.get("stale")
-        measured = self._measure(is_last=self.step == self.finetune.steps or bool(is_stopped))
+        measured = self._measure(is_last=self.step == self.finetune.steps or self.drift.ends_run)
         others = {**drift, **jumped, **measured, "grad_norm": norm, "lr": rate}
         self._publish(means, totals["tokens"][0], others)
 
@@ -291,13 +289,27 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
+        with self._on_held_out():
+            rows, objective = self._held_out_rows, self.held_out.objective
+            return held_out_loss(self.student, rows, objective, self.device, self._reduce)
+
+    def _gate(self) -> dict[str, float]:
+        """What a length curriculum reads in place of the step's entropy: that of the rollouts held out."""
+        if self.held_out is None or not isinstance(self.objective.curriculum, LengthCurriculum):
+            return {}
+        if not reads_entropy(self.objective, self.state):
+            return {"entropy": float("nan")}
+        place = (self.objective, self.state, self.device, self._reduce)
+        with self._on_held_out():
+            return {"entropy": held_out_entropy(self.student, self._held_out_rows, *place)}
+
+    @contextmanager
+    def _on_held_out(self) -> Iterator[None]:
         largest = max(self._held_out_rows, key=lambda rows: len(rows.response_ids_N), default=None)
         with torch.no_grad(), uncompiled(self.student), self._memory_named(largest):
             for rows in self._idle_rows:
                 student_tokens(self.student, collate(rows, self.device), ())
-            return held_out_loss(
-                self.student, self._held_out_rows, self.held_out.objective, self.device, self._reduce
-            )
+            yield
 
     def _avg_at_k(self) -> float:
         """Mean reward of the student's answers; its time is not the step's."""
@@ -335,8 +347,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _without_sync(self) -> AbstractContextManager[Any]:
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        context: AbstractContextManager[Any] = block()
-        return context
+        return cast(AbstractContextManager[Any], block())
 
     def _refuse_non_finite(
         self, loss: float, sums: Sequence[MetricSums], micro_batches: Sequence[Rows]

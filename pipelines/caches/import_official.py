@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from lightopd.cache.formats.convert import import_official as convert
+from lightopd.cache.formats.convert import convert_official
 from lightopd.models.limits import model_limits
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.reports import Report
@@ -38,6 +38,6 @@ def import_official(source: Path, cache: Path, tokenizer: str) -> Report:
 
     width = model_limits(model).vocabulary_size
     with writing(cache):
-        made = convert(source, cache, encode_prompt=encode, vocabulary_size=width)
+        made = convert_official(source, cache, encode_prompt=encode, vocabulary_size=width)
     figures: dict[str, JsonValue] = {"rollouts": made.num_rollouts, "response_tokens": made.num_tokens}
     return Report("import", str(cache), figures, dropped=made.dropped, notes=(UNKNOWN,))

@@ -23,7 +23,7 @@ from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.pipelines.caches.join_plan import Part, Plan, plan_rows
+from lightopd.pipelines.caches.join_plan import Plan, ShardRows, plan_rows
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import writing
 from lightopd.schemas.base import canonical_hash
@@ -35,7 +35,7 @@ from lightopd.schemas.manifest import CacheManifest, JoinedCache, Override
 def join(out: Path, sources: Sequence[Path], *, pairs: bool = False, allow: Sequence[Allowed] = ()) -> Report:
     """Make the cache `out` of the rollouts of caches made by `sft` (`RUN/answers`) and by `rollout`.
 
-    Stopped at any moment, the same call goes on after the last whole shard and gives the same bytes.
+    Stopped at any moment, the same call resumes after the last whole shard and gives the same bytes.
 
     Args:
         out: cache folder that is created.
@@ -144,7 +144,7 @@ def _write_missing(out: Path, manifest: CacheManifest, caches: Sequence[Cache], 
         write_shard(folder, index, table, kind="rollouts", fingerprint=fingerprint, made_from=manifest)
 
 
-def _tables(caches: Sequence[Cache], parts: Sequence[Part], vocabulary_size: int) -> Iterator[pa.Table]:
+def _tables(caches: Sequence[Cache], parts: Sequence[ShardRows], vocabulary_size: int) -> Iterator[pa.Table]:
     """Rows of one shard, from wherever they lie; the teacher's without the columns of the student."""
     for part in parts:
         cache = caches[part.cache]

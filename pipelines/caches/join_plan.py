@@ -13,7 +13,7 @@ from lightopd.schemas.records import Ids
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShardRows:
     """Rows of one shard of one source."""
 
     cache: int
@@ -26,7 +26,7 @@ class Part:
 class Plan:
     """Rows of a joined cache."""
 
-    shards: tuple[tuple[Part, ...], ...]
+    shards: tuple[tuple[ShardRows, ...], ...]
     """Each of rows of one origin; they take turns, so that answers to one prompt lie near each other."""
     rollout_ids: tuple[str, ...]
     """Of all rows, in order."""
@@ -136,10 +136,10 @@ def _turns(one: list[Sequence[_Row]], other: list[Sequence[_Row]]) -> list[Seque
     return [(one, other)[which][i] for _, which, i in sorted(places)]
 
 
-def _parts(rows: Sequence[_Row]) -> Iterator[Part]:
+def _parts(rows: Sequence[_Row]) -> Iterator[ShardRows]:
     """Runs of rows that lie in one file."""
     start = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or (rows[end].cache, rows[end].shard) != (rows[start].cache, rows[start].shard):
-            yield Part(rows[start].cache, rows[start].shard, [row.row for row in rows[start:end]])
+            yield ShardRows(rows[start].cache, rows[start].shard, [row.row for row in rows[start:end]])
             start = end

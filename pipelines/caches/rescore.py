@@ -156,7 +156,8 @@ def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeCo
     """The settings the signal was made with, as `precompute` left them beside it."""
     config = build(PrecomputeConfig, read_yaml(str(signal_folder(cache.path, signal) / "precompute.yaml")))
     if teacher is not None:
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"path": teacher})})
+        other = {"path": teacher, "revision": None}
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=other)})
     made_by = cache.signals[signal].manifest.model
     if made_by is None or not fingerprint_model(config.teacher).is_same_as(made_by):
         raise CacheError(

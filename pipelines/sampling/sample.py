@@ -1,7 +1,7 @@
 """Sampling into a cache: shared by rollout, the teacher's half of sft, and evaluation.
 
 Prompts are rendered to ids once; shards of whole prompt groups are sampled, judged and written one by
-one. A shard that is there and valid is never sampled again, so a stopped run goes on where it was.
+one. A shard that is there and valid is never sampled again, so a stopped run resumes where it was.
 """
 
 import logging
@@ -24,7 +24,7 @@ from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.sampling.red_flags import answer_flags, check_answers
 from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
-from lightopd.pipelines.shared.progress import StageProgress, doing
+from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -32,6 +32,7 @@ from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PromptsConfig, SamplingConfig
 from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest, ModelFingerprint, Override, SftLineage
 from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
+from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
 

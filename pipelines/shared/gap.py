@@ -82,7 +82,7 @@ def gap_figures(cache: Cache, signal: str) -> dict[str, Any]:
     """Means over the trained tokens of one signal; None where the student is unknown."""
     gap = measured_gap(cache, signal)
     sql = f"""select avg(logprob_signal) as mean_logprob_nats, avg(exp(logprob_tail)) as mean_tail_mass
-    from tokens where signal = '{signal}' and is_trained"""
+    from tokens where signal = '{signal}' and loss_mask"""
     row = query(cache.path, sql).to_pylist()[0]
     return {
         "gap_nats": gap and gap.nats,

@@ -1,10 +1,8 @@
-"""Progress of a stage: a log line for people and the same numbers as a record, and what is under way."""
+"""Progress of a stage: a log line for people and the same numbers as a record."""
 
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from lightopd.telling import LIVE, duration
@@ -12,23 +10,6 @@ from lightopd.telling import LIVE, duration
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0
-
-_under_way: list[str] = []
-
-
-@contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Within, `what` is what a person is told when nothing else was said for a while."""
-    _under_way.append(what)
-    try:
-        yield
-    finally:
-        _under_way.remove(what)
-
-
-def now_doing() -> str | None:
-    """What is under way, the innermost; None where nobody said."""
-    return _under_way[-1] if _under_way else None
 
 
 class StageProgress:

@@ -1,5 +1,7 @@
 """Cached rollouts as the sequences that an engine scores."""
 
+import pyarrow.compute as pc
+
 from lightopd.cache.contexts import Contexts
 from lightopd.cache.reader import read_columns
 from lightopd.cache.store import Cache, open_cache
@@ -14,7 +16,7 @@ def read_sequences(
 ) -> tuple[list[str], list[Sequence]]:
     """Rollout ids and sequences of one shard, in its order.
 
-    With `contexts`, each response follows the context of its prompt and not the student's own prompt;
+    With `contexts`, each response follows its own context, or its prompt's, and not the student's prompt;
     with `support`, it has the top-k ids of that signal.
 
     Raises:
@@ -23,7 +25,8 @@ def read_sequences(
     table = read_columns(cache, shard, COLUMNS)
     prompts, responses = split_lists(table.column("prompt_ids")), split_lists(table.column("response_ids"))
     if contexts is not None:
-        prompts = [contexts[prompt_id] for prompt_id in table.column("prompt_id").to_pylist()]
+        names = (table.column(name).to_pylist() for name in ("rollout_id", "prompt_id"))
+        prompts = [contexts[row if row in contexts else prompt] for row, prompt in zip(*names, strict=True)]
     supports = [None] * len(prompts) if support is None else read_supports(cache, shard, support)
     rows = zip(prompts, responses, supports, strict=True)
     sequences = [Sequence(p, r, s) for p, r, s in rows if p is not None and r is not None]
@@ -40,6 +43,20 @@ def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:
     table = read_columns(opened, shard, ("topk_counts", "topk_ids"), signal)
     columns = (split_lists(table.column(name)) for name in ("topk_counts", "topk_ids"))
     return [Support(c, i) for c, i in zip(*columns, strict=True) if c is not None and i is not None]
+
+
+def response_lengths(cache: Cache) -> dict[str, int]:
+    """Tokens of each response, by rollout id.
+
+    Raises:
+        CacheError: a shard cannot be read.
+    """
+    found: dict[str, int] = {}
+    for shard in cache.shards:
+        table = read_columns(cache, shard, ("rollout_id", "response_ids"))
+        lengths = pc.list_value_length(table.column("response_ids")).to_pylist()
+        found |= dict(zip(table.column("rollout_id").to_pylist(), lengths, strict=True))
+    return found
 
 
 def read_prompts(cache: Cache) -> tuple[dict[str, Ids], dict[str, int]]:

@@ -5,9 +5,9 @@ signal -> router -> extrapolation -> target -> baseline -> advantage parts -> cl
 (arXiv 2604.13010). A mapping with the keys of a term is an objective of that one term.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.objectives.targets import (
@@ -56,6 +56,15 @@ def _no_kind_twice(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     return parts
 
 
+def _with_kinds(parts: Any) -> Any:
+    return tuple(map(_with_kind, parts)) if isinstance(parts, list | tuple) else parts
+
+
+Part = TypeVar("Part")
+Parts = Annotated[tuple[Part, ...], BeforeValidator(_with_kinds), AfterValidator(_no_kind_twice)]
+"""Parts of different kinds; a plain string is a kind."""
+
+
 class TermConfig(StrictModel):
     """One loss: what is compared with what, and how it is weighed and averaged."""
 
@@ -77,31 +86,21 @@ class TermConfig(StrictModel):
     """What is computed at each token."""
     baseline: ExpectedBaseline | None = None
     """Subtracted from the advantage."""
-    advantage: tuple[AdvantagePart, ...] = ()
+    advantage: Parts[AdvantagePart] = ()
     """Scales and shifts of the advantage, in the order given."""
-    token_weights: tuple[TokenWeight, ...] = ()
+    token_weights: Parts[TokenWeight] = ()
     """Weights of single tokens; they multiply."""
     normalise_token_weights: bool = False
     """Divide by the rollout's sum of token weights instead of its number of tokens."""
     reduce: Literal["sequence_mean", "sequence_sum", "token_mean"] = "sequence_mean"
     """Mean of each rollout, then of the batch; sum of each, then mean; or mean over the batch's tokens."""
-    rollout_weights: tuple[RolloutWeight, ...] = ()
+    rollout_weights: Parts[RolloutWeight] = ()
     """Weights of whole rollouts; they multiply."""
 
     @field_validator("target", "baseline", "extrapolate", "router", mode="before")
     @classmethod
     def _a_plain_string_is_a_kind(cls, value: Any, info: ValidationInfo) -> Any:
         return _with_kind(value, info.field_name)
-
-    @field_validator("advantage", "token_weights", "rollout_weights", mode="before")
-    @classmethod
-    def _plain_strings_are_kinds(cls, value: Any) -> Any:
-        return tuple(_with_kind(item) for item in value) if isinstance(value, list | tuple) else value
-
-    @field_validator("advantage", "token_weights", "rollout_weights", mode="after")
-    @classmethod
-    def _no_part_twice(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _no_kind_twice(value)
 
     @model_validator(mode="after")
     def _parts_fit_the_target(self) -> "TermConfig":
@@ -148,7 +147,7 @@ class ObjectiveConfig(StrictModel):
     """Terms that are added; a term's keys may also be given directly, for an objective of one term."""
     correct_at: float = 0.5
     """A rollout is correct when its reward is at least this."""
-    select: tuple[Selection, ...] = ()
+    select: Parts[Selection] = ()
     """Which rollouts are trained on, decided once from the whole cache."""
     curriculum: Curriculum | None = None
     """Which tokens are trained on at a step."""
@@ -169,16 +168,6 @@ class ObjectiveConfig(StrictModel):
             raise ValueError(f"give {', '.join(term)} inside terms, or leave terms out")
         rest = {key: item for key, item in value.items() if key not in term}
         return {**rest, "terms": [term]}
-
-    @field_validator("select", mode="before")
-    @classmethod
-    def _plain_strings_are_kinds(cls, value: Any) -> Any:
-        return tuple(_with_kind(item) for item in value) if isinstance(value, list | tuple) else value
-
-    @field_validator("select", mode="after")
-    @classmethod
-    def _no_part_twice(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _no_kind_twice(value)
 
     @model_validator(mode="after")
     def _terms_fit_each_other(self) -> "ObjectiveConfig":

@@ -109,7 +109,10 @@ class LogRatioTarget(TargetConfig):
 
 
 class RewardTarget(TargetConfig):
-    """Reward against the mean of the prompt's rollouts, divided by their spread (GRPO)."""
+    """Reward against the mean of the prompt's rollouts, divided by their spread (GRPO).
+
+    A prompt with a single rollout has nothing to compare, and 0; verl gives it its plain reward.
+    """
 
     gives: ClassVar[Literal["advantage"]] = "advantage"
     kind: Literal["reward"]
@@ -333,7 +336,8 @@ class GroupRewardShift(StrictModel):
     """Adds the group-normalised reward to the advantage (GRPO + OPD)."""
 
     kind: Literal["group_reward"]
-    """(reward - mean of the group) / (standard deviation + epsilon), the same at every token."""
+    """(reward - mean of the group) / (standard deviation + epsilon), the same at every token; 0 for a prompt
+    with a single rollout, where verl has the plain reward."""
     coefficient: float = 1.0
     """Its share in the sum."""
     epsilon: float = Field(1e-6, gt=0)

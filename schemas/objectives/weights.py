@@ -176,8 +176,28 @@ class DifficultyWeight(StrictModel):
     """Weight of a medium prompt against any other; the mean over the cache is one."""
 
 
+class ConfidenceWeight(StrictModel):
+    """Weighs rollouts by how sure the term's teacher is of them, against others (arXiv 2605.01347)."""
+
+    kind: Literal["confidence"]
+    """softmax over the teachers of confidence / (100 tau); the weights of all of them sum to one."""
+    text: SignalName
+    """Text column of `lightopd rewrite` whose number, from 0 to 100, is this teacher's confidence."""
+    others: tuple[SignalName, ...] = Field(min_length=1)
+    """Text columns of the other teachers."""
+    tau: float = Field(1.0, gt=0)
+    """Large values make the weights equal."""
+
+    @model_validator(mode="after")
+    def _no_teacher_twice(self) -> "ConfidenceWeight":
+        names = [self.text, *self.others]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a text is named twice: {', '.join(names)}")
+        return self
+
+
 RolloutWeight = Annotated[
-    PerplexityWeight | ContrastWeight | PivotWeight | DifficultyWeight,
+    PerplexityWeight | ContrastWeight | ConfidenceWeight | PivotWeight | DifficultyWeight,
     Field(discriminator="kind"),
 ]
 
@@ -270,7 +290,7 @@ class TurnCurriculum(StrictModel):
     every: int = Field(2, ge=1)
     """Steps until one more turn is trained."""
     limit: int | None = Field(None, ge=1)
-    """Most turns; none goes on to the last."""
+    """Most turns; none rises to the last."""
 
 
 class LengthCurriculum(StrictModel):
@@ -281,10 +301,10 @@ class LengthCurriculum(StrictModel):
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """The ladder, in tokens, rising."""
     every: int = Field(25, ge=1)
-    """Steps on a rung before the next is considered."""
+    """Steps on a rung before the next is considered; with rollouts held out, and between considerations."""
     min_entropy: float = Field(0.0, ge=0)
-    """The next rung needs at least this mean token entropy in nats on the step's trained tokens; the paper
-    reads held-out rollouts, and its value is not known."""
+    """The next rung needs at least this mean token entropy in nats: on the rollouts that `held_out` keeps out
+    of training, cut as the rung cuts them, or on the step's where none are. Ours; the paper gives none."""
 
     @model_validator(mode="after")
     def _rising(self) -> "LengthCurriculum":

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from cache_cases import make_cache
 
-from lightopd.cache.formats.convert import import_official
+from lightopd.cache.formats.convert import convert_official
 from lightopd.cache.formats.dataset import export_dataset
 from lightopd.cache.index import query
 from lightopd.cache.reader import read_shard_columns
@@ -41,7 +41,7 @@ def encode(prompt):
 
 
 def test_an_official_file_becomes_a_sound_cache_of_unknown_lineage(tmp_path):
-    done = import_official(
+    done = convert_official(
         official(tmp_path / "o.parquet"), tmp_path / "c", vocabulary_size=200, encode_prompt=encode
     )
     assert (done.num_rollouts, done.num_tokens, done.dropped) == (3, 6, {"empty response": 1})
@@ -56,7 +56,7 @@ def test_an_official_file_becomes_a_sound_cache_of_unknown_lineage(tmp_path):
 
 
 def test_imported_ids_and_logprobs_are_those_of_the_file(tmp_path):
-    import_official(
+    convert_official(
         official(tmp_path / "o.parquet"), tmp_path / "c", vocabulary_size=200, encode_prompt=encode
     )
     found = read_shard_columns(open_cache(tmp_path / "c"), 0, ["teacher"])
@@ -69,7 +69,7 @@ def test_imported_ids_and_logprobs_are_those_of_the_file(tmp_path):
 
 
 def test_two_responses_to_one_prompt_are_samples_of_one_group(tmp_path):
-    import_official(
+    convert_official(
         official(tmp_path / "o.parquet"), tmp_path / "c", vocabulary_size=200, encode_prompt=encode
     )
     rows = query(
@@ -81,7 +81,7 @@ def test_two_responses_to_one_prompt_are_samples_of_one_group(tmp_path):
 
 def test_prompt_tokens_in_the_file_need_no_tokenizer(tmp_path):
     tokens = pa.array([[1, 2], [1], [3], [4]], pa.list_(pa.int64()))
-    import_official(
+    convert_official(
         official(tmp_path / "o.parquet", prompt_tokens=tokens), tmp_path / "c", vocabulary_size=200
     )
     assert read_shard_columns(open_cache(tmp_path / "c"), 0).prompt_ids_P.tolist() == [1, 2, 3, 4]
@@ -97,14 +97,14 @@ def test_chat_prompts_are_handed_to_the_tokenizer_as_turns(tmp_path):
         seen.append(prompt)
         return [1]
 
-    import_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode_turns)
+    convert_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode_turns)
     assert seen[0] == [{"role": "user", "content": "<user>1+1"}]
 
 
 def test_importing_twice_gives_the_same_bytes(tmp_path):
     path = official(tmp_path / "o.parquet")
     for name in ("a", "b", "b"):
-        import_official(path, tmp_path / name, vocabulary_size=200, encode_prompt=encode)
+        convert_official(path, tmp_path / name, vocabulary_size=200, encode_prompt=encode)
     for file in (tmp_path / "a").rglob("part-*"):
         assert (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes() == file.read_bytes()
 
@@ -163,21 +163,21 @@ def test_importing_twice_gives_the_same_bytes(tmp_path):
 def test_a_broken_official_file_is_refused_by_row_before_anything_is_written(changes, message, tmp_path):
     path = official(tmp_path / "o.parquet", **changes)
     with pytest.raises(InputError, match=message):
-        import_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode)
+        convert_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode)
     assert not (tmp_path / "c").exists()
 
 
 def test_prompts_without_a_tokenizer_a_wrong_file_and_an_empty_one_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"row 0 has no metadata.prompt_tokens"):
-        import_official(official(tmp_path / "o.parquet"), tmp_path / "c", vocabulary_size=200)
+        convert_official(official(tmp_path / "o.parquet"), tmp_path / "c", vocabulary_size=200)
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        import_official(tmp_path / "text.parquet", tmp_path / "c", vocabulary_size=200)
+        convert_official(tmp_path / "text.parquet", tmp_path / "c", vocabulary_size=200)
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        import_official(tmp_path / "nowhere.parquet", tmp_path / "c", vocabulary_size=200)
+        convert_official(tmp_path / "nowhere.parquet", tmp_path / "c", vocabulary_size=200)
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "bare.parquet")
     with pytest.raises(InputError, match="has no column 'metadata'"):
-        import_official(tmp_path / "bare.parquet", tmp_path / "c", vocabulary_size=200)
+        convert_official(tmp_path / "bare.parquet", tmp_path / "c", vocabulary_size=200)
     empty = {
         "response_tokens": pa.array([[]] * 4, pa.list_(pa.int64())),
         "teacher_log_probs": pa.array([[]] * 4, pa.list_(pa.float64())),
@@ -185,7 +185,7 @@ def test_prompts_without_a_tokenizer_a_wrong_file_and_an_empty_one_are_refused(t
     }
     path = official(tmp_path / "o.parquet", **empty)
     with pytest.raises(InputError, match="nothing can be imported"):
-        import_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode)
+        convert_official(path, tmp_path / "c", vocabulary_size=200, encode_prompt=encode)
 
 
 def test_an_exported_dataset_has_rollouts_and_signals_in_plain_nested_lists(tmp_path):

@@ -63,7 +63,7 @@ def test_tokens_has_one_row_for_each_token_and_signal_with_the_exact_values(tmp_
             ),
             "pos": np.concatenate([np.arange(len(row.response_ids)) for row in rows]),
             "token_id": np.concatenate([row.response_ids for row in rows]),
-            "is_trained": np.concatenate([row.loss_mask for row in rows]),
+            "loss_mask": np.concatenate([row.loss_mask for row in rows]),
             "turn": np.concatenate([row.turns for row in rows]),
             "logprob_student": np.concatenate([row.logprobs for row in rows]),
             "entropy_student": np.concatenate([row.entropies for row in rows]),

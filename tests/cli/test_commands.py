@@ -20,8 +20,8 @@ from lightopd.cli.heartbeat import never_silent
 from lightopd.cli.main import app
 from lightopd.cli.output import show_table
 from lightopd.errors import OutputError
-from lightopd.pipelines.shared.progress import doing
 from lightopd.pipelines.shared.run_folder import writing
+from lightopd.under_way import doing
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(

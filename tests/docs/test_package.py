@@ -23,6 +23,8 @@ ROOMS = [
     "files",
     "ranks",
     "stopping",
+    "under_way",
+    "text_tables",
     "telling",
     "config",
     "lineage",

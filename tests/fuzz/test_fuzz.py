@@ -17,7 +17,7 @@ import yaml
 from fuzzing import as_json, damaged, damaged_bytes, depth_of
 from tiny_models import save_model, write_prompts
 
-from lightopd.cache.formats.convert import import_official
+from lightopd.cache.formats.convert import convert_official
 from lightopd.config import load_run, load_stage
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import LightopdError
@@ -191,7 +191,7 @@ def honest(path, body, tokens):
 
 
 @lengths
-def test_server_answers(numbers, survives, folder, hostile):
+def test_server_replies(numbers, survives, folder, hostile):
     url, answers = hostile
     model = ModelConfig(path=str(folder))
     tokens, _ = identified_tokenizer(model)
@@ -231,4 +231,4 @@ def test_imports(numbers, survives, tmp_path):
             pq.write_table(pa.Table.from_pylist([row]), path)
         if dice.random() < 0.4:
             path.write_bytes(damaged_bytes(path.read_bytes(), dice))
-        survives(lambda n=number: import_official(path, tmp_path / f"cache{n}", vocabulary_size=24), number)
+        survives(lambda n=number: convert_official(path, tmp_path / f"cache{n}", vocabulary_size=24), number)

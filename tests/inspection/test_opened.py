@@ -148,7 +148,7 @@ def test_shards_that_come_are_seen_by_the_next_query(world, tmp_path):
 def test_a_preview_shows_twenty_rows_and_no_control_characters(world):
     cache = lightopd.open_cache(world.cache)
     result = cache.sql("SELECT chr(27) || '[31m<b>' AS text FROM range(50)")
-    assert repr(result).splitlines()[1] == "\\u001b[31m<b>"
+    assert repr(result).splitlines()[2] == "\\u001b[31m<b>"
     assert repr(result).endswith("...")
     assert "&lt;b&gt;" in result._repr_html_()
     assert "<b>" not in result._repr_html_()

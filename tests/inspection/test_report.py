@@ -125,7 +125,7 @@ def test_of_a_large_cache_the_viewer_holds_the_worst_and_some_by_chance(root, tm
     assert "4 of 12 rollouts: the 2 with the largest mean gap, and 2 by chance." in text
     assert "Not checked" in text
     worst = cache.sql(
-        "SELECT rollout_id FROM tokens WHERE is_trained GROUP BY ALL ORDER BY avg(gap) DESC LIMIT 1"
+        "SELECT rollout_id FROM tokens WHERE loss_mask GROUP BY ALL ORDER BY avg(gap) DESC LIMIT 1"
     ).rows()
     assert len(packed(text)["rollouts"]) == 4
     assert packed(text)["rollouts"][0]["id"] == worst[0]["rollout_id"]

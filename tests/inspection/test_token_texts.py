@@ -3,7 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lightopd.inspection.token_texts import TokenTexts, _texts, visible
+from lightopd.inspection.token_texts import TokenTexts, _texts
+from lightopd.text_tables import visible
 
 
 def byte_level() -> Tokenizer:

@@ -121,6 +121,16 @@ def test_an_imported_cache_without_sampler_or_tokenizer_needs_overrides():
             "special-ids-mismatch",
             r"eos ids are \[1, 3\] in the cache and \[1\] in this model",
         ),
+        (
+            {"special_ids": {"bos": [2], "eos": [1, 3], "pad": [1], "unk": []}},
+            "special-ids-mismatch",
+            r"bos ids are \[0\] in the cache and \[2\] in this model",
+        ),
+        (
+            {"special_ids": {"bos": [0], "eos": [1, 3], "pad": [1], "unk": [4]}},
+            "special-ids-mismatch",
+            r"unk ids are \[\] in the cache and \[4\] in this model",
+        ),
         ({"template": "t2"}, "template-mismatch", "template is t1 in the cache and t2 in this model"),
         ({"template": None}, "template-mismatch", "template is t1 in the cache and absent in this model"),
     ],
@@ -134,6 +144,11 @@ def test_each_part_of_a_tokenizer_is_refused_and_allowed_on_its_own(changes, all
         check_tokenizer(tokenizer(), found, others, "train")
     (override,) = check_tokenizer(tokenizer(), found, (allowed,), "train")
     assert override.allowed == allowed
+
+
+def test_a_cache_without_a_template_does_not_take_any():
+    with pytest.raises(LineageError, match="template is absent in the cache and t1 in this model"):
+        check_tokenizer(tokenizer(template=None), tokenizer(), (), "train")
 
 
 def test_an_equal_tokenizer_with_another_pad_token_is_accepted():
@@ -163,3 +178,21 @@ def test_a_difference_in_precision_is_told_and_not_refused():
     assert "bfloat16 before, float32 (gptq) now" in note
     assert precision_note(Precision(dtype="float32"), Precision(dtype="float32")) is None
     assert precision_note(None, Precision(dtype="float32")) is None
+
+
+def test_a_teacher_in_another_number_format_is_called_so(tmp_path):
+    sources = {"float32": tmp_path / "whole", "bfloat16": tmp_path / "half"}
+    for dtype, folder in sources.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"dtype": "{dtype}"}}')
+    whole, half = (
+        ModelFingerprint(identity=dtype, weights=dtype, config="c", source=str(folder))
+        for dtype, folder in sources.items()
+    )
+    taught = SftLineage(proof="recorded", teacher=whole)
+    with pytest.raises(LineageError, match="the one is stored in float32, the other in bfloat16"):
+        check_teacher(taught, half, (), "precompute")
+    moved = half.model_copy(update={"source": str(tmp_path / "gone")})
+    with pytest.raises(LineageError) as refused:
+        check_teacher(taught, moved, (), "precompute")
+    assert "is stored in" not in str(refused.value)

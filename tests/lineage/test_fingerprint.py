@@ -5,6 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tiny_models import save_model
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -375,3 +376,13 @@ def test_a_declared_folder_is_fingerprinted_and_a_declared_name_is_kept(tmp_path
 def test_a_declared_path_without_a_folder_is_not_taken_for_a_name():
     with pytest.raises(InputError, match="no model folder"):
         declared_teacher("./no/such/teacher")
+
+
+def test_half_a_character_in_a_config_is_refused_in_a_line(tmp_path):
+    folder = save_model(tmp_path / "model", 0)
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**plain, "note": "\ud800"}))
+    with pytest.raises(InputError, match=r"config\.json is not valid JSON .*surrogates"):
+        fingerprint_model(ModelConfig(path=str(folder)))
+    (folder / "config.json").write_text(json.dumps({**plain, "note": "\U0001f600"}))
+    assert fingerprint_model(ModelConfig(path=str(folder))).identity

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from objective_cases import evaluate, make_columns, make_world, objective, view_of
+from objective_cases import evaluate, make_columns, make_world, objective, recipe, view_of
 
 from lightopd.errors import CacheError
 from lightopd.objectives.parts.best_of import overlaps
 from lightopd.objectives.preparation.prepare import prepare_rollouts
+from lightopd.objectives.preparation.serving import CacheFacts, missing
 
 BEST = {"select": ["best_of"]}
 
@@ -106,3 +107,18 @@ def test_overlap_counts_common_ids_over_the_shorter_list():
     one = np.array([[1, 2, -1], [1, 2, 3], [-1, -1, -1]])
     other = np.array([[2, 5, 7], [3, 1, 2], [1, 2, 3]])
     assert overlaps(one, other).tolist() == [0.5, 1.0, 0.0]
+
+
+def test_a_confidence_that_was_not_stated_is_refused_by_name_and_rollout():
+    world = make_world(0)
+    view = view_of(world, range(world.size))
+    numbers = {name: values.copy() for name, values in view.text_values_R.items()}
+    numbers["second_confidence"][[3, 5]] = np.nan
+    with pytest.raises(CacheError, match=r"second_confidence has no number for 2 rollouts, .* rollout-3"):
+        prepare_rollouts(recipe("mad_opd"), [replace(view, text_values_R=numbers)])
+
+
+def test_a_cache_without_the_texts_of_an_objective_says_how_to_make_them():
+    facts = CacheFacts("CACHE", {"teacher": 8, "second_teacher": 8}, frozenset(), frozenset({"confidence"}))
+    (line,) = missing(recipe("mad_opd"), facts)
+    assert line.startswith("no text second_confidence; add it: lightopd rewrite --cache CACHE")

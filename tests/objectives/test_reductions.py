@@ -320,3 +320,12 @@ def test_dual_clip_silences_a_negative_advantage_that_has_grown_likely():
     )
     assert free[1].abs().max() > 0.01
     assert dual[1].abs().max() == 0
+
+
+def test_rollouts_whose_tokens_all_weigh_nothing_add_nothing():
+    cut = [{"kind": "log_ratio_cut", "limit": 1e-12}]
+    value, gradient, _ = evaluate(
+        objective(target=PLAIN, token_weights=cut, normalise_token_weights=True), make_world(2)
+    )
+    assert value == 0
+    assert gradient.abs().max() == 0

@@ -1,5 +1,8 @@
 """Every recipe against its own equation: value, gradient, and independence of how the batch is cut."""
 
+from dataclasses import replace
+from math import isfinite
+
 import pytest
 import torch
 from objective_cases import METHODS, World, evaluate, make_world, recipe
@@ -65,3 +68,23 @@ def test_the_loss_metric_is_the_step_loss(name):
     world = make_world(5)
     value, _, metrics = evaluate(configured(name), world, splits=[[0, 1], [2, 3, 4, 5], [6, 7]])
     assert metrics["loss"] == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_rollout_without_a_trained_token_leaves_value_and_gradient_finite(name):
+    world = make_world(4)
+    masked = replace(world, loss_mask_N=world.loss_mask_N & (world.row_N != 3))
+    value, gradient_NV, metrics = evaluate(configured(name), masked, top_k=4)
+    assert isfinite(value)
+    assert gradient_NV.isfinite().all()
+    assert isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("reduce", ["sequence_mean", "sequence_sum", "token_mean"])
+def test_a_step_that_shows_no_token_is_worth_nothing(reduce):
+    world = make_world(4)
+    plain = recipe("lightning_opd", reduce=reduce).model_dump(mode="json")
+    first_turn_only = ObjectiveConfig.model_validate({**plain, "curriculum": {"kind": "turns"}})
+    value, gradient_NV, _ = evaluate(first_turn_only, replace(world, turns_N=world.turns_N + 1))
+    assert value == 0
+    assert gradient_NV.abs().max() == 0

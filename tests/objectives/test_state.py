@@ -9,7 +9,7 @@ import torch
 from objective_cases import evaluate, make_world, objective, recipe
 
 from lightopd.objectives.requirements import needs
-from lightopd.objectives.state import ObjectiveState, advance, term_factor, visible_tokens
+from lightopd.objectives.state import ObjectiveState, advance, reads_entropy, term_factor, visible_tokens
 
 INDEX_N = np.arange(12)
 TURNS_N = INDEX_N // 3
@@ -37,6 +37,22 @@ def test_the_ladder_rises_only_when_its_rung_is_held_and_the_student_uncertain()
         state = advance(config, state, {"entropy": entropy})
         seen.append(shown(config, **{**asdict(state), "averages": {}}))
     assert seen == [2, 2, 4, 4, 4, 4, 4, 8, 8, 8, 8]
+
+
+def test_the_ladder_asks_for_the_entropy_of_held_out_rollouts_only_when_a_rung_is_due():
+    config = objective(curriculum={"kind": "lengths", "lengths": [2, 4, 8], "every": 3})
+    at = {
+        steps: reads_entropy(config, ObjectiveState(steps=steps, rung=1, rung_since=2))
+        for steps in range(2, 9)
+    }
+    assert [steps for steps, reads in at.items() if reads] == [4, 7]
+    assert not reads_entropy(config, ObjectiveState(steps=4, rung=2, rung_since=2))  # the last rung
+    assert not reads_entropy(objective(), ObjectiveState(steps=2))
+
+
+def test_an_entropy_that_was_not_measured_moves_no_rung():
+    config = objective(curriculum={"kind": "lengths", "lengths": [2, 4], "every": 1})
+    assert advance(config, ObjectiveState(), {"entropy": float("nan")}).rung == 0
 
 
 def test_a_curriculum_trains_the_same_loss_on_the_tokens_it_shows():

@@ -195,10 +195,10 @@ def test_settings_that_decide_nothing_may_change_between_runs(world, finished, t
 
 def test_a_stale_cache_ends_the_round_and_the_steps_are_made_up_in_further_rounds(world, tmp_path):
     limits = {"max_log_ratio": 1e-4, "max_chi2": 1e-4}
-    changed = {**settings(world, "x")["train"], "steps": 4, "staleness": limits, "optimizer": {"lr": 1e-2}}
-    report = run(world, tmp_path / "run", train=changed)
-    assert report.figures["steps"] == 4
-    assert 1 < report.rows[0]["steps"] < 4
+    changed = {**settings(world, "x")["train"], "steps": 6, "staleness": limits, "optimizer": {"lr": 1e-2}}
+    report = run(world, tmp_path / "run", train=changed, rounds={"steps": 6, "prompts_per_round": 4})
+    assert report.figures["steps"] == 6
+    assert 2 < report.rows[0]["steps"] < 6
     assert report.figures["rounds"] > 1
 
 

@@ -3,6 +3,7 @@ import json
 import random
 from pathlib import Path
 
+import demo_responses
 import pytest
 
 from lightopd.rewards import running_totals as tasks
@@ -43,16 +44,16 @@ def test_an_answer_is_the_sum_and_the_reference_earns_the_whole_reward():
         assert len(addends) == 4
         assert all(1 <= addend <= 50 for addend in addends)
         assert row["answer"] == str(sum(addends))
-        assert tasks.total_reward(tasks.reference_response(row["prompt"]), row["answer"]) == 1.0
+        assert tasks.total_reward(demo_responses.reference_response(row["prompt"]), row["answer"]) == 1.0
 
 
 def test_the_reference_response_holds_every_running_total():
-    assert tasks.reference_response("12+7+30+41=") == "19,49,90"
+    assert demo_responses.reference_response("12+7+30+41=") == "19,49,90"
 
 
 def test_the_stated_lengths_are_the_longest():
-    assert len("50+50+50+50=") == tasks.MAX_PROMPT_CHARS
-    assert len(tasks.reference_response("50+50+50+50=")) == tasks.MAX_RESPONSE_CHARS
+    assert len("50+50+50+50=") == demo_responses.MAX_PROMPT_CHARS
+    assert len(demo_responses.reference_response("50+50+50+50=")) == demo_responses.MAX_RESPONSE_CHARS
 
 
 def test_a_corrupted_response_has_one_wrong_digit_and_goes_on_from_what_is_written():
@@ -60,8 +61,8 @@ def test_a_corrupted_response_has_one_wrong_digit_and_goes_on_from_what_is_writt
     wrong_totals = set()
     for row in tasks.running_totals(0, 300):
         first, *addends = [int(part) for part in row["prompt"][:-1].split("+")]
-        right = tasks.reference_response(row["prompt"])
-        response, index = tasks.corrupted_response(row["prompt"], rng)
+        right = demo_responses.reference_response(row["prompt"])
+        response, index = demo_responses.corrupted_response(row["prompt"], rng)
         assert response[:index] == right[:index]
         assert response[index].isdigit()
         assert response[index] != right[index]
@@ -81,7 +82,7 @@ def test_a_corrupted_response_has_one_wrong_digit_and_goes_on_from_what_is_writt
 @pytest.mark.parametrize("prompt", ["", "12+7", "12=", "a+b=", "1++2=", "-1+2=", "1+2==", " 1+2="])
 def test_a_prompt_of_another_form_is_refused_with_its_text(prompt):
     with pytest.raises(ValueError, match="expected a prompt like") as caught:
-        tasks.reference_response(prompt)
+        demo_responses.reference_response(prompt)
     assert repr(prompt) in str(caught.value)
 
 

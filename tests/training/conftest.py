@@ -7,22 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from ranks import Ranks
 from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from lightopd.cache.contexts import create_text, text_folder
 from lightopd.cache.manifests import rollouts_folder, signal_folder
+from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.schemas.manifest import CacheManifest, JoinedCache, ModelFingerprint, SftLineage, SignalManifest
+from lightopd.schemas.manifest import (
+    CacheManifest,
+    JoinedCache,
+    ModelFingerprint,
+    SftLineage,
+    SignalManifest,
+    TextManifest,
+    TokenizerFingerprint,
+)
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, Scores
+from lightopd.schemas.rewriting import TEXTS
 from lightopd.training.fit import fit
 
 VOCABULARY = 64
@@ -269,6 +281,8 @@ def wide_caches(student_folder, tmp_path_factory):
     for seed, name in enumerate(SIGNALS, start=1):
         torch.manual_seed(seed)
         models[name] = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
+    torch.manual_seed(1000)
+    models["second_teacher"] = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
     plain = [sampled(student, index // 4, index, student) for index in range(24)]
     writers = {"teacher": models["teacher"], "student": student}
     pairs = [
@@ -287,13 +301,42 @@ def wide_caches(student_folder, tmp_path_factory):
             replace(one, topk_logprobs=one.topk_logprobs.astype(np.float16).astype(np.float32))
             for one in scores["rollout_student"]
         ]
-        return write_cache(folder / name, rollouts, scores, 8, 16, **settings)
+        cache = write_cache(folder / name, rollouts, scores, 8, 16, **settings)
+        write_confidences(cache)
+        return cache
 
     return {
         "plain": write("plain", plain),
         "pairs": write("pairs", pairs, origin="imported", rows_origin="kept"),
         "answers": write_cache(folder / "answers", answers, {}, 8, 0, origin="teacher"),
     }
+
+
+def write_confidences(cache):
+    """Two text columns of numbers that differ from rollout to rollout."""
+    for name, step in (("confidence", 7), ("second_confidence", 31)):
+        manifest = TextManifest(
+            schema_version=SCHEMA_VERSION,
+            name=name,
+            role="reference",
+            rollouts=cache.manifest.fingerprint(),
+            model=NOBODY,
+            precision=None,
+            tokenizer=TokenizerFingerprint(vocabulary="", size=1, special_ids={}, template=None),
+            template="{{ response }}",
+            prompts=name,
+            sampling=None,
+            engine=None,
+        )
+        create_text(cache, manifest)
+        folder = text_folder(cache.path, name)
+        for shard in cache.shards:
+            table = read_columns(cache, shard, ["rollout_id", "prompt_ids", "response_ids", "finish_reason"])
+            values = [float(step * (shard + row) % 101) for row in range(table.num_rows)]
+            table = table.append_column(TEXTS.field("text"), pa.array(map(str, values), pa.string()))
+            table = table.append_column(TEXTS.field("value"), pa.array(values, pa.float32())).cast(TEXTS)
+            fingerprint = manifest.fingerprint()
+            write_shard(folder, shard, table, kind=manifest.kind, fingerprint=fingerprint)
 
 
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")

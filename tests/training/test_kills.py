@@ -73,3 +73,22 @@ def test_ten_kills_at_random_moments_change_no_bit_of_weights_or_curve(training,
     assert weights[0] == weights[1]
     assert numbers(cut) == numbers(whole)
     assert [int(row["step"]) for row in read_metrics(cut / "metrics.csv")] == [*range(1, STEPS + 1)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed(make_cache, student_folder, tmp_path, device):
+    cache, whole, cut = make_cache(tmp_path / "cache"), tmp_path / "whole", tmp_path / "cut"
+    settings = json.dumps(SETTINGS | {"accelerator": {"cpu": "cpu", "cuda": "gpu"}[device]})
+
+    def is_due():
+        time.sleep(0.01)
+        return len(read_metrics(cut / "metrics.csv")) >= STEPS // 2
+
+    with nursery(PREPARE, cache.path, student_folder, settings) as process:
+        assert life(process, whole) == 0
+        assert life(process, cut, is_due) == -9
+        assert life(process, cut) == 0
+    rows, expected = read_metrics(cut / "metrics.csv"), read_metrics(whole / "metrics.csv")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    # Sums on a GPU are not made in one order.
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], abs=0.0 if device == "cpu" else 1e-3)

@@ -3,7 +3,7 @@
 import logging
 import math
 
-from lightopd.training.callbacks import Progress, drift_words
+from lightopd.training.callbacks import ProgressLine, drift_words
 
 
 class Main:
@@ -20,7 +20,7 @@ class At:
 def lines_at(steps_at_s, caplog):
     """(level, line) of steps that end at these seconds, of a run that starts at 100 s."""
     seconds = iter([100.0, *steps_at_s.values()])
-    progress = Progress(steps=20, clock=lambda: next(seconds))
+    progress = ProgressLine(steps=20, clock=lambda: next(seconds))
     caplog.set_level(logging.DEBUG)
     progress.on_train_start(None, At(0))
     for step in steps_at_s:

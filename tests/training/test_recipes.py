@@ -26,7 +26,7 @@ from lightopd.training.measures.metrics_file import read_metrics
 from lightopd.training.module import StudentModule
 
 METHODS = Path(__file__).parents[2] / "pipelines" / "recipes" / "methods"
-MIXED = ("soda", "raft", "brts", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
+MIXED = ("soda", "raft", "brts", "trd", "decoupling_teacher_fkl", "decoupling_teacher_rkl")
 """Recipes over answers of both the teacher and the student."""
 
 
@@ -118,6 +118,28 @@ KINDS = {
     "answers": ("video_opd", None),
     "jump": ("effopd", JUMPING),
 }
+
+
+def test_the_ladder_reads_the_entropy_of_held_out_rollouts_every_so_many_steps(train, tmp_path, caplog):
+    caplog.set_level("INFO", "lightopd")
+
+    def climb(least, held_out=8):
+        """The rung after three steps, the entropies that were read, and those of the steps."""
+        caplog.clear()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        ladder = {"kind": "lengths", "lengths": [2, 4, 8], "every": 2, "min_entropy": least}
+        config = ObjectiveConfig.model_validate({"curriculum": ladder, "target": {"kind": "divergence"}})
+        rows = rows_of(train("decoupling_lengths", objective=config, steps=3, held_out=held_out))
+        lines = [one.getMessage() for one in caplog.records if "on the rollouts held out" in one.getMessage()]
+        rung = newest_checkpoint(tmp_path / "out" / "checkpoints")[1].objective["rung"]
+        return rung, [float(line.split("entropy ")[1].split(" ")[0]) for line in lines], rows[1]["entropy"]
+
+    rung, (read,), of_step = climb(0.0)
+    assert rung == 1
+    assert abs(read - of_step) > 0.002  # no limit below tells them apart by accident
+    assert climb(read - 0.001)[0] == 1
+    assert climb(read + 0.001)[0] == 0
+    assert climb(0.0, held_out=0)[1] == []
 
 
 def weights_of(result):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lightopd import __version__
 from lightopd.cache.row_checks import rollout_faults, score_faults
-from lightopd.cache.shards import file_sha256, write_shard
+from lightopd.cache.shards import write_shard
 from lightopd.cache.store import (
     create_cache,
     create_signal,
@@ -24,6 +24,7 @@ from lightopd.cache.store import (
 )
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table, split_lists
 from lightopd.errors import InputError
+from lightopd.files import file_sha256
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
@@ -60,8 +61,8 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
-    """What `import_official` did."""
+class Converted:
+    """What `convert_official` did."""
 
     cache: Path
     num_rollouts: int
@@ -70,14 +71,14 @@ class Imported:
     """Rows left out, by reason."""
 
 
-def import_official(
+def convert_official(
     parquet: Path,
     out: Path,
     *,
     vocabulary_size: int,
     encode_prompt: EncodePrompt | None = None,
     signal: str = "teacher",
-) -> Imported:
+) -> Converted:
     """Turn the official Lightning-OPD Parquet into a cache whose lineage is unknown.
 
     The official files have no token ids of the prompt, no end token, no finish reason and no student
@@ -116,7 +117,7 @@ def import_official(
                 out / made.kind, index, table, kind=made.kind, fingerprint=made.fingerprint(),
                 dropped=without, made_from=made,
             )  # fmt: skip
-    return Imported(out, len(prompts), num_tokens, dropped)
+    return Converted(out, len(prompts), num_tokens, dropped)
 
 
 def _survey(source: _Source, signal: str) -> tuple[list[str], dict[str, int], int]:

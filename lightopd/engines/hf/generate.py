@@ -7,6 +7,7 @@ B = rows that are still running, R = rows whose nucleus is not found yet, U = di
 T = positions, K = most likely tokens, V = vocabulary; nats throughout.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from lightopd.models.head import last_hidden
 from lightopd.models.load import LoadedModel
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.records import Ids, Sample
+from lightopd.under_way import so_far
 
 COMPACT_SHARE = 0.25
 """Share of finished rows at which they leave the batch; that copies the cache once, as every step does."""
@@ -135,7 +137,8 @@ def _draw_batch(
     """Draw until every row is finished; results are left in the rows."""
     state = _prefill(loaded, prompts)
     running = list(rows)
-    while True:
+    for length in itertools.count(1):
+        so_far(f"token {length:,} of {len(running)} responses")
         drawn_B = _draw_tokens(loaded, state.hidden_BD, running, sampling, stops)
         finished = [row.is_finished for row in running]
         if all(finished):

@@ -26,6 +26,7 @@ from lightopd.errors import EngineError
 from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
 from lightopd.schemas.records import Scores, Support
+from lightopd.under_way import so_far
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,14 @@ def score(
         settings = replace(settings, batch_tokens=min(settings.batch_tokens, fitting))
     results = [empty_scores()] * len(sequences)
     filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    done, total = 0, sum(len(sequences[index].response_ids) for index in filled)
     with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
         for indices, scores in _one_behind(_scored(loaded, sequences, filled, settings)):
             _check_finite(scores, sequences, indices)
             for index, part in _split(scores, sequences, indices):
                 results[index] = part
+            done += sum(len(sequences[index].response_ids) for index in indices)
+            so_far(f"{done:,} of {total:,} response tokens")
     return results
 
 

@@ -1,9 +1,11 @@
-"""Many requests at once, as many as fit in memory, for engines that answer asynchronously."""
+"""Many requests at once, as many as fit in memory, for engines that reply asynchronously."""
 
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+
+from lightopd.under_way import so_far
 
 Result = TypeVar("Result")
 
@@ -59,7 +61,7 @@ async def run_all(
 
     Args:
         ask: makes one request.
-        sizes: of each request and its answer, in any unit.
+        sizes: of each request and its reply, in any unit.
         budget: most of that unit at once.
         most: most requests at once; None for no limit.
     """
@@ -80,6 +82,7 @@ async def run_all(
             index = running.pop(done)
             in_use -= sizes[index]
             results[index] = done.result()
+            so_far(f"{len(results):,} of {len(sizes):,} requests")
     finally:
         for task in running:
             task.cancel()

@@ -35,15 +35,15 @@ class VllmInProcess(RequestEngine):
         self, name: str, prompt_ids: Ids, sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]
     ) -> Drawn:
         params = vllm_settings.sampling_params(sampling, limit, seed, stop_ids)
-        output = (await self._answer(prompt_ids, params)).outputs[0]
+        output = (await self._reply(prompt_ids, params)).outputs[0]
         flat = output.logprobs
         if flat is None or list(flat.token_ids) != list(output.token_ids):
             raise EngineError(f"{name} came back without the log-probabilities of its tokens")
         return Drawn(output.token_ids, flat.logprobs, output.finish_reason)
 
     async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
-        answer = await self._answer(ids_of(sequence), vllm_settings.scoring_params(top_k))
-        return _response_rows(name, answer.prompt_logprobs, sequence, top_k)
+        reply = await self._reply(ids_of(sequence), vllm_settings.scoring_params(top_k))
+        return _response_rows(name, reply.prompt_logprobs, sequence, top_k)
 
     def _run(
         self, doing: str, ask: Callable[[int], Awaitable[Result]], num_entries: Sequence[int]
@@ -60,17 +60,17 @@ class VllmInProcess(RequestEngine):
             client.shutdown()
         self._loop.close()
 
-    async def _answer(self, ids: Ids, params: Any) -> Any:
-        """vLLM's finished answer to one request."""
+    async def _reply(self, ids: Ids, params: Any) -> Any:
+        """vLLM's finished reply to one request."""
         assert self._client is not None, "the engine is closed"
         self._num_requests += 1
         asked = {"type": "token", "prompt_token_ids": ids.tolist()}
         name = str(self._num_requests)
         stream = self._client.generate(asked, params, name, lora_request=self._adapter)
-        answers = [answer async for answer in stream if answer.finished]
-        if not answers:
-            raise EngineError("vLLM ended a request without an answer; run the command again")
-        return answers[-1]
+        replies = [reply async for reply in stream if reply.finished]
+        if not replies:
+            raise EngineError("vLLM ended a request without a reply; run the command again")
+        return replies[-1]
 
 
 def load_vllm_engine(engine: VllmEngine, model: ModelConfig) -> VllmInProcess:

@@ -40,7 +40,7 @@ class RequestEngine(ABC):
     Args:
         loop: where requests run; it is closed with the engine.
         limits: of the model, or shorter.
-        entry_bytes: memory of one log-probability in an answer.
+        entry_bytes: memory of one log-probability in a reply.
         is_processed: log-probabilities of drawn tokens are those after temperature and truncation.
         most: requests at once; None for no limit but that of memory.
     """
@@ -128,7 +128,7 @@ class RequestEngine(ABC):
     def _run(
         self, doing: str, ask: Callable[[int], Awaitable[Result]], num_entries: Sequence[int]
     ) -> list[Result]:
-        """Results of every request, in order, given how many log-probabilities each answer holds."""
+        """Results of every request, in order, given how many log-probabilities each reply holds."""
         sizes = [self._entry_bytes * entries for entries in num_entries]
         return self._loop.run(run_all(ask, sizes, IN_FLIGHT_BYTES, self._most))
 

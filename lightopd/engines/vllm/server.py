@@ -8,9 +8,9 @@ from typing import Any
 
 from lightopd.engines.vllm.concurrency import LoopThread
 from lightopd.engines.vllm.requests import Drawn, RequestEngine, ids_of
-from lightopd.engines.vllm.server_answers import Choice, Completion, parse, response_rows
 from lightopd.engines.vllm.server_http import ServerPool
 from lightopd.engines.vllm.server_probe import Served, check_top_k, probe, served_model
+from lightopd.engines.vllm.server_replies import Choice, Completion, parse, response_rows
 from lightopd.errors import EngineError
 from lightopd.models.limits import precision_of
 from lightopd.schemas import records
@@ -19,7 +19,7 @@ from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Floats, Ids, Scores
 
 ENTRY_BYTES = 512
-"""Memory of one log-probability while an answer is read: its JSON text and the Python objects of it."""
+"""Memory of one log-probability while a reply is read: its JSON text and the Python objects of it."""
 
 
 class ServerClient(RequestEngine):
@@ -38,7 +38,7 @@ class ServerClient(RequestEngine):
         """Score responses; see `Engine.score`.
 
         Raises:
-            EngineError: also when a server caps log-probabilities below `top_k`, or does not answer.
+            EngineError: also when a server caps log-probabilities below `top_k`, or does not reply.
         """
         if self._checked_top_k < top_k <= self.vocabulary_size:
             self._loop.run(check_top_k(self._pool, self._name, top_k))
@@ -65,8 +65,8 @@ class ServerClient(RequestEngine):
     async def _complete(self, name: str, ids: Ids, settings: Mapping[str, Any]) -> Choice:
         """The one choice of a completion whose prompt came back as it was sent."""
         sent = ids.tolist()
-        answer = await self._pool.post("/v1/completions", {"model": self._name, "prompt": sent, **settings})
-        choice = parse(Completion, answer, name).choices[0]
+        reply = await self._pool.post("/v1/completions", {"model": self._name, "prompt": sent, **settings})
+        choice = parse(Completion, reply, name).choices[0]
         if choice.prompt_token_ids != sent:
             raise EngineError(
                 f"{name}: the server read other tokens than the {len(sent)} that were sent, or does not say "
@@ -80,7 +80,7 @@ def load_server_engine(engine: ServerEngine, model: ModelConfig) -> ServerClient
 
     Raises:
         ConfigError: the API key is missing.
-        EngineError: a server does not answer, or fails the probe.
+        EngineError: a server does not reply, or fails the probe.
     """
     loop, pool = LoopThread(), ServerPool(engine)
     try:
@@ -99,7 +99,7 @@ def describe_server(engine: ServerEngine, model: ModelConfig) -> tuple[EngineRec
 
     Raises:
         ConfigError: the API key is missing.
-        EngineError: a server does not answer, or several differ.
+        EngineError: a server does not reply, or several differ.
     """
     pool, loop = ServerPool(engine), LoopThread()
     try:

@@ -45,7 +45,7 @@ class ServerPool:
         return await self._ask("GET", path, None, (url,))
 
     async def post(self, path: str, body: dict[str, Any], url: str | None = None) -> Any:
-        """The answer of the server at `url`, or of the least busy one.
+        """The reply of the server at `url`, or of the least busy one.
 
         Refused and broken connections, time-outs, 429 and 5xx are tried again after growing pauses, on
         another server where there is one.
@@ -72,7 +72,7 @@ class ServerPool:
                 log.warning("%s; trying again in %.1f s", reason, pause_s)
                 await asyncio.sleep(pause_s)
         raise NoAnswerError(
-            f"no answer from {' or '.join(urls)} after {self._attempts} tries, last {reason}; start the "
+            f"no reply from {' or '.join(urls)} after {self._attempts} tries, last {reason}; start the "
             f"server again and repeat the command: finished shards are kept"
         )
 
@@ -86,7 +86,7 @@ class ServerPool:
             async with self._session.request(method, url + path, json=body) as response:
                 content = await self._read(response, url + path)
         except TimeoutError as error:
-            raise _TryAgain("no answer in time") from error
+            raise _TryAgain("no reply in time") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise _TryAgain(self._hidden(_first_line(str(error))) or type(error).__name__) from error
         except aiohttp.ClientError as error:
@@ -103,7 +103,7 @@ class ServerPool:
             raise EngineError(f"{url}{path} answered no JSON; check that it is a vLLM server") from error
 
     async def _read(self, response: aiohttp.ClientResponse, name: str) -> bytes:
-        """The answer's bytes, up to `engine.max_answer_mib`."""
+        """The reply's bytes, up to `engine.max_answer_mib`."""
         content = bytearray()
         async for part in response.content.iter_any():
             content += part

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lightopd.engines.vllm.server_answers import (
+from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
+from lightopd.engines.vllm.server_replies import (
     Choice,
     Completion,
     Models,
@@ -17,7 +18,6 @@ from lightopd.engines.vllm.server_answers import (
     parse,
     response_rows,
 )
-from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
 from lightopd.errors import EngineError, InputError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits
@@ -68,7 +68,7 @@ async def served_model(pool: ServerPool, engine: ServerEngine) -> Card:
     """What the servers say they serve; all must say the same.
 
     Raises:
-        EngineError: a server does not answer, does not serve the model, or they differ.
+        EngineError: a server does not reply, does not serve the model, or they differ.
     """
     cards = await asyncio.gather(*(_card(pool, url, engine.model) for url in pool.urls))
     for url, card in zip(pool.urls, cards, strict=True):
@@ -119,7 +119,7 @@ async def check_top_k(pool: ServerPool, name: str, top_k: int) -> None:
             choice = await _complete(pool, url, name, [0, 0], asked)
             response_rows("a pair of tokens", choice, pair, top_k)
         except NoAnswerError:
-            log.warning("%s does not answer; the other servers take its work", url)
+            log.warning("%s does not reply; the other servers take its work", url)
         except EngineError as error:
             raise EngineError(
                 f"{url} does not give {top_k} log-probabilities ({error}); start it with --max-logprobs "
@@ -226,8 +226,8 @@ async def _complete(
     pool: ServerPool, url: str, name: str, ids: list[int], settings: dict[str, Any]
 ) -> Choice:
     body = {"model": name, "prompt": ids, "max_tokens": 1, "return_token_ids": True, **settings}
-    answer = await pool.post("/v1/completions", {**body, "add_special_tokens": False}, url)
-    choice = parse(Completion, answer, f"{url}/v1/completions").choices[0]
+    reply = await pool.post("/v1/completions", {**body, "add_special_tokens": False}, url)
+    choice = parse(Completion, reply, f"{url}/v1/completions").choices[0]
     if choice.prompt_token_ids != ids or not choice.token_ids:
         raise EngineError(
             f"{url} does not return the token ids that it was sent: it tokenises anew, or is no vLLM that "

@@ -77,7 +77,7 @@ class Pages:
         """How many rollouts the search finds, and the ids of the page."""
         found = self.opened.sql(
             f"""
-            WITH gaps AS (SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE is_trained GROUP BY ALL),
+            WITH gaps AS (SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE loss_mask GROUP BY ALL),
                  found AS (
                     SELECT r.*, g.gap FROM rollouts AS r LEFT JOIN gaps AS g USING (rollout_id)
                     WHERE $search = ''

@@ -33,7 +33,7 @@ def rewards(opened: OpenedCache) -> Rows:
 
 def gaps(opened: OpenedCache) -> Rows:
     """Trained tokens by gap, the farthest half percent at each side taken into the last bins."""
-    values = "SELECT gap::DOUBLE AS value, signal AS series FROM tokens WHERE is_trained AND gap IS NOT NULL"
+    values = "SELECT gap::DOUBLE AS value, signal AS series FROM tokens WHERE loss_mask AND gap IS NOT NULL"
     return opened.sql(_histogram(values, clipped=True), bins=BINS).rows()
 
 
@@ -41,7 +41,7 @@ def entropies(opened: OpenedCache) -> Rows:
     """Trained tokens by the student's entropy at rollout."""
     values = (
         "SELECT entropy_student::DOUBLE AS value, 'student' AS series FROM tokens "
-        "WHERE is_trained AND signal IS NOT DISTINCT FROM (SELECT min(signal) FROM tokens)"
+        "WHERE loss_mask AND signal IS NOT DISTINCT FROM (SELECT min(signal) FROM tokens)"
     )
     return opened.sql(_histogram(values, clipped=True), bins=BINS).rows()
 
@@ -50,7 +50,7 @@ def masses(opened: OpenedCache) -> Rows:
     """Trained tokens by log10 of the probability outside the stored top-k; nothing outside counts as -8."""
     values = (
         "SELECT greatest(-8, logprob_tail::DOUBLE / ln(10)) AS value, signal AS series FROM tokens "
-        "WHERE is_trained AND signal IS NOT NULL"
+        "WHERE loss_mask AND signal IS NOT NULL"
     )
     return opened.sql(_histogram(values), bins=BINS).rows()
 
@@ -87,7 +87,7 @@ def by_position(opened: OpenedCache) -> Rows:
              binned AS (
                 SELECT pos // width * width AS pos, signal, gap::DOUBLE AS gap,
                        entropy_student::DOUBLE AS entropy
-                FROM tokens, ends WHERE is_trained
+                FROM tokens, ends WHERE loss_mask
              ),
              long AS (
                 SELECT 'gap' AS measure, signal AS series, pos, gap AS value FROM binned WHERE gap IS NOT NULL

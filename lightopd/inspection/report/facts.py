@@ -50,7 +50,7 @@ def tiles(opened: OpenedCache, cache: Cache) -> list[Tile]:
     ]
     gaps = opened.sql(
         "SELECT signal, avg(gap) AS gap, avg(exp(logprob_tail)) AS tail FROM tokens "
-        "WHERE is_trained AND signal IS NOT NULL GROUP BY signal ORDER BY signal"
+        "WHERE loss_mask AND signal IS NOT NULL GROUP BY signal ORDER BY signal"
     ).rows()
     for row in gaps:
         result.append(

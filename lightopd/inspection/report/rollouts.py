@@ -46,7 +46,7 @@ def choose(opened: OpenedCache, cache: Cache, most: int, most_tokens: int) -> Ch
     ranked = opened.sql(
         """
         SELECT r.rollout_id, r.response_tokens, g.gap FROM rollouts AS r
-        LEFT JOIN (SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE is_trained GROUP BY ALL) AS g
+        LEFT JOIN (SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE loss_mask GROUP BY ALL) AS g
             USING (rollout_id) ORDER BY g.gap DESC NULLS LAST, r.rollout_id
         """
     ).rows()

@@ -38,6 +38,8 @@ class Needs:
     """The student at rollout stands for the policy that sampled, in an importance ratio."""
     state: bool = False
     """The objective has a state that `advance` moves after each step and that checkpoints hold."""
+    texts: tuple[str, ...] = ()
+    """Text columns whose numbers are read."""
     answers: tuple[Path, ...] = ()
     """Caches of the teacher's own answers, for the column `teacher_reward`."""
 

@@ -21,6 +21,7 @@ from lightopd.objectives.base.rollout_table import (
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import GroupRewardShift, MarginShift, PreferenceTarget, RewardTarget
 from lightopd.schemas.objectives.weights import (
+    ConfidenceWeight,
     ContrastWeight,
     DifficultyWeight,
     PerplexityWeight,
@@ -32,7 +33,7 @@ Bools = NDArray[np.bool_]
 def group_reward(
     config: RewardTarget | GroupRewardShift, term: TermConfig, table: RolloutTable, is_seen_R: Bools
 ) -> Floats:
-    """(reward - group mean) / (group standard deviation + epsilon); 0 without a reward.
+    """(reward - group mean) / (group standard deviation + epsilon); 0 without a reward or in a group of one.
 
     The deviation is the unbiased one, as in verl, on which the code of arXiv 2605.07725 is built.
     """
@@ -131,6 +132,35 @@ def contrast_measures(config: ContrastWeight, term: TermConfig) -> dict[str, Mea
         return measure
 
     return {f"gain {term.name}": part(1.0), f"loss {term.name}": part(-1.0)}
+
+
+def confidence(config: ConfidenceWeight, term: TermConfig, table: RolloutTable, is_seen_R: Bools) -> Floats:
+    """softmax over the teachers of confidence / (100 tau), this term's share (2605.01347).
+
+    Raises:
+        CacheError: a teacher stated no confidence in a rollout that the term sees.
+    """
+    names = (config.text, *config.others)
+    stated_CR = np.stack([table.measures[f"text {name}"] for name in names])
+    is_missing_CR = ~np.isfinite(stated_CR) & is_seen_R
+    if is_missing_CR.any():
+        place, row = (int(each[0]) for each in np.nonzero(is_missing_CR))
+        raise CacheError(
+            f"text {names[place]} has no number for {int(is_missing_CR[place].sum())} rollouts, the first is "
+            f"{table.rollout_ids[row]}; write it anew under another name, with a `value` that finds one"
+        )
+    scaled_CR = np.where(np.isfinite(stated_CR), stated_CR, 0.0) / (100 * config.tau)
+    share_CR = np.exp(scaled_CR - scaled_CR.max(0))
+    return np.asarray(share_CR[0] / share_CR.sum(0))
+
+
+def confidence_measures(config: ConfidenceWeight, term: TermConfig) -> dict[str, Measure]:
+    """The numbers of every teacher's text."""
+
+    def number(name: str) -> Measure:
+        return lambda view: np.asarray(view.text_values_R[name], np.float64)
+
+    return {f"text {name}": number(name) for name in (config.text, *config.others)}
 
 
 def difficulty(config: DifficultyWeight, term: TermConfig, table: RolloutTable, is_seen_R: Bools) -> Floats:

@@ -78,6 +78,12 @@ PARTS: dict[type[Any], Part] = {
         measures=columns.contrast_measures,
     ),
     w.PivotWeight: Part(weights.pivots, (needs_teacher, Needs(step_sums=True)), step_sums=weights.pivot_sums),
+    w.ConfidenceWeight: Part(
+        None,
+        (lambda config, term: Needs(texts=(config.text, *config.others), prepared=True),),
+        column=columns.confidence,
+        measures=columns.confidence_measures,
+    ),
     w.DifficultyWeight: Part(None, (REWARDS, GROUPS), column=columns.difficulty),
     # selections
     w.MarginSelection: Part(

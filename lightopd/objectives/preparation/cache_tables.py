@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.contexts import text_values
 from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
 from lightopd.cache.store import Cache, open_cache
 from lightopd.objectives.base.part import Needs
@@ -18,7 +19,7 @@ from lightopd.objectives.base.part import Needs
 def cache_views(
     cache: Cache, wanted: Needs, shards: Iterable[ShardColumns] | None = None
 ) -> Iterator[ShardColumns]:
-    """The columns of every shard, in order, with the rewards of the teacher's answers where they are wanted.
+    """The columns of every shard, in order, with the teacher's rewards and texts' numbers where wanted.
 
     Args:
         cache: complete, with the signals that `wanted` names.
@@ -34,7 +35,10 @@ def cache_views(
         shards = (
             read_shard_columns(cache, n, wanted.signals, topk=wanted.topk, seen=seen) for n in cache.shards
         )
-    for columns in shards:
+    for shard, columns in zip(cache.shards, shards, strict=True):
+        if wanted.texts:
+            values = {name: text_values(cache, name, shard) for name in wanted.texts}
+            columns = replace(columns, text_values_R=values)
         if wanted.answers:
             scores = [teacher.get(prompt, np.nan) for prompt in columns.prompt_ids_by_user]
             columns = replace(columns, teacher_rewards_R=np.array(scores, np.float32))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import read_columns
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
@@ -36,6 +37,8 @@ class CacheFacts:
     """Signal name to the number of top-k entries it was scored with."""
     columns: frozenset[str]
     """Columns that not every cache has, and this one has."""
+    texts: frozenset[str] = frozenset()
+    """Names of its text columns."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
 
@@ -61,7 +64,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
         there -= {"ref_logprobs"}  # the teacher's rows have none
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
-    return CacheFacts(str(cache.path), signals, frozenset(there), tuple(cache_remarks(cache, wanted)))
+    texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -153,6 +157,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     """What the cache lacks, one line each with the command that adds it; empty when it can serve."""
     wanted = needs(config)
     lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
+    lines += [
+        f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
+        rf"--template confidence --name {name} --set value='(\d+)'"
+        for name in wanted.texts
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue

@@ -4,7 +4,6 @@
 It can be loaded as a model like any other; a run that resumes from it is the same run, bit by bit.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -20,7 +19,7 @@ from pydantic import Field, JsonValue, ValidationError
 from torch import nn
 
 from lightopd.errors import TrainingError
-from lightopd.files import json_bytes, put_folder, write_atomically
+from lightopd.files import file_sha256, json_bytes, put_folder, write_atomically
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.measures.best import Best
@@ -177,12 +176,7 @@ def remove_leftovers(folder: Path) -> None:
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 of files, several at a time."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return dict(zip(files, pool.map(file_sha256, files.values()), strict=True))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

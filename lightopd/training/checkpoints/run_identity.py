@@ -5,9 +5,11 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from lightopd.cache.contexts import text_contents
 from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.objectives.base.part import Needs
+from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -48,6 +50,7 @@ def recipe_of(
     return {
         "cache": content_id(cache, needed.signals),
         "student": fingerprint_model(student).identity,
+        **({"texts": canonical_hash(text_contents(cache, needed.texts))} if needed.texts else {}),
         **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in needed.answers},
         **{name: value for name, value in settings.items() if name not in free},
         **_flat(objective.model_dump(mode="json"), "objective."),

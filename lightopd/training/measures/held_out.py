@@ -2,6 +2,7 @@
 
 # B = rollouts held out
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs, term_needs
+from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
-from lightopd.training.data.batches import Rows, collate, collect_rows
+from lightopd.training.data.batches import Rows, collate, collect_rows, index_in_response, show
 from lightopd.training.data.plan import CacheIndex, pack
 from lightopd.training.data.shard_store import ShardStore
-from lightopd.training.student.forward import student_tokens
+from lightopd.training.student.forward import student_sums, student_tokens
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,37 @@ def held_out_loss(
             loss = compute_loss(objective, batch.rollouts, student_tokens(student, batch, supports))
             total += loss.value.double()
     return float(reduce(total))
+
+
+def held_out_entropy(
+    student: PreTrainedModel,
+    micro_batches: Sequence[Rows],
+    objective: ObjectiveConfig,
+    state: ObjectiveState,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor],
+) -> float:
+    """Mean entropy of the student now, nats, over what a curriculum shows of the held-out rollouts.
+
+    Args:
+        student: in its own number format.
+        micro_batches: this rank's share of the rollouts held out.
+        objective: with the curriculum.
+        state: where the curriculum stands.
+        device: of the student.
+        reduce: adds up over the ranks.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for rows in micro_batches:
+            turns_N = rows.turns_N.astype(np.int64)
+            shown = show(rows, visible_tokens(objective, state, index_in_response(rows), turns_N))
+            batch = collate(shown, device)
+            tokens = student_tokens(student, batch, ())
+            sums += torch.stack(student_sums(batch.rollouts, tokens)["entropy"])
+    total, weight = reduce(sums).tolist()
+    log.info("step %d: entropy %.6g nats on the rollouts held out", state.steps + 1, total / weight)
+    return float(total / weight)
 
 
 def _unguarded(term: TermConfig) -> object:

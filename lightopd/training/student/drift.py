@@ -121,6 +121,12 @@ class DriftWatch:
         self.num_exceeded = num_exceeded
         self._has_warned = False
 
+    @property
+    def ends_run(self) -> bool:
+        """Whether the cache is stale after the last step, and the run is to end then."""
+        is_stale = self.num_exceeded >= self.needed_steps
+        return is_stale and self.limits is not None and self.limits.stop_when_stale
+
     def metrics(
         self, step: int, totals: Mapping[str, tuple[float, float]], *, is_speaking: bool
     ) -> dict[str, float]:

@@ -2,7 +2,7 @@
 -- every = 1: only each so many-th step
 -- example: lightopd sql CACHE drift --run RUN every=10
 WITH gaps AS (
-    SELECT signal, avg(gap) AS cache_gap FROM tokens WHERE is_trained AND gap IS NOT NULL GROUP BY signal
+    SELECT signal, avg(gap) AS cache_gap FROM tokens WHERE loss_mask AND gap IS NOT NULL GROUP BY signal
 )
 SELECT
     m.run,

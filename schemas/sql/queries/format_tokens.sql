@@ -11,7 +11,7 @@ SELECT
     round(sum(gap), 2) AS total_gap,
     round(sum(gap) / nullif(sum(sum(gap)) OVER (PARTITION BY signal), 0), 4) AS share_of_gap
 FROM tokens
-WHERE is_trained AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
+WHERE loss_mask AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
 GROUP BY signal, token_id
 ORDER BY abs(sum(gap)) DESC, signal, token_id
 LIMIT $k;

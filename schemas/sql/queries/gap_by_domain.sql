@@ -9,6 +9,6 @@ SELECT
     round(quantile_cont(gap::DOUBLE, 0.9), 4) AS p90_gap,
     round(avg(entropy_student), 4) AS mean_entropy
 FROM tokens
-WHERE is_trained AND gap IS NOT NULL
+WHERE loss_mask AND gap IS NOT NULL
 GROUP BY ALL
 ORDER BY mean_gap DESC, domain;

@@ -8,6 +8,6 @@ SELECT
     round(avg(gap), 4) AS mean_gap,
     round(stddev_pop(gap), 4) AS sd_gap,
     round(max(gap)::DOUBLE, 4) AS max_gap
-FROM (SELECT *, floor(log2(pos + 1)) AS bin FROM tokens WHERE is_trained AND gap IS NOT NULL)
+FROM (SELECT *, floor(log2(pos + 1)) AS bin FROM tokens WHERE loss_mask AND gap IS NOT NULL)
 GROUP BY signal, bin
 ORDER BY signal, bin;

@@ -11,6 +11,6 @@ SELECT
     round(avg(gap), 4) AS mean_gap,
     round(max(gap)::DOUBLE, 4) AS max_gap
 FROM tokens, limits
-WHERE is_trained AND gap IS NOT NULL AND reward IS NOT NULL
+WHERE loss_mask AND gap IS NOT NULL AND reward IS NOT NULL
 GROUP BY ALL
 ORDER BY signal, reward_from;

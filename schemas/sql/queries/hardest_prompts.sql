@@ -10,7 +10,7 @@ SELECT
     decode(any_value(prompt_ids)[1:60]) AS prompt_begins_with
 FROM rollouts
 LEFT JOIN (
-    SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE is_trained GROUP BY rollout_id
+    SELECT rollout_id, avg(gap) AS gap FROM tokens WHERE loss_mask GROUP BY rollout_id
 ) AS g USING (rollout_id)
 WHERE reward IS NOT NULL
 GROUP BY prompt_id

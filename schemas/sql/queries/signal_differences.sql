@@ -10,6 +10,6 @@ SELECT
     round(corr(a.logprob_signal, b.logprob_signal), 4) AS correlation
 FROM tokens AS a
 JOIN tokens AS b ON a.rollout_id = b.rollout_id AND a.pos = b.pos AND a.signal < b.signal
-WHERE a.is_trained
+WHERE a.loss_mask
 GROUP BY a.signal, b.signal
 ORDER BY a.signal, b.signal;

@@ -5,7 +5,7 @@
 -- example: lightopd sql CACHE teacher_instead k=5
 WITH worst AS (
     SELECT * FROM tokens
-    WHERE is_trained AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
+    WHERE loss_mask AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
     ORDER BY gap DESC, rollout_id, pos
     LIMIT $k
 )

@@ -17,7 +17,7 @@ SELECT
     w.truncated
 FROM (
     SELECT * FROM tokens
-    WHERE is_trained AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
+    WHERE loss_mask AND gap IS NOT NULL AND ($signal IS NULL OR signal = $signal)
     ORDER BY gap DESC, rollout_id, pos
     LIMIT $k
 ) AS w

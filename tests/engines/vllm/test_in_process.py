@@ -246,7 +246,7 @@ def test_a_run_goes_on_after_its_server_was_killed(cache, model, folder, tmp_pat
     doomed, path = RealServer(folder / "model", VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"), tmp_path / "cache"
     settings = {"kind": "server", "urls": doomed.url, "attempts": 2}
     try:
-        with pytest.raises(EngineError, match="no answer from"):
+        with pytest.raises(EngineError, match="no reply from"):
             score_cache(
                 cache, model, path, settings, lambda *asked: KilledAfterOneShard(load_engine(*asked), doomed)
             )

@@ -210,14 +210,14 @@ def test_a_server_that_died_ends_in_one_line_and_its_neighbour_takes_the_work(se
     both, alone = connect(first, second), connect(first, attempts=3)
     first.stop()
     assert len(both.score(SEQUENCES, 3)) == len(SEQUENCES)
-    with pytest.raises(EngineError, match=r"no answer from .* after 3 tries") as caught:
+    with pytest.raises(EngineError, match=r"no reply from .* after 3 tries") as caught:
         alone.score(SEQUENCES, 3)
     assert "\n" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_server_that_hangs_is_given_up(serve, connect):
-    with pytest.raises(EngineError, match="no answer in time"):
+    with pytest.raises(EngineError, match="no reply in time"):
         connect(serve(), timeout_s=1e-6, attempts=2)
 
 

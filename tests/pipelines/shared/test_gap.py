@@ -28,7 +28,7 @@ def with_gap(monkeypatch, nats):
 
 
 def test_the_gap_is_the_mean_over_trained_tokens(world):
-    sql = "select avg(gap) as gap from tokens where signal = 'teacher' and is_trained"
+    sql = "select avg(gap) as gap from tokens where signal = 'teacher' and loss_mask"
     wanted = query(world.cache, sql).to_pylist()[0]["gap"]
     found = gap.measured_gap(open_cache(world.cache), "teacher")
     assert found.nats == pytest.approx(wanted, abs=1e-6)

@@ -3,7 +3,7 @@
 What it makes, each a Hugging Face folder in float32 with a character-level tokenizer:
 
 1. `teacher`: 0.86M parameters, trained on right running totals and on responses with one wrong
-   digit that go on correctly from there (see `lightopd.rewards.running_totals`).
+   digit that go on correctly from there (see `demo_responses`).
 2. `base`: the student before any training, random weights from the seed.
 3. `student`: 0.36M parameters, `base` after SFT on 3,000 answers *sampled from the teacher*, so
    the model that wrote the SFT data is the model that later scores the student's rollouts. That
@@ -34,19 +34,13 @@ from typing import Any
 
 import torch
 import transformers
+from demo_responses import MAX_PROMPT_CHARS, MAX_RESPONSE_CHARS, corrupted_response, reference_response
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
-from lightopd.rewards.running_totals import (
-    MAX_PROMPT_CHARS,
-    MAX_RESPONSE_CHARS,
-    corrupted_response,
-    reference_response,
-    running_totals,
-    total_reward,
-)
+from lightopd.rewards.running_totals import running_totals, total_reward
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import SftLineage, StudentLineage
 

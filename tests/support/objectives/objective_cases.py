@@ -4,9 +4,10 @@ R = rollouts, N = their response tokens laid end to end, V = vocabulary, K = sup
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,12 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 METHODS = Path(__file__).parents[3] / "pipelines" / "recipes" / "methods"
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "warmup", "code_teacher")
+
+CONFIDENCES = {
+    "confidence": (90, 20, 55, 70, 0, 100, 40, 35),
+    "second_confidence": (10, 60, 55, 5, 80, 30, 95, 0),
+}
+"""Numbers of text columns, by rollout of the world."""
 
 torch.set_num_threads(1)
 
@@ -75,6 +82,9 @@ def make_world(seed: int = 0, vocabulary: int = 7, spread: float = 1.0, drift: f
     base_NV = spread * noise(total, vocabulary)
     tables = {name: (base_NV + noise(total, vocabulary)).log_softmax(-1) for name in SIGNALS}
     tables["rollout_student"] = base_NV.log_softmax(-1)
+    other = torch.Generator().manual_seed(seed + 1000)
+    moved_NV = torch.randn(total, vocabulary, generator=other, dtype=torch.float64)
+    tables["second_teacher"] = (base_NV + moved_NV).log_softmax(-1)
     ids_N = torch.multinomial(tables["rollout_student"].exp(), 1, generator=random)[:, 0]
     return World(
         vocabulary=vocabulary,
@@ -121,13 +131,15 @@ def evaluate(
     state: ObjectiveState | None = None,
     student_NV: Tensor | None = None,
     order: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> tuple[float, Tensor, dict[str, float]]:
     """Value, gradient by the student's logits [N, V], and mean metrics, as the trainer would make them.
 
-    `splits` divides the rollouts into micro-batches; `order` is the order of the cache's rows.
+    `splits` divides the rollouts into micro-batches; `order` is the order of the cache's rows; the loss is
+    made on `device`.
     """
     logits_NV = (world.student_NV if student_NV is None else student_NV).clone().requires_grad_()
-    losses = _step(config, world, logits_NV, top_k or world.vocabulary, splits, state, order)
+    losses = _step(config, world, logits_NV, top_k or world.vocabulary, splits, state, order, device)
     value = torch.stack([loss.value for loss in losses]).sum()
     (gradient_NV,) = torch.autograd.grad(value, logits_NV)
     names = losses[0].metrics
@@ -143,6 +155,7 @@ def _step(
     splits: Sequence[Sequence[int]] | None,
     state: ObjectiveState | None,
     order: Sequence[int] | None,
+    device: str,
 ) -> list[Loss]:
     wanted = needs(config)
     rows = list(order or range(world.size))
@@ -152,6 +165,8 @@ def _step(
     groups = [[row for row in split if row in kept] for split in (splits or [kept])]
     batches = [make_batch(shown, split, kept, top_k, prepared, rows) for split in groups if split]
     students = [make_student(shown, logits_NV, batch, wanted.supports, split) for batch, split in batches]
+    batches = [(_moved(batch, device), split) for batch, split in batches]
+    students = [_moved(student, device) for student in students]
     with torch.no_grad():
         found = [
             collect_step_sums(config, batch, student)
@@ -164,6 +179,17 @@ def _step(
         compute_loss(config, batch, student, totals, state)
         for (batch, _), student in zip(batches, students, strict=True)
     ]
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A tensor, or all tensors of a record or a dictionary, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(one, device) for name, one in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{one.name: _moved(getattr(value, one.name), device) for one in fields(value)})
+    return value
 
 
 def shown_world(config: ObjectiveConfig, world: World, state: ObjectiveState | None) -> World:
@@ -228,6 +254,9 @@ def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
         logprobs_N=sampled["rollout_student"],
         signals=sampled,
         tables={name: table_NV[places_N].numpy() for name, table_NV in world.tables.items()},
+        text_values_R={
+            name: np.array([values[row] for row in rows], np.float32) for name, values in CONFIDENCES.items()
+        },
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
 

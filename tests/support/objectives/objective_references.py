@@ -232,6 +232,17 @@ def dgrpo(world: World, student_NV: Tensor) -> Tensor:
     return batch_mean(world, loss)
 
 
+def zppo(world: World, student_NV: Tensor) -> Tensor:
+    """GRPO's clipped surrogate alone."""
+    reward = group_advantage(world)
+
+    def loss(n: int) -> Tensor:
+        advantage = torch.tensor(reward[int(world.row_N[n])], dtype=torch.float64)
+        return ppo(ratio(world, student_NV, n), advantage, 0.2, 0.2)
+
+    return batch_mean(world, loss)
+
+
 def soda(world: World, student_NV: Tensor) -> Tensor:
     """-log sigmoid(beta [log p/q_w (y+) - log p/q_w (y-)]), sequence sums, mean over pairs."""
     losses = []
@@ -349,6 +360,9 @@ REFERENCES: dict[str, Reference] = {
     "decoupling_student_rkl": Reference(full_divergence("reverse_kl", rows="student")),
     "decoupling_teacher_fkl": Reference(full_divergence("forward_kl", rows="teacher")),
     "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
+    "caopd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
+    "zppo": Reference(zppo, moves="reward", is_surrogate=True),
+    "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),
     "decoupling_mix": Reference(full_divergence("mix")),
     "decoupling_lengths": Reference(full_divergence("mix")),
     "hy_embodied": Reference(full_divergence("forward_kl")),

@@ -5,8 +5,18 @@ from math import ceil
 
 import numpy as np
 import torch
-from objective_cases import World
-from objective_equations import Reference, batch_mean, log_ratio, opd, ppo, ratio, sampled
+from objective_cases import CONFIDENCES, World
+from objective_equations import (
+    Reference,
+    batch_mean,
+    kl,
+    log_ratio,
+    opd,
+    ppo,
+    ratio,
+    sampled,
+    token_mean,
+)
 from torch import Tensor
 
 
@@ -75,7 +85,47 @@ def lspd(world: World, student_NV: Tensor) -> Tensor:
     return batch_mean(world, loss)
 
 
+def vision_opd(world: World, student_NV: Tensor) -> Tensor:
+    """sg[min(s / s0, 2)] JSD(T, s), mean over tokens; the support is the vocabulary here."""
+
+    def loss(n: int) -> Tensor:
+        s_V, t_V = student_NV[n], world.tables["privileged"][n]
+        m_V = ((s_V.exp() + t_V.exp()) / 2).log()
+        value = (kl(s_V, m_V) + kl(t_V, m_V)) / 2
+        return ratio(world, student_NV, n).detach().clamp(max=2.0) * value
+
+    return token_mean(world, loss)
+
+
+def pipo(world: World, student_NV: Tensor) -> Tensor:
+    """KL(s || T), mean over tokens; the union of the top-k is the vocabulary here."""
+    return token_mean(world, lambda n: kl(student_NV[n], world.tables["teacher"][n]))
+
+
+def mad_opd(world: World, student_NV: Tensor) -> Tensor:
+    """sum_k w_k JSD(T_k, s), w = softmax(confidence / 100) over the teachers of each rollout."""
+    names = {"teacher": "confidence", "second_teacher": "second_confidence"}
+    total = []
+    for row in range(world.size):
+        stated = torch.tensor([CONFIDENCES[name][row] / 100 for name in names.values()], dtype=torch.float64)
+        share = dict(zip(names, stated.softmax(0), strict=True))
+
+        def loss(n: int, share: dict[str, Tensor] = share) -> Tensor:
+            s_V, found = student_NV[n], []
+            for name in names:
+                t_V = world.tables[name][n]
+                m_V = ((s_V.exp() + t_V.exp()) / 2).log()
+                found.append(share[name] * (kl(s_V, m_V) + kl(t_V, m_V)) / 2)
+            return torch.stack(found).sum()
+
+        total.append(torch.stack([loss(n) for n in world.tokens(row)]).mean())
+    return torch.stack(total).mean()
+
+
 SAMPLED_TOKEN = {
+    "mad_opd": Reference(mad_opd, moves="rests between two teachers"),
+    "vision_opd": Reference(vision_opd, rests_at="privileged"),
+    "pipo": Reference(pipo),
     "semi_opd": Reference(opd),
     "control_constant": Reference(constant, moves="no teacher", is_surrogate=True),
     "control_shuffled": Reference(shuffled),

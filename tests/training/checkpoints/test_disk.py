@@ -1,4 +1,4 @@
-"""A device whose disk is full, or that is killed while it writes: one line, and the run can go on."""
+"""A device whose disk is full, or that is killed while it writes: one line, and the run can be resumed."""
 
 import json
 import os

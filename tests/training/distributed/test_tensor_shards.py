@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from model_families import FAMILIES, make_model
 from ranks import as_rank
+from recording_disk import RecordingDisk
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
@@ -51,6 +52,12 @@ def write_all(folder, count, tensors, whole=()):
         with as_rank(rank, count) as mesh:
             shares = {name: share_of(tensor, mesh) for name, tensor in tensors.items()}
             write_share(folder, {**shares, **dict(whole)}, rank, count)
+
+
+def test_a_share_lies_on_the_disk_before_the_first_process_names_the_checkpoint(tmp_path, monkeypatch):
+    disk = RecordingDisk().install(monkeypatch)
+    path = write_share(tmp_path / "model", WHOLE, 0, 2)
+    assert disk.events == [("fsync", path, path.read_bytes())]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

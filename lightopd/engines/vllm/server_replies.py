@@ -1,4 +1,4 @@
-"""What a vLLM server may answer, as types, and log-probabilities out of its JSON.
+"""What a vLLM server may reply, as types, and log-probabilities out of its JSON.
 
 R = response tokens, K = top-k, M = K + 1 entries of a position (its own token, then the K most likely).
 """
@@ -31,19 +31,19 @@ def _number(value: Any) -> Any:
 Logprob = Annotated[float, Field(strict=True, allow_inf_nan=True), BeforeValidator(_number)]
 
 
-class Answer(BaseModel):
-    """A part of an answer; fields that are not read may be there."""
+class Reply(BaseModel):
+    """A part of a reply; fields that are not read may be there."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Version(Answer):
+class Version(Reply):
     """Of `/version`."""
 
     version: str = Field(min_length=1, max_length=100)
 
 
-class ModelCard(Answer):
+class ModelCard(Reply):
     """A model that is served."""
 
     id: str = Field(max_length=1000)
@@ -52,32 +52,32 @@ class ModelCard(Answer):
     max_model_len: int = Field(ge=2, lt=2**31)
 
 
-class Models(Answer):
+class Models(Reply):
     """Of `/v1/models`."""
 
     data: list[ModelCard] = []
 
 
-class Tokens(Answer):
+class Tokens(Reply):
     """Of `/tokenize`."""
 
     tokens: list[TokenId]
 
 
-class Entry(Answer):
+class Entry(Reply):
     """The log-probability of one token at one position."""
 
     logprob: Logprob
     rank: int | None = None
 
 
-class DrawnLogprobs(Answer):
+class DrawnLogprobs(Reply):
     """The log-probabilities of the tokens that were drawn."""
 
     token_logprobs: list[Logprob] = []
 
 
-class Choice(Answer):
+class Choice(Reply):
     """One completion."""
 
     prompt_token_ids: list[TokenId] | None = None
@@ -87,28 +87,28 @@ class Choice(Answer):
     prompt_logprobs: list[dict[TokenIdKey, Entry] | None] | None = None
 
 
-class Completion(Answer):
+class Completion(Reply):
     """Of `/v1/completions`."""
 
     choices: list[Choice] = Field(min_length=1)
 
 
-Parsed = TypeVar("Parsed", bound=Answer)
+Parsed = TypeVar("Parsed", bound=Reply)
 
 
-def parse(kind: type[Parsed], answer: Any, name: str) -> Parsed:
-    """An answer as its type.
+def parse(kind: type[Parsed], reply: Any, name: str) -> Parsed:
+    """A reply as its type.
 
     Raises:
         EngineError: it is not what vLLM answers; `name` says whose or to what.
     """
     try:
-        return kind.model_validate(answer)
+        return kind.model_validate(reply)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"][:4])) or "the top"
         raise EngineError(
-            f"{name}: the answer is not vLLM's, {where[:80]}: {first['msg']}; check that it is a vLLM server"
+            f"{name}: the reply is not vLLM's, {where[:80]}: {first['msg']}; check that it is a vLLM server"
         ) from error
 
 
