@@ -3,6 +3,7 @@
 lightopd eval --model STUDENT --prompts heldout.jsonl --out RUN/eval --teacher TEACHER
 """
 
+import logging
 import time
 from typing import Any
 
@@ -31,6 +32,8 @@ from lightopd.schemas.configs import EvalConfig, HfEngine
 from lightopd.schemas.manifest import SftLineage
 from lightopd.training.measures.evaluation import accuracy, divergence
 
+log = logging.getLogger(__name__)
+
 
 def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
     """Sample answers into `OUT/answers` and measure them; what is finished is not done again.
@@ -48,6 +51,7 @@ def run(config: EvalConfig, *, dry_run: bool = False, load: LoadEngine = load_en
         made_from = _made_from(config, plan)
         finished = finished_report("eval", config.out, made_from)
         if finished is not None and not missing_shards(plan):
+            log.info("eval: nothing to do, the answers and figures in %s are reused", config.out)
             return finished
         answers = sample(plan, load)
         save_config(config, "eval", config.out)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +44,9 @@ def rows_of(reader: "pa.RecordBatchReader") -> Iterator[list[Any]]:
 
 
 def _table(reader: "pa.RecordBatchReader", out: Path | None) -> int:
+    room = shutil.get_terminal_size().columns if out is None and sys.stdout.isatty() else None
     with _text(out) as file:
-        lines = list_count(table_lines(reader.schema.names, rows_of(reader)), file)
+        lines = list_count(table_lines(reader.schema.names, rows_of(reader), room), file)
     return lines - 2
 
 

@@ -1,6 +1,7 @@
 """`lightopd sql`: one query, a shipped one by its name, or a shell when none is given."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,11 @@ def sql(
         bool, typer.Option("--schema", help="List views, their columns and the shipped queries.")
     ] = False,
     format: Annotated[
-        str, typer.Option("--format", help="table, markdown, csv, json (lines) or parquet.")
-    ] = "table",
+        str | None,
+        typer.Option(
+            "--format", help="table, markdown, csv, json (lines) or parquet; left out, as --out ends."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the result here instead of the screen.")
     ] = None,
@@ -58,13 +62,21 @@ def sql(
         return
     if out is not None:
         _check_output(out, cache, force)
-    text, values = _chosen(query, file, parameters or [])
+    text, values = _chosen(query, file, parameters or [], {row["view"] for row in opened.columns()})
     look.warn_without_tokenizer(opened, text)
     with opened.stream(text, values) as reader:
         if as_json:
             say(json.dumps({"columns": reader.schema.names, "rows": list(rows_of(reader))}, default=str))
         else:
-            write_rows(reader, format, out)
+            write_rows(reader, format or _format_of(out), out)
+
+
+ENDINGS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".md": "markdown"}
+"""What the ending of `--out FILE` asks for; any other takes a table."""
+
+
+def _format_of(out: Path | None) -> str:
+    return "table" if out is None else ENDINGS.get(out.suffix.lower(), "table")
 
 
 def _check_output(out: Path, cache: Path, force: bool) -> None:
@@ -77,8 +89,10 @@ def _check_output(out: Path, cache: Path, force: bool) -> None:
         raise OutputError(f"{out} exists; name another file, or replace it with --force")
 
 
-def _chosen(query: str | None, file: Path | None, words: list[str]) -> tuple[str, dict[str, Any]]:
-    """SQL and the values of its parameters."""
+def _chosen(
+    query: str | None, file: Path | None, words: list[str], views: Collection[str]
+) -> tuple[str, dict[str, Any]]:
+    """SQL and the values of its parameters; the name of a view alone asks for its rows."""
     from lightopd.errors import ConfigError
     from lightopd.inspection.queries import named_queries, parse_assignments
 
@@ -86,8 +100,13 @@ def _chosen(query: str | None, file: Path | None, words: list[str]) -> tuple[str
     named = named_queries().get(query or "")
     if named is not None:
         return named.sql, named.values(values)
+    if query in views and not words:
+        return f"FROM {query}", {}
     if query is not None and query.isidentifier():
-        raise ConfigError(f"there is no query {query!r}; there are: {', '.join(named_queries())}")
+        queries, shown = ", ".join(named_queries()), ", ".join(sorted(views))
+        raise ConfigError(
+            f"there is no query or view {query!r}; there are the queries {queries} and the views {shown}"
+        )
     return (_read_text(file) if file else query or ""), values
 
 

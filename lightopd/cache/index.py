@@ -12,6 +12,7 @@ checked only for a better message, since a SELECT can hide a COPY in a common ta
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -295,7 +296,7 @@ def told(error: duckdb.Error, path: Path) -> CacheError | ConfigError:
         return ConfigError(f"the SQL reaches outside the cache, which is refused: {line}")
     if isinstance(error, duckdb.IOException | duckdb.SerializationException) or ".parquet" in line:
         return _unreadable(error, path)
-    return ConfigError(f"the SQL cannot be run: {line}")
+    return ConfigError(f"the SQL cannot be run: {_sentences(error)}")
 
 
 def _unreadable(error: duckdb.Error, path: Path) -> CacheError:
@@ -306,6 +307,14 @@ def _first_line(error: duckdb.Error) -> str:
     """The sentence of a DuckDB message; of a Python traceback in it, the exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def _sentences(error: duckdb.Error) -> str:
+    """A DuckDB message in one line, its suggestions kept; the picture of the place in the SQL left out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    if lines[0].startswith("Traceback"):
+        return lines[-1]
+    return " ".join(line for line in lines if not re.match(r"LINE \d+:", line))
 
 
 def _sql_folder() -> Any:

@@ -65,6 +65,7 @@ from lightopd.training.measures.accuracy import AccuracyMeter
 from lightopd.training.measures.best import is_over
 from lightopd.training.measures.held_out import HeldOut, held_out_objective
 from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
+from lightopd.training.messages import few_rollouts
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
 from lightopd.training.student.adapters import is_adapted, load_student
@@ -191,6 +192,8 @@ def _fit(
     said: Mapping[str, Any] = {}
     if start.step < finetune.steps and not (found and _has_ended(run, found[1])):
         said = start_workers(finetune) if starts_workers else _train(run, start)
+    else:
+        _say((), [f"nothing to do: {out} has the checkpoint of step {start.step}, its last"])
     return _result(run, said)
 
 
@@ -222,16 +225,11 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         start=start,
     )
     _make_room(run.out, start.step)
-    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed)], selected.notes)
     index = selected.trained
-    rollouts, batch = len(index.row_P), run.finetune.batch_sequences
-    log.info("training on %d rollouts, steps %d to %d", rollouts, start.step + 1, run.finetune.steps)
-    if batch > rollouts:
-        log.warning(
-            "each step of %d rollouts repeats the %d that there are about %.0f times; set batch_sequences to "
-            "%d or less, or roll out more",
-            *(batch, rollouts, batch / rollouts, rollouts),
-        )
+    repeated = few_rollouts(run.finetune.batch_sequences, len(index.row_P))
+    remarks = [*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated]
+    _say(remarks, selected.notes)
+    log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
     said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes + _changes(store)}

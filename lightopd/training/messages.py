@@ -11,6 +11,16 @@ NAMED_ROLLOUTS = 8
 LOWER_RATE = "lower optimizer.lr and begin in another out folder; checkpoints made before, if any, are kept"
 
 
+def few_rollouts(batch: int, rollouts: int) -> tuple[str, ...]:
+    """What is said before steps that take the same rollouts several times; nothing where none does."""
+    if batch <= rollouts:
+        return ()
+    return (
+        f"each step of {batch} rollouts repeats the {rollouts} that there are about {batch / rollouts:.0f} "
+        f"times; set batch_sequences to {rollouts} or less, or roll out more",
+    )
+
+
 def not_finite(what: str, step: int, ids: Sequence[str]) -> str:
     """A number that must be finite is not; names the rollouts it was made from."""
     named = ", ".join(ids[:NAMED_ROLLOUTS])

@@ -38,6 +38,10 @@ def test_a_sweep_trains_once_for_each_value_on_one_cache(lightopd, run_file):
     assert not (out / "train").exists()
     assert (out / "sweep/lr-1e-4/eval_after").is_dir()
     assert len(open_cache(out / "cache").signals) == 1
+    code, _, err = lightopd("run", "-c", run_file, "--sweep", "train.optimizer.lr=1e-4,3e-4")
+    assert code == 0
+    assert err.count("nothing to do: ") == 2
+    assert err.count("eval: nothing to do, ") == 4
 
 
 @pytest.mark.parametrize(
