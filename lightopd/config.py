@@ -263,7 +263,7 @@ def laid_over(data: dict[str, Any], sets: Iterable[str], flags: Mapping[str, Any
 
 
 def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
-    location: Sequence[Any] = item["loc"]
+    location = [part for part in item["loc"] if " " not in str(part)]
     key = ".".join(str(part) for part in location) or "the whole"
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}{_hint(model, location)}"

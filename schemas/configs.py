@@ -16,6 +16,7 @@ from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
 from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
 from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
+from lightopd.schemas.prompts import AnyContext as AnyContext
 from lightopd.schemas.prompts import ContextConfig as ContextConfig
 from lightopd.schemas.prompts import FilePrompts as FilePrompts
 from lightopd.schemas.prompts import PromptRendering as PromptRendering
@@ -238,7 +239,7 @@ class PrecomputeConfig(StageConfig):
     """Name of the signal; several signals live side by side in one cache."""
     role: Literal["teacher", "self", "reference"] = "teacher"
     """`teacher` wrote the fine-tuning data; `self` sampled the rollouts; `reference` is held to neither."""
-    context: ContextConfig | WrittenContext | None = None
+    context: AnyContext | None = None
     """Show the scoring model another prompt than the student's: a template, or what a text column's model was
     shown; none scores under the student's own."""
     top_k: int = Field(32, ge=0)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator
 
 from lightopd.schemas.base import StrictModel
 
@@ -170,3 +170,15 @@ class ContextConfig(StrictModel):
                 "own names at least one variable, such as {{ solution }}"
             )
         return template
+
+
+def _context_kind(given: Any) -> str:
+    is_written = isinstance(given, WrittenContext) or (isinstance(given, dict) and "text" in given)
+    return "a written context" if is_written else "a shown context"
+
+
+AnyContext = Annotated[
+    Annotated[ContextConfig, Tag("a shown context")] | Annotated[WrittenContext, Tag("a written context")],
+    Discriminator(_context_kind),
+]
+"""Told apart by the key `text`; the tags are no keys, which have no spaces."""

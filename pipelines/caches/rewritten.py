@@ -69,7 +69,11 @@ def make_rollouts(
 def _rollouts(
     source: Cache, text: TextManifest, shard: int, prompts: Mapping[str, Prompt], tokenizer: Any
 ) -> list[Rollout]:
-    names = [name for name in ROLLOUTS.names if name not in ("logprobs", "entropies", "loss_mask", "turns")]
+    names = [
+        name
+        for name in ROLLOUTS.names
+        if name not in ("logprobs", "behavior_logprobs", "entropies", "loss_mask", "turns")
+    ]
     rows = read_columns(source, shard, names).to_pylist()
     texts = read_texts(source, text.name, shard)
     written = split_lists(texts.column("response_ids"))
@@ -93,6 +97,7 @@ def _rollouts(
             "loss_mask": np.ones(len(ids), np.bool_),
             "turns": np.zeros(len(ids), np.int32),
             "logprobs": None,
+            "behavior_logprobs": None,
             "entropies": None,
             "finish_reason": reason,
             "truncated": reason == "length",

@@ -67,7 +67,7 @@ def test_bytes_do_not_depend_on_how_the_table_is_chunked(tmp_path):
 def test_every_file_says_what_it_is(tmp_path):
     write(tmp_path)
     metadata = pq.read_schema(shard_path(tmp_path, 0)).metadata
-    assert metadata[b"lightopd.schema_version"] == b"2"
+    assert metadata[b"lightopd.schema_version"] == b"3"
     assert metadata[b"lightopd.kind"] == b"rollouts"
     assert metadata[b"lightopd.fingerprint"] == FINGERPRINT.encode()
 

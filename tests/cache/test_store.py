@@ -79,7 +79,7 @@ def test_a_folder_that_is_not_a_cache_is_refused(tmp_path):
 def test_a_newer_schema_version_is_refused_before_anything_else_is_read(file, tmp_path):
     make_cache(tmp_path)
     edit(tmp_path / file, schema_version=9, field_of_the_future=1)
-    with pytest.raises(CacheError, match=rf"{file} has schema version 9.* reads up to 2"):
+    with pytest.raises(CacheError, match=rf"{file} has schema version 9.* reads up to 3"):
         open_cache(tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_the_page_has_every_section_and_its_charts(page):
         "Held-out accuracy",
     ):
         assert f"<figcaption>{title}" in page, title
-    assert "limit 0.5" in page
+    assert "limit 0.2" in page
     assert "0.250 \u2192 0.500" in page
     assert "step 21" in page
 

@@ -82,6 +82,10 @@ def rows_of(result):
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
+TEACHERLESS = ("zppo",)
+"""Where each step begins the surrogate of a reward is 0 and tells no direction; the reference test does."""
+
+
 def distance(objective, row):
     """What falls when the student moves the right way: its losses, or, where the value of a loss says nothing
     (an advantage, a stopped gradient), the teacher's lead on the sampled tokens."""
@@ -100,6 +104,9 @@ def distance(objective, row):
 @pytest.mark.parametrize("name", sorted(path.stem for path in METHODS.glob("*.yaml")))
 def test_every_recipe_trains_and_moves_its_objective_the_right_way(train, wide_caches, name):
     first, second = rows_of(train(name))
+    if name in TEACHERLESS:
+        assert all(row["grad_norm"] > 0 for row in (first, second))
+        return
     objective = objective_of(name, wide_caches)
     assert distance(objective, second) < distance(objective, first)
 

@@ -33,8 +33,9 @@ def shuffled(world: World, student_NV: Tensor) -> Tensor:
     for row in range(world.size):
         tokens = world.tokens(row)
         seed = int.from_bytes(sha256(f"0/{world.names[row]}".encode()).digest()[:8], "little")
-        order = np.random.default_rng(seed).permutation(len(tokens))
-        credit |= {n: advantage(tokens[place]) for n, place in zip(tokens, order, strict=True)}
+        keys = np.random.default_rng(seed).random(max(world.lengths))
+        dealt = sorted(tokens, key=lambda n: keys[int(world.index_N[n])])
+        credit |= {n: advantage(other) for n, other in zip(tokens, dealt, strict=True)}
     return batch_mean(world, lambda n: -credit[n].clamp(-10, 10) * sampled(world, student_NV, n))
 
 
