@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from lightopd.errors import InputError, OutputError
 from lightopd.files import write_atomically
@@ -36,6 +36,12 @@ class _Entry(BaseModel):
     dtype: str
     shape: list[Annotated[int, Field(ge=0, strict=True)]]
     data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
+
+    @model_validator(mode="after")
+    def _begins_before_its_end(self) -> "_Entry":
+        if self.data_offsets[0] > self.data_offsets[1]:
+            raise ValueError("a tensor begins behind its end")
+        return self
 
 
 class TensorHash(NamedTuple):
@@ -122,9 +128,12 @@ def _read_header(file: Path, stream: BinaryIO, size_bytes: int) -> tuple[int, di
     if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size_bytes - 8):
         raise damaged
     try:
-        header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        text = stream.read(header_bytes)
+        header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         last = max((_Entry.model_validate(entry).data_offsets[1] for entry in header.values()), default=0)
+        if b"\\u" in text:  # half a pair of escapes is JSON, and no name
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged from error
     if 8 + header_bytes + last != size_bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from lightopd.errors import ConfigError, InputError
+from lightopd.errors import ConfigError, InputError, LightopdError
 from lightopd.lineage.fingerprint import model_folder, read_json
 from lightopd.models.attention import attention_of, read_config
 from lightopd.models.head import Head
@@ -140,7 +140,9 @@ def _read_model(model: ModelConfig, tensors: Mapping[str, Tensor] | None) -> Pre
             if tensors is None
             else _from_tensors(folder, tensors, how, trust_remote_code=model.trust_remote_code)
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except LightopdError:
+        raise
+    except Exception as error:  # a family's own code, on values that its config let pass, fails in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"the model in {folder} cannot be loaded ({type(error).__name__}: {reason})"

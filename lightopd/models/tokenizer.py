@@ -57,12 +57,15 @@ def _read(model: ModelConfig, folder: ModelFolder, name: str) -> Any:
 
     source = str(folder.path) if folder.commit is None else model.path
     try:
-        return getattr(transformers, name).from_pretrained(
+        loaded = getattr(transformers, name).from_pretrained(
             source,
             revision=folder.commit,
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
         )
+        for role in ("bos", "eos", "pad", "unk"):  # a broken special token is found when it is asked for
+            getattr(loaded, f"{role}_token_id")
+        return loaded
     except Exception as error:  # the libraries raise what a damaged file makes them raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"the tokenizer in {folder.path} cannot be loaded: {reason}") from error
@@ -88,8 +91,8 @@ def _difference(tokenizer: Any, folder: Path) -> str | None:
             return f"{token!r} is id {vocabulary.get(token)}, the file has {index}"
     special = " ".join(token.content for token in own.get_added_tokens_decoder().values())[:2000]
     for text in (*PROBE_TEXTS, special):
-        ids = own.encode(text, add_special_tokens=False).ids
         try:
+            ids = own.encode(text, add_special_tokens=False).ids
             found = list(tokenizer.encode(text, add_special_tokens=False))
             written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
