@@ -75,7 +75,7 @@ def test_a_sequence_longer_than_a_pass_is_scored_in_parts(engine, reference):
 def test_requests_that_do_not_fit_into_memory_together_wait(engine, monkeypatch):
     sequences = random_sequences(3, SHAPES, engine.vocabulary_size)
     together = engine.score(sequences, 5)
-    monkeypatch.setattr("lightopd.engines.vllm.in_process.IN_FLIGHT_BYTES", 1)
+    monkeypatch.setattr("lightopd.engines.vllm.requests.IN_FLIGHT_BYTES", 1)
     assert_agree(engine.score(sequences, 5), together, 1e-5)
 
 
