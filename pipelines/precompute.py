@@ -32,7 +32,7 @@ from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer, precision_note
+from lightopd.lineage.checks import check_role, check_student, precision_note
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import ModelLimits, model_limits, precision_of
 from lightopd.models.tokenizer import load_tokenizer
@@ -94,13 +94,8 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
-    overrides = cache.manifest.overrides
-    if config.role == "teacher":
-        sft = declared or cache.manifest.sft
-        overrides += check_teacher(sft, teacher, config.allow, "precompute")
-    elif config.role == "self":
-        overrides += check_student(cache.manifest.sampler, teacher, config.allow, "precompute")
-    overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "precompute")
+    role, allow = config.role, config.allow
+    overrides = check_role(role, cache.manifest, declared, teacher, found, allow, "precompute")
     engine, precision = describe_engine(config.engine, config.teacher)
     context, contexts = _contexts(config, cache, tokenizer, limits)
     support, widest, allowed = _support(config, cache, limits)

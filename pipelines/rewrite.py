@@ -28,7 +28,7 @@ from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine, load_engine
 from lightopd.errors import InputError
 from lightopd.files import write_atomically
-from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
+from lightopd.lineage.checks import check_role
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import model_limits
 from lightopd.pipelines.caches.rewritten import make_rollouts
@@ -105,12 +105,7 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
     model = fingerprint_model(config.model)
     tokenizer, found = identified_tokenizer(config.model)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "rewrite")
-    overrides = cache.manifest.overrides
-    if config.role == "teacher":
-        overrides += check_teacher(declared or cache.manifest.sft, model, config.allow, "rewrite")
-    elif config.role == "self":
-        overrides += check_student(cache.manifest.sampler, model, config.allow, "rewrite")
-    overrides += check_tokenizer(cache.manifest.tokenizer, found, config.allow, "rewrite")
+    overrides = check_role(config.role, cache.manifest, declared, model, found, config.allow, "rewrite")
     rendering, clock = cache.manifest.rendering, shown_time(cache.path)
     renderer = ContextRenderer(config.jinja, config.prompts, config.turn, "", tokenizer, rendering, clock)
     rows = template_rows(cache, config.texts, tokenizer)

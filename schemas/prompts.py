@@ -1,5 +1,6 @@
 """Where prompts come from, how they become token ids, and what a scoring model is shown instead."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,20 @@ PromptsConfig = Annotated[
 ]
 
 
+def shipped_or_jinja(template: str, shipped: Iterable[str], example: str) -> str:
+    """The template, where it is one of the shipped names or Jinja text with a variable.
+
+    Raises:
+        ValueError: it is neither; the message gives the names and an example of a variable.
+    """
+    if template not in shipped and "{{" not in template:
+        raise ValueError(
+            f"no template {template!r}; shipped are {', '.join(shipped)}, and a text of your own names "
+            f"at least one variable, such as {{{{ {example} }}}}"
+        )
+    return template
+
+
 class WrittenContext(StrictModel):
     """What `lightopd rewrite` showed a model, rollout by rollout, shown to the scoring model."""
 
@@ -164,12 +179,7 @@ class ContextConfig(StrictModel):
     @field_validator("template")
     @classmethod
     def _template_is_known_or_jinja(cls, template: str) -> str:
-        if template not in SHIPPED_TEMPLATES and "{{" not in template:
-            raise ValueError(
-                f"no template {template!r}; shipped are {', '.join(SHIPPED_TEMPLATES)}, and a text of your "
-                "own names at least one variable, such as {{ solution }}"
-            )
-        return template
+        return shipped_or_jinja(template, SHIPPED_TEMPLATES, "solution")
 
 
 def _context_kind(given: Any) -> str:

@@ -18,6 +18,7 @@ from lightopd.schemas.configs import (
     as_prompts,
 )
 from lightopd.schemas.objectives.targets import SignalName
+from lightopd.schemas.prompts import shipped_or_jinja
 
 REWRITES = {
     # arXiv 2606.08432: the teacher repairs the student's own answer. Wording ours.
@@ -110,12 +111,7 @@ class RewriteConfig(StageConfig):
     @field_validator("template")
     @classmethod
     def _template_is_known_or_jinja(cls, template: str) -> str:
-        if template not in REWRITES and "{{" not in template:
-            raise ValueError(
-                f"no template {template!r}; shipped are {', '.join(REWRITES)}, and a text of your own names "
-                "at least one variable, such as {{ response }}"
-            )
-        return template
+        return shipped_or_jinja(template, REWRITES, "response")
 
     @field_validator("value", "splice")
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightopd.errors import LineageError
 from lightopd.schemas.configs import Allowed
 from lightopd.schemas.manifest import (
+    CacheManifest,
     ModelFingerprint,
     Override,
     Precision,
@@ -84,6 +85,36 @@ def check_student(
         allow=allow,
         stage=stage,
     )
+
+
+def check_role(
+    role: str,
+    rollouts: CacheManifest,
+    declared: SftLineage | None,
+    model: ModelFingerprint,
+    tokenizer: TokenizerFingerprint,
+    allow: Collection[Allowed],
+    stage: str,
+) -> tuple[Override, ...]:
+    """Refuse a model that is not what its role in a cache says, or that reads other tokens.
+
+    Args:
+        role: `teacher` is held to the fine-tuning data, `self` to the rollouts, any other to neither.
+        rollouts: manifest of the cache.
+        declared: who taught the student, where that is said now.
+
+    Returns:
+        The overrides of the cache and of this model.
+
+    Raises:
+        LineageError: as `check_teacher`, `check_student` and `check_tokenizer` do.
+    """
+    found = rollouts.overrides
+    if role == "teacher":
+        found += check_teacher(declared or rollouts.sft, model, allow, stage)
+    elif role == "self":
+        found += check_student(rollouts.sampler, model, allow, stage)
+    return found + check_tokenizer(rollouts.tokenizer, tokenizer, allow, stage)
 
 
 def check_tokenizer(
