@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightopd.cache.reader import ShardColumns, TokenColumns
+from lightopd.cache.reader import ShardColumns, SignalColumns, TokenColumns
 from lightopd.errors import LightopdError
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
