@@ -30,14 +30,7 @@ from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import LengthCurriculum
 from lightopd.training.checkpoints.checkpoint import load_optimizer
-from lightopd.training.data.batches import (
-    HostBatch,
-    Microbatch,
-    collate,
-    count_totals,
-    index_in_response,
-    show,
-)
+from lightopd.training.data.batches import HostBatch, Microbatch, collate, count_totals, response_index, show
 from lightopd.training.distributed.fsdp import count_broken, shard_student
 from lightopd.training.distributed.strategies import FSDP
 from lightopd.training.jumps import WeightJumps
@@ -214,7 +207,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if self.objective.curriculum is None:
             return micro_batches
         shown = [
-            show(rows, visible_tokens(self.objective, self.state, index_in_response(rows), turns_N))
+            show(rows, visible_tokens(self.objective, self.state, response_index(rows), turns_N))
             for rows, turns_N in ((rows, rows.turns_N.astype(np.int64)) for rows in micro_batches)
         ]
         counts = torch.tensor(count_totals(shown), dtype=torch.int64, device=self.device)

@@ -148,7 +148,7 @@ def show(rows: HostBatch, is_visible_N: NDArray[np.bool_]) -> HostBatch:
     )
 
 
-def index_in_response(rows: HostBatch) -> NDArray[np.int64]:
+def response_index(rows: HostBatch) -> NDArray[np.int64]:
     """Position of each token within its response, from 0: [N]."""
     starts_R = np.cumsum(rows.responses_R) - rows.responses_R
     index_N: NDArray[np.int64] = np.arange(len(rows.response_ids_N)) - np.repeat(starts_R, rows.responses_R)

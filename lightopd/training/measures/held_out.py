@@ -20,7 +20,7 @@ from lightopd.objectives.requirements import needs, term_needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
-from lightopd.training.data.batches import HostBatch, collate, collect_rows, index_in_response, show
+from lightopd.training.data.batches import HostBatch, collate, collect_rows, response_index, show
 from lightopd.training.data.plan import CacheIndex, pack
 from lightopd.training.data.shard_store import ShardStore
 from lightopd.training.student.forward import student_sums, student_tokens
@@ -123,7 +123,7 @@ def held_out_entropy(
     with torch.no_grad():
         for rows in micro_batches:
             turns_N = rows.turns_N.astype(np.int64)
-            shown = show(rows, visible_tokens(objective, state, index_in_response(rows), turns_N))
+            shown = show(rows, visible_tokens(objective, state, response_index(rows), turns_N))
             batch = collate(shown, device)
             tokens = student_tokens(student, batch, ())
             sums += torch.stack(student_sums(batch.rollouts, tokens)["entropy"])
