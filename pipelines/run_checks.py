@@ -16,6 +16,7 @@ from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.shared.preflight import (
+    check_dense_answers,
     check_head_holds,
     check_ids,
     check_one_width,
@@ -35,7 +36,6 @@ from lightopd.schemas.configs import (
     TrainConfig,
 )
 from lightopd.schemas.manifest import CACHE_MANIFEST, SftLineage
-from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.schemas.run import RunConfig
 
 CHECKPOINT_TIMES_WEIGHTS = 3
@@ -61,7 +61,8 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
         check_training(train, train.objective, asks_student=train.accuracy is not None)
         _check_disk(config, sft, train, sampler, trainings)
     if sft is not None and not is_finished("sft"):
-        check_training(sft.finetune, MLE_OBJECTIVE, asks_student=False)
+        check_training(sft.finetune, sft.objective, asks_student=False)
+        check_dense_answers(sft)
         tokenizer, taught = identified_tokenizer(sft.teacher)
         check_ids(sft.student, taught, sft.allow, "sft")
         check_head_holds(sft.student, tokenizer)
