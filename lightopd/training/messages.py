@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightopd.schemas.finetune import FinetuneConfig
-from lightopd.training.data.batches import Rows
+from lightopd.training.data.batches import HostBatch
 
 NAMED_ROLLOUTS = 8
 """Rollouts that an error names one by one."""
@@ -36,7 +36,7 @@ def broken_weights(step: int, count: int) -> str:
     return f"{count} weight tensors are not finite after step {step}, which is not kept; {LOWER_RATE}"
 
 
-def no_memory(rows: Rows, finetune: FinetuneConfig) -> str:
+def no_memory(rows: HostBatch, finetune: FinetuneConfig) -> str:
     """A micro-batch is larger than memory; names the settings that make it smaller."""
     longest = int((rows.prompts_R + rows.responses_R).max())
     padded = longest * len(rows.rollout_ids)

@@ -30,7 +30,7 @@ from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import LengthCurriculum
 from lightopd.training.checkpoints.checkpoint import load_optimizer
-from lightopd.training.data.batches import Microbatch, Rows, collate, count_totals, index_in_response, show
+from lightopd.training.data.batches import HostBatch, Microbatch, collate, count_totals, response_index, show
 from lightopd.training.distributed.fsdp import count_broken, shard_student
 from lightopd.training.distributed.strategies import FSDP
 from lightopd.training.jumps import WeightJumps
@@ -129,8 +129,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         """Numbers of the last step, the same on every rank."""
         self.is_between_steps = False
         """Whether weights, moments and `metrics.csv` stand at the end of step `step`."""
-        self._held_out_rows: list[Rows] = []
-        self._idle_rows: list[Rows] = []
+        self._held_out_rows: list[HostBatch] = []
+        self._idle_rows: list[HostBatch] = []
         self._step_began_s = 0.0
         self.drift = DriftWatch(limits, finetune.steps, start.num_exceeded)
 
@@ -165,7 +165,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         """Leave the step's rows on the host; each micro-batch moves when its turn comes."""
         return batch
 
-    def training_step(self, micro_batches: list[Rows] | LightopdError, batch_idx: int) -> None:
+    def training_step(self, micro_batches: list[HostBatch] | LightopdError, batch_idx: int) -> None:
         """One optimiser step.
 
         Raises:
@@ -202,19 +202,19 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         others = {**drift, **jumped, **measured, "grad_norm": norm, "lr": rate}
         self._publish(means, totals["tokens"][0], others)
 
-    def _shown(self, micro_batches: list[Rows]) -> list[Rows]:
+    def _shown(self, micro_batches: list[HostBatch]) -> list[HostBatch]:
         """What the curriculum shows of the step, with totals counted over all ranks."""
         if self.objective.curriculum is None:
             return micro_batches
         shown = [
-            show(rows, visible_tokens(self.objective, self.state, index_in_response(rows), turns_N))
+            show(rows, visible_tokens(self.objective, self.state, response_index(rows), turns_N))
             for rows, turns_N in ((rows, rows.turns_N.astype(np.int64)) for rows in micro_batches)
         ]
         counts = torch.tensor(count_totals(shown), dtype=torch.int64, device=self.device)
         totals = BatchTotals(*(int(count) for count in self._reduce(counts)))
         return [replace(rows, totals=totals) for rows in shown]
 
-    def _look_ahead(self, micro_batches: Sequence[Rows]) -> tuple[MetricSums, StepLoad | None]:
+    def _look_ahead(self, micro_batches: Sequence[HostBatch]) -> tuple[MetricSums, StepLoad | None]:
         """MetricSums over the whole step that the loss needs beforehand, from a pass without gradient."""
         has_routers = self.finetune.router_loss is not None
         if not self.needed.step_sums and not has_routers:
@@ -245,7 +245,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return student_tokens(self.student, batch, self.needed.supports), ()
 
     def _backward(
-        self, rows: Rows, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
+        self, rows: HostBatch, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
     ) -> MetricSums:
         """Gradients of one micro-batch, added to those of the step; returns its metrics as sums."""
         with self._memory_named(rows):
@@ -326,7 +326,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return total
 
     @contextmanager
-    def _memory_named(self, rows: Rows | None) -> Iterator[None]:
+    def _memory_named(self, rows: HostBatch | None) -> Iterator[None]:
         """Turn a lack of memory into the numbers to change, and that of a compiler into its name.
 
         Args:
@@ -350,7 +350,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         return cast(AbstractContextManager[Any], block())
 
     def _refuse_non_finite(
-        self, loss: float, sums: Sequence[MetricSums], micro_batches: Sequence[Rows]
+        self, loss: float, sums: Sequence[MetricSums], micro_batches: Sequence[HostBatch]
     ) -> None:
         if loss - loss == 0:
             return
@@ -382,7 +382,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         }
 
 
-def _ids(micro_batches: Sequence[Rows]) -> list[str]:
+def _ids(micro_batches: Sequence[HostBatch]) -> list[str]:
     """Rollouts in these micro-batches of all ranks, so that any rank can name them."""
     ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
     if not (dist.is_available() and dist.is_initialized()):

@@ -60,8 +60,8 @@ def _with_kinds(parts: Any) -> Any:
     return tuple(map(_with_kind, parts)) if isinstance(parts, list | tuple) else parts
 
 
-Part = TypeVar("Part")
-Parts = Annotated[tuple[Part, ...], BeforeValidator(_with_kinds), AfterValidator(_no_kind_twice)]
+PartConfig = TypeVar("PartConfig")
+Parts = Annotated[tuple[PartConfig, ...], BeforeValidator(_with_kinds), AfterValidator(_no_kind_twice)]
 """Parts of different kinds; a plain string is a kind."""
 
 

@@ -33,7 +33,7 @@ from lightopd.schemas.manifest import (
     TokenizerFingerprint,
 )
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.schemas.records import Rollout, Scores
+from lightopd.schemas.records import Rollout, RolloutSignal
 from lightopd.schemas.rewriting import TEXTS
 from lightopd.training.fit import fit
 
@@ -185,7 +185,7 @@ def score(model, rollout, top_k):
     kept = [order[:count] for order, count in zip(order_TV, counts, strict=True)]
     values = [row[ids] for row, ids in zip(logprobs_TV, kept, strict=True)]
     tails = [np.log1p(-np.exp(value.astype(np.float64)).sum()) for value in values]
-    return Scores(
+    return RolloutSignal(
         logprobs=logprobs_TV[np.arange(len(logprobs_TV)), rollout.response_ids],
         topk_counts=counts,
         topk_ids=np.concatenate(kept).astype(np.int32),

@@ -13,7 +13,7 @@ MetricSums = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class SignalTokens:
+class SignalBatch:
     """One cached signal over the micro-batch."""
 
     logprobs_N: Tensor
@@ -52,7 +52,7 @@ class RolloutBatch:
     """int64, assistant turn of the token, from 0."""
     ref_logprobs_N: Tensor | None
     """float32, of the sampled token under the student at rollout; None for an imported cache."""
-    signals: dict[str, SignalTokens]
+    signals: dict[str, SignalBatch]
     """Cached signals by name, those the objective asked for."""
     lengths_R: Tensor
     """int64, trained tokens of each rollout."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightopd.cache.reader import ShardColumns, SignalColumns
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
 from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.objectives.requirements import needs
@@ -300,10 +300,10 @@ def _sampled(world: World, name: str, places_N: Tensor) -> Tensor:
     return world.tables[name][places_N].gather(1, world.ids_N[places_N][:, None])[:, 0]
 
 
-def _signal(world: World, name: str, places_N: Tensor, top_k: int) -> SignalTokens:
+def _signal(world: World, name: str, places_N: Tensor, top_k: int) -> SignalBatch:
     table_NV = world.tables[name][places_N]
     topk_NK, ids_NK = table_NV.topk(top_k, dim=1)
-    return SignalTokens(_sampled(world, name, places_N), ids_NK, topk_NK, tail_of(table_NV, ids_NK))
+    return SignalBatch(_sampled(world, name, places_N), ids_NK, topk_NK, tail_of(table_NV, ids_NK))
 
 
 def tail_of(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
