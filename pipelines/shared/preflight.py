@@ -58,7 +58,7 @@ def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLinea
 
 
 def check_ids(
-    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed], stage: str
+    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed] | None, stage: str
 ) -> tuple[Override, ...]:
     """Refuse a model to which the ids of `cached` mean other tokens; templates and end ids do not matter.
 
@@ -103,20 +103,6 @@ def check_head_holds(student: ModelConfig, tokenizer: Any) -> None:
         raise InputError(
             f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it "
             f"more with resize_token_embeddings({largest + 1}), and save it"
-        )
-
-
-def check_one_width(model: ModelConfig, other: ModelConfig) -> None:
-    """Refuse models whose full distributions cannot be compared id by id.
-
-    Raises:
-        InputError: their output layers differ in width.
-    """
-    one, two = model_limits(model).vocabulary_size, model_limits(other).vocabulary_size
-    if one != two:
-        raise InputError(
-            f"{model.path} has {one} outputs, {other.path} has {two}; KL over the whole vocabulary needs one "
-            "width, leave the teacher out"
         )
 
 
