@@ -21,7 +21,7 @@ from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
-from lightopd.schemas.configs import ModelConfig
+from lightopd.schemas.configs import ModelConfig, SamplingConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import (
     CacheManifest,
@@ -34,7 +34,7 @@ from lightopd.schemas.manifest import (
 )
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, RolloutSignal
-from lightopd.schemas.rewriting import TEXTS
+from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 from lightopd.training.fit import fit
 
 VOCABULARY = 64
@@ -303,6 +303,7 @@ def wide_caches(student_folder, tmp_path_factory):
         ]
         cache = write_cache(folder / name, rollouts, scores, 8, 16, **settings)
         write_confidences(cache)
+        write_continuations(cache)
         return cache
 
     return {
@@ -312,22 +313,33 @@ def wide_caches(student_folder, tmp_path_factory):
     }
 
 
+def written(name, cache, **more):
+    """Manifest of a text column of nobody's."""
+    nothing = TokenizerFingerprint(vocabulary="", size=1, special_ids={}, template=None)
+    given = {
+        "sampling": None,
+        "engine": None,
+        "precision": None,
+        "tokenizer": nothing,
+        "model": NOBODY,
+    } | more
+    return TextManifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        role="reference",
+        rollouts=cache.manifest.fingerprint(),
+        template="{{ response }}",
+        prompts=name,
+        tokenizer=nothing,
+        model=NOBODY,
+        **given,
+    )
+
+
 def write_confidences(cache):
     """Two text columns of numbers that differ from rollout to rollout."""
     for name, step in (("confidence", 7), ("second_confidence", 31)):
-        manifest = TextManifest(
-            schema_version=SCHEMA_VERSION,
-            name=name,
-            role="reference",
-            rollouts=cache.manifest.fingerprint(),
-            model=NOBODY,
-            precision=None,
-            tokenizer=TokenizerFingerprint(vocabulary="", size=1, special_ids={}, template=None),
-            template="{{ response }}",
-            prompts=name,
-            sampling=None,
-            engine=None,
-        )
+        manifest = written(name, cache)
         create_text(cache, manifest)
         folder = text_folder(cache.path, name)
         for shard in cache.shards:
@@ -337,6 +349,33 @@ def write_confidences(cache):
             table = table.append_column(TEXTS.field("value"), pa.array(values, pa.float32())).cast(TEXTS)
             fingerprint = manifest.fingerprint()
             write_shard(folder, shard, table, kind=manifest.kind, fingerprint=fingerprint)
+
+
+def write_continuations(cache):
+    """Two chunks of a rollout, each with two scored continuations, without the continuations' ids."""
+    manifest = written("continuations", cache, branches=BranchConfig(), sampling=SamplingConfig(n=2))
+    create_text(cache, manifest)
+    folder = text_folder(cache.path, manifest.name)
+    for shard in cache.shards:
+        own = read_columns(cache, shard, ["rollout_id", "prompt_ids", "response_ids"]).to_pylist()
+        rows = []
+        for number, row in enumerate(own):
+            places = [0, 2] if len(row["response_ids"]) > 2 else [0]
+            scores = [((number + k) % 5) / 4 for k in range(2 * len(places))]
+            rows.append(
+                {
+                    "rollout_id": row["rollout_id"],
+                    "prompt_ids": row["prompt_ids"],
+                    "response_ids": [],
+                    "places": places,
+                    "chunk_counts": [min(2, len(row["response_ids"]) - place) for place in places],
+                    "forced_ids": [None] * len(places),
+                    "drawn_counts": [0] * len(scores),
+                    "scores": scores,
+                }
+            )
+        table = pa.Table.from_pylist(rows, schema=BRANCHES)
+        write_shard(folder, shard, table, kind=manifest.kind, fingerprint=manifest.fingerprint())
 
 
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")
