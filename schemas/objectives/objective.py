@@ -189,3 +189,7 @@ class ObjectiveConfig(StrictModel):
 
 MLE_OBJECTIVE = ObjectiveConfig(terms=(TermConfig(target=MleTarget(kind="mle")),))
 """Supervised fine-tuning: each answer's mean negative log-likelihood."""
+FORWARD_KL_OBJECTIVE = ObjectiveConfig(
+    terms=(TermConfig(target=DivergenceTarget(kind="divergence", divergence="forward_kl", support="tail")),)
+)
+"""Fine-tuning on what the teacher holds likely at each token: KL(T || s) on its top-k and the tail."""
