@@ -114,7 +114,8 @@ def entropy_peaks(entropies_N: Floats, loss_mask_N: Bools, places: int, length: 
 
     Chunks are of trained tokens alone, do not overlap, and have `length` tokens where so many are left.
     """
-    is_free_N, chunks = loss_mask_N.copy(), []
+    is_free_N = loss_mask_N.copy()
+    chunks: list[tuple[int, int]] = []
     for peak in np.argsort(-entropies_N.astype(np.float64), kind="stable").tolist():
         if len(chunks) == places:
             break
