@@ -7,21 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from ranks import Ranks
+from text_columns import write_confidences, write_continuations
 from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lightopd.cache.contexts import create_text, text_folder
 from lightopd.cache.manifests import rollouts_folder, signal_folder
-from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
 from lightopd.schemas.cache import SCHEMA_VERSION
-from lightopd.schemas.configs import ModelConfig, SamplingConfig
+from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import (
     CacheManifest,
@@ -29,12 +27,9 @@ from lightopd.schemas.manifest import (
     ModelFingerprint,
     SftLineage,
     SignalManifest,
-    TextManifest,
-    TokenizerFingerprint,
 )
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, RolloutSignal
-from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 from lightopd.training.fit import fit
 
 VOCABULARY = 64
@@ -311,71 +306,6 @@ def wide_caches(student_folder, tmp_path_factory):
         "pairs": write("pairs", pairs, origin="imported", rows_origin="kept"),
         "answers": write_cache(folder / "answers", answers, {}, 8, 0, origin="teacher"),
     }
-
-
-def written(name, cache, **more):
-    """Manifest of a text column of nobody's."""
-    nothing = TokenizerFingerprint(vocabulary="", size=1, special_ids={}, template=None)
-    given = {
-        "sampling": None,
-        "engine": None,
-        "precision": None,
-        "tokenizer": nothing,
-        "model": NOBODY,
-    } | more
-    return TextManifest(
-        schema_version=SCHEMA_VERSION,
-        name=name,
-        role="reference",
-        rollouts=cache.manifest.fingerprint(),
-        template="{{ response }}",
-        prompts=name,
-        tokenizer=nothing,
-        model=NOBODY,
-        **given,
-    )
-
-
-def write_confidences(cache):
-    """Two text columns of numbers that differ from rollout to rollout."""
-    for name, step in (("confidence", 7), ("second_confidence", 31)):
-        manifest = written(name, cache)
-        create_text(cache, manifest)
-        folder = text_folder(cache.path, name)
-        for shard in cache.shards:
-            table = read_columns(cache, shard, ["rollout_id", "prompt_ids", "response_ids", "finish_reason"])
-            values = [float(step * (shard + row) % 101) for row in range(table.num_rows)]
-            table = table.append_column(TEXTS.field("text"), pa.array(map(str, values), pa.string()))
-            table = table.append_column(TEXTS.field("value"), pa.array(values, pa.float32())).cast(TEXTS)
-            fingerprint = manifest.fingerprint()
-            write_shard(folder, shard, table, kind=manifest.kind, fingerprint=fingerprint)
-
-
-def write_continuations(cache):
-    """Two chunks of a rollout, each with two scored continuations, without the continuations' ids."""
-    manifest = written("continuations", cache, branches=BranchConfig(), sampling=SamplingConfig(n=2))
-    create_text(cache, manifest)
-    folder = text_folder(cache.path, manifest.name)
-    for shard in cache.shards:
-        own = read_columns(cache, shard, ["rollout_id", "prompt_ids", "response_ids"]).to_pylist()
-        rows = []
-        for number, row in enumerate(own):
-            places = [0, 2] if len(row["response_ids"]) > 2 else [0]
-            scores = [((number + k) % 5) / 4 for k in range(2 * len(places))]
-            rows.append(
-                {
-                    "rollout_id": row["rollout_id"],
-                    "prompt_ids": row["prompt_ids"],
-                    "response_ids": [],
-                    "places": places,
-                    "chunk_counts": [min(2, len(row["response_ids"]) - place) for place in places],
-                    "forced_ids": [None] * len(places),
-                    "drawn_counts": [0] * len(scores),
-                    "scores": scores,
-                }
-            )
-        table = pa.Table.from_pylist(rows, schema=BRANCHES)
-        write_shard(folder, shard, table, kind=manifest.kind, fingerprint=manifest.fingerprint())
 
 
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")
