@@ -20,9 +20,8 @@ def written(name, cache, **more):
         "sampling": None,
         "engine": None,
         "precision": None,
-        "tokenizer": nothing,
-        "model": NOBODY,
-    } | more
+        **more,
+    }
     return TextManifest(
         schema_version=SCHEMA_VERSION,
         name=name,
