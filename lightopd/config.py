@@ -12,7 +12,7 @@ from lightopd.errors import ConfigError
 from lightopd.files import stream_kind
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import FilePrompts, ModelConfig
-from lightopd.schemas.run import STAGES, RunConfig
+from lightopd.schemas.run import STAGES, PhaseConfig, RunConfig
 
 Model = TypeVar("Model", bound=StrictModel)
 
@@ -207,12 +207,20 @@ def build_run(data: Mapping[str, Any]) -> RunConfig:
         ConfigError: as `build`; a problem in a section names the section.
     """
     run = build(RunConfig, data)
-    for _, stage, settings in run.pipeline():
+    of_phases = [step for phase in run.phases for step in of_phase(run, phase).pipeline()]
+    for _, stage, settings in [*run.pipeline(), *of_phases]:
         try:
             build(STAGES[stage], settings)
         except ConfigError as error:
             raise ConfigError(str(error).replace("config: ", f"config, section {stage}: ", 1)) from error
     return run
+
+
+def of_phase(run: RunConfig, phase: PhaseConfig) -> RunConfig:
+    """The run with a phase's settings laid over its sections."""
+    own = {"rollout": phase.rollout, "precompute": phase.precompute or {}, "train": phase.train}
+    laid = {name: merged(getattr(run, name), section) for name, section in own.items()}
+    return run.model_copy(update={**laid, "phases": ()})
 
 
 def load_stage(

@@ -9,7 +9,7 @@ from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import declared_teacher
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig
+from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig, SftConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -103,6 +103,28 @@ def check_head_holds(student: ModelConfig, tokenizer: Any) -> None:
         raise InputError(
             f"{student.path} has {width} outputs, and {token!r} of its tokenizer is id {largest}; give it "
             f"more with resize_token_embeddings({largest + 1}), and save it"
+        )
+
+
+def check_dense_answers(config: SftConfig) -> None:
+    """Refuse tokens of a teacher's top-k that the student has no output for, or more than there are.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    if config.top_k is None:
+        return
+    taught, own = model_limits(config.teacher).vocabulary_size, model_limits(config.student).vocabulary_size
+    if config.top_k > taught:
+        raise ConfigError(
+            f"sft.top_k is {config.top_k}, the vocabulary of {config.teacher.path} has {taught} tokens; set "
+            "it to that or less"
+        )
+    if taught > own:
+        raise ConfigError(
+            f"sft.top_k keeps tokens of {config.teacher.path}, which has {taught} outputs, and "
+            f"{config.student.path} has {own}; leave top_k out, or give the student more outputs with "
+            f"resize_token_embeddings({taught})"
         )
 
 

@@ -53,6 +53,7 @@ ROOMS = [
     "pipelines.shared",
     "pipelines.sampling",
     "pipelines.caches",
+    "pipelines.chains",
     "pipelines.stages",
     "pipelines.demos",
     "cli",

@@ -183,7 +183,9 @@ def test_a_cache_with_everything_lacks_nothing():
     everything |= {"dpo": 64, "reverse_dpo": 64, "rollout_student": 64, "second_teacher": 64}
     columns = ("ref_logprobs", "reward", "domain", "turns", "teacher_reward")
     for method in list_methods(METHODS):
-        there = replace(facts(everything, *columns), texts=frozenset(needs(method.objective).texts))
+        there = replace(
+            facts(everything, *columns), texts=frozenset((*method.needs.texts, *method.needs.chunks))
+        )
         assert missing(method.objective, there) == []
 
 
@@ -369,7 +371,13 @@ def test_a_recipe_without_its_heading_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "teachers"),
-    [("soda", set()), ("raft", {"privileged"}), ("scope", {"teacher"}), ("exopd", {"teacher"})],
+    [
+        ("soda", set()),
+        ("omniopd", set()),
+        ("raft", {"privileged"}),
+        ("scope", {"teacher"}),
+        ("exopd", {"teacher"}),
+    ],
 )
 def test_only_signals_that_a_target_reads_are_teachers(name, teachers):
     assert teachers_of(recipe(name)) == teachers

@@ -158,7 +158,7 @@ def pipeline_of(world, out, **changes):
         ({"teacher": "SHORT", "allow": ["teacher-mismatch"]}, "prompt and response can have"),
         (
             {"eval_prompts": "heldout.jsonl", "eval": {"teacher": "FOREIGN"}},
-            "eval refused: token ids differ.*correct the ids$",
+            "token ids differ.*correct the ids$",
         ),
     ],
 )

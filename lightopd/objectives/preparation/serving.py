@@ -166,6 +166,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.texts
         if name not in facts.texts
     ]
+    lines += [
+        f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
+        f"--gives branches --template continue --name {name} --set sampling.n=4"
+        for name in wanted.chunks
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -216,8 +222,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
 
     A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
     """
-    routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
+    taught = [term for term in config.terms if not term.is_anchor]
+    routed = {name for term in taught if term.router for name in term.router.signals.values()}
+    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:

@@ -363,6 +363,7 @@ REFERENCES: dict[str, Reference] = {
     "caopd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
     "zppo": Reference(zppo, moves="reward", is_surrogate=True),
     "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),
+    "sparse_to_dense": Reference(full_divergence("reverse_kl")),
     "decoupling_mix": Reference(full_divergence("mix")),
     "decoupling_lengths": Reference(full_divergence("mix")),
     "hy_embodied": Reference(full_divergence("forward_kl")),
