@@ -34,6 +34,7 @@ ROOMS = [
     "cache",
     "kernels",
     "engines.base",
+    "engines.stop_strings",
     "engines.hf",
     "engines.vllm",
     "engines",
