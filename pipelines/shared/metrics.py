@@ -41,6 +41,8 @@ FIGURES = {
     "standard_error": "of avg_at_k, over prompts",
     "reverse_kl_nats": "KL(student || teacher) over the whole vocabulary, mean per response token",
     "forward_kl_nats": "KL(teacher || student) likewise",
+    "outside_mass": "where the two models' outputs differ in number, KL is over the ids that both have, each "
+    "normalised there; this is the wider model's mean probability of the others",
     "gap_nats": "mean of student at rollout minus teacher, log-probability of the sampled tokens",
     "gap_error_nats": "standard error of the gap, over rollouts",
     "gap_trimmed_nats": "the gap without the outermost tokens at either end",

@@ -61,7 +61,7 @@ def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLinea
 
 
 def check_ids(
-    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed], stage: str
+    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed] | None, stage: str
 ) -> tuple[Override, ...]:
     """Refuse a model to which the ids of `cached` mean other tokens; templates and end ids do not matter.
 
@@ -128,20 +128,6 @@ def check_dense_answers(config: SftConfig) -> None:
             f"sft.top_k keeps tokens of {config.teacher.path}, which has {taught} outputs, and "
             f"{config.student.path} has {own}; leave top_k out, or give the student more outputs with "
             f"resize_token_embeddings({taught})"
-        )
-
-
-def check_one_width(model: ModelConfig, other: ModelConfig) -> None:
-    """Refuse models whose full distributions cannot be compared id by id.
-
-    Raises:
-        InputError: their output layers differ in width.
-    """
-    one, two = model_limits(model).vocabulary_size, model_limits(other).vocabulary_size
-    if one != two:
-        raise InputError(
-            f"{model.path} has {one} outputs, {other.path} has {two}; KL over the whole vocabulary needs one "
-            "width, leave the teacher out"
         )
 
 

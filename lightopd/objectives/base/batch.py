@@ -73,7 +73,7 @@ class RolloutBatch:
     num_turns: int
     """On the host: above every `turns_N`, at least 1."""
     prepared_R: dict[str, Tensor] = field(default_factory=dict)
-    """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+    """float32, [R] or [R, ...], the columns that `prepare` made from the whole cache, for these rollouts."""
     behavior_logprobs_N: Tensor | None = None
     """float32, of the sampled token under the distribution it was drawn from, with its temperature and
     truncation; None where that is taken to be the student at rollout."""

@@ -41,6 +41,8 @@ class CacheFacts:
     """Names of its text columns."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
+    is_teacher_known: bool = True
+    """Whether the rollouts say who taught their student, or that nobody did."""
 
 
 COLUMN_SOURCES = {
@@ -65,7 +67,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks)
+    is_teacher_known = cache.manifest.sft.proof != "unknown"
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks, is_teacher_known)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -176,6 +179,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.texts
         if name not in facts.texts
     ]
+    lines += [
+        f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
+        f"--gives branches --template continue --name {name} --set sampling.n=4"
+        for name in wanted.chunks
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -195,7 +204,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
     if name in facts.signals and facts.signals[name] >= size:
         return None
-    role = "" if name in teachers_of(config) else " --set role=reference"
+    declared = "" if facts.is_teacher_known else " --sft-teacher MODEL"
+    role = declared if name in teachers_of(config) else " --set role=reference"
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
@@ -225,8 +235,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
 
     A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
     """
-    routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
+    taught = [term for term in config.terms if not term.is_anchor]
+    routed = {name for term in taught if term.router for name in term.router.signals.values()}
+    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:
