@@ -34,7 +34,8 @@ class PoissonDraws:
         coins_U, choices_U = (stream.random_raw(len(self.counts_U)) for _ in range(2))
         drawn_U = np.array([int(coin) < self.threshold for coin in coins_U], bool)
         chosen_U = self.starts_U + (choices_U % self.counts_U.astype(np.uint64)).astype(np.int64)
-        return self.members_P[chosen_U[drawn_U]].astype(np.int64)
+        places: Integers = self.members_P[chosen_U[drawn_U]].astype(np.int64)
+        return places
 
 
 def make_draws(
