@@ -150,6 +150,15 @@ def test_a_missing_signal_is_named_with_the_command_that_adds_it():
     assert line.endswith("--signal reference --set role=reference --top-k 0")
 
 
+def test_a_missing_signal_of_rollouts_that_name_no_teacher_is_named_with_the_flag_that_does():
+    config = ObjectiveConfig()
+    for is_known, told in [
+        (True, "--teacher MODEL --signal"),
+        (False, "--signal teacher --sft-teacher MODEL"),
+    ]:
+        assert told in missing(config, replace(facts({}), is_teacher_known=is_known))[0]
+
+
 def test_a_signal_without_the_top_k_it_needs_is_named():
     (line,) = missing(recipe("f_reverse_kl"), facts({"teacher": 0}))
     assert "signal teacher has 0 top-k entries and 1 or more are needed" in line

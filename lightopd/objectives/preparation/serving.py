@@ -41,6 +41,8 @@ class CacheFacts:
     """Names of its text columns."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
+    is_teacher_known: bool = True
+    """Whether the rollouts say who taught their student, or that nobody did."""
 
 
 COLUMN_SOURCES = {
@@ -65,7 +67,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks)
+    is_teacher_known = cache.manifest.sft.proof != "unknown"
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks, is_teacher_known)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -89,6 +92,19 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
                 "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
             )
     return lines + ([line] if wanted.ratio and (line := _ratio_remark(cache)) else [])
+
+
+def check_origin(cache: Cache, needed: Needs) -> None:
+    """Refuse responses of others than the student to an objective that reads the student at rollout.
+
+    Raises:
+        CacheError: names the cache, and whose responses it has.
+    """
+    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
+        raise CacheError(
+            f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
+            f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
+        )
 
 
 def _ratio_remark(cache: Cache) -> str | None:
@@ -188,7 +204,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
     if name in facts.signals and facts.signals[name] >= size:
         return None
-    role = "" if name in teachers_of(config) else " --set role=reference"
+    declared = "" if facts.is_teacher_known else " --sft-teacher MODEL"
+    role = declared if name in teachers_of(config) else " --set role=reference"
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
