@@ -43,6 +43,7 @@ ROOMS = [
     "objectives.preparation",
     "training.distributed",
     "training.weight_files",
+    "training.privacy",
     "training.data",
     "training.student",
     "training.measures",
