@@ -346,6 +346,16 @@ class TrainConfig(StageConfig, FinetuneConfig):
         return self
 
     @model_validator(mode="after")
+    def _privacy_is_of_one_run(self) -> "TrainConfig":
+        if self.privacy and self.continue_from:
+            raise ValueError("privacy is counted for one run alone; leave continue_from out")
+        if self.privacy and self.staleness.stop_when_stale:
+            raise ValueError(
+                "privacy needs an end that no rollout decides; set staleness.stop_when_stale: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_jump_has_matrices_and_a_score(self) -> "TrainConfig":
         if self.objective.jump is not None and self.adapter is not None:
             raise ValueError(

@@ -44,6 +44,7 @@ ROOMS = [
     "objectives.preparation",
     "training.distributed",
     "training.weight_files",
+    "training.privacy",
     "training.data",
     "training.student",
     "training.measures",

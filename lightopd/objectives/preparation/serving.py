@@ -94,6 +94,19 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
     return lines + ([line] if wanted.ratio and (line := _ratio_remark(cache)) else [])
 
 
+def check_origin(cache: Cache, needed: Needs) -> None:
+    """Refuse responses of others than the student to an objective that reads the student at rollout.
+
+    Raises:
+        CacheError: names the cache, and whose responses it has.
+    """
+    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
+        raise CacheError(
+            f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
+            f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
+        )
+
+
 def _ratio_remark(cache: Cache) -> str | None:
     """Why a ratio is no importance ratio on this cache; None where it is one."""
     sampling = cache.manifest.sampling
