@@ -224,6 +224,12 @@ class ImportConfig(StageConfig):
     """Most responses in one shard, the unit of work and of resume."""
 
 
+MIN_SHAPE_TOKENS = 256
+"""Fewer distributions have a mean that says more of them than of the model."""
+SHAPE_TOKENS = 2048
+"""Where `shape_tokens` is left out."""
+
+
 class PrecomputeConfig(StageConfig):
     """A teacher scores every token of the cached rollouts."""
 
@@ -252,6 +258,9 @@ class PrecomputeConfig(StageConfig):
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
     topk_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    shape_tokens: int | None = Field(None, ge=0)
+    """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
+    or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
     max_noise_nats: float = Field(0.05, gt=0)
@@ -270,6 +279,21 @@ class PrecomputeConfig(StageConfig):
             )
         if self.min_probability or self.support_signal == self.signal:
             raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
+
+    @model_validator(mode="after")
+    def _shape_can_be_made(self) -> "PrecomputeConfig":
+        if not self.shape_tokens:
+            return self
+        if self.engine.kind != "hf" or self.top_k == 0 or self.support != "teacher":
+            raise ValueError(
+                f"shape_tokens needs whole distributions and a top-k of the model's own: engine hf, top_k 1 "
+                f"or more, support teacher; found {self.engine.kind}, {self.top_k}, {self.support}"
+            )
+        if self.shape_tokens < MIN_SHAPE_TOKENS:
+            raise ValueError(
+                f"shape_tokens: {self.shape_tokens} is too small a sample; give {MIN_SHAPE_TOKENS} or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -21,12 +21,12 @@ from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, TrainingError
 from lightopd.files import output_error
 from lightopd.models.causal_attention import use_causal_attention
-from lightopd.models.head import check_head
+from lightopd.models.head import check_head, head_of
 from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.preparation.serving import cache_remarks, check_cache, warnings_of
+from lightopd.objectives.preparation.serving import cache_remarks, cached_tails, check_cache, warnings_of
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -214,11 +214,13 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     loggers = make_loggers(run.finetune.loggers, run.out, run.recipe)
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
+    student = _load_student(run, start.checkpoint if start.step else None, selected)
     module = StudentModule(
-        _load_student(run, start.checkpoint if start.step else None, selected),
+        student,
         run.objective,
         run.needed,
         run.finetune,
+        tails=cached_tails(run.cache, run.needed, len(head_of(student).weight_VD)),
         limits=run.limits,
         held_out=held_out,
         accuracy=run.accuracy,

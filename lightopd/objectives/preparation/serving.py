@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 
 from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import read_columns
+from lightopd.cache.signals.tail_shape import shape_of
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.whole_vocabulary import SpreadTail, spread_tails
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
@@ -39,6 +41,8 @@ class CacheFacts:
     """Columns that not every cache has, and this one has."""
     texts: frozenset[str] = frozenset()
     """Names of its text columns."""
+    shapes: frozenset[str] = frozenset()
+    """Signals that have a shape of their tail."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
 
@@ -65,7 +69,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks)
+    shapes = frozenset(n for n, signal in cache.signals.items() if signal.manifest.tail_shape is not None)
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -148,6 +153,19 @@ def check_cache(config: ObjectiveConfig, cache: Cache) -> None:
         raise CacheError(f"{cache.path} cannot serve this objective: {'; '.join(lines)}")
 
 
+def cached_tails(cache: Cache, wanted: Needs, num_vocab: int) -> tuple[SpreadTail, ...]:
+    """The tails that an objective compares token by token, with the shapes of the cache's signals.
+
+    Raises:
+        CacheError: a shape is damaged.
+        ConfigError: a signal has none, or one of another vocabulary than the student's head.
+    """
+    names = {tail.signal for tail in wanted.tails if tail.target.tail == "shaped"}
+    found = {name: shape_of(cache, name) for name in sorted(names)}
+    shapes = {name: shape for name, shape in found.items() if shape is not None}
+    return spread_tails(wanted.tails, shapes, num_vocab)
+
+
 def _has_residual(config: ObjectiveConfig) -> bool:
     targets = (term.target for term in config.terms)
     return any(isinstance(target, DivergenceTarget) and target.residual is not None for target in targets)
@@ -157,6 +175,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     """What the cache lacks, one line each with the command that adds it; empty when it can serve."""
     wanted = needs(config)
     lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
+    lines += [
+        f"signal {tail.signal} has no shape of its tail; score it under another name with engine hf "
+        f"(lightopd precompute --set shape_tokens=2048), or set tail: uniform or bucket"
+        for tail in wanted.tails
+        if tail.target.tail == "shaped" and tail.signal in facts.signals and tail.signal not in facts.shapes
+    ]
     lines += [
         f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
         rf"--template confidence --name {name} --set value='(\d+)'"
