@@ -67,14 +67,14 @@ def read_ours(dataset: StepDataset) -> int:
     """Response tokens of an epoch, every step of it made into tensors."""
     import torch
 
-    from lightopd.training.data.batches import Rows, collate
+    from lightopd.training.data.batches import HostBatch, collate
 
     device, tokens = torch.device("cpu"), 0
     for step in range(len(dataset.plan.index.row_P) // BATCH):
         micro_batches = dataset[step]
         assert isinstance(micro_batches, list)
         for rows in micro_batches:
-            assert isinstance(rows, Rows)
+            assert isinstance(rows, HostBatch)
             tokens += len(collate(rows, device).rollouts.ids_N)
     return tokens
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -124,10 +124,10 @@ def rows(worlds: int, draws: int, top_k: int, **options: float) -> list[dict[str
     return found
 
 
-def _signal(teacher_V: Tensor, top_k: int) -> SignalTokens:
+def _signal(teacher_V: Tensor, top_k: int) -> SignalBatch:
     teacher_VV = teacher_V.repeat(len(teacher_V), 1)
     topk_VK, ids_VK = teacher_VV.topk(top_k, dim=1)
-    return SignalTokens(teacher_V, ids_VK, topk_VK, _outside(teacher_VV, ids_VK))
+    return SignalBatch(teacher_V, ids_VK, topk_VK, _outside(teacher_VV, ids_VK))
 
 
 def _outside(logprobs_VV: Tensor, ids_VK: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def score_and_write(
 ) -> None:
     """What `precompute` does with some shards."""
 
-    def write(shard: int, scores: list[records.Scores]) -> None:
+    def write(shard: int, scores: list[records.RolloutSignal]) -> None:
         table = scores_to_table([str(index) for index in range(len(scores))], scores, "float16")
         write_shard(folder, shard, table, kind="signals/teacher", fingerprint="benchmark")
 

@@ -12,7 +12,7 @@ from lightopd.errors import ConfigError
 from lightopd.files import stream_kind
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import FilePrompts, ModelConfig
-from lightopd.schemas.run import STAGES, RunConfig
+from lightopd.schemas.run import STAGES, PhaseConfig, RunConfig
 
 Model = TypeVar("Model", bound=StrictModel)
 
@@ -148,7 +148,8 @@ def parse_set(assignment: str) -> dict[str, Any]:
     if not separator or not all(parts):
         raise ConfigError(f"--set {assignment!r} is not key=value, such as --set optimizer.lr=1e-5")
     try:
-        value: Any = _number(text) if _number(text) is not None else _yaml_value(text)
+        number = _number(text)
+        value: Any = yaml.load(text, Loader=_EachKeyOnce) if number is None else number  # a SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--set {assignment[:200]!r}: the value is not YAML ({reason})") from error
@@ -156,10 +157,6 @@ def parse_set(assignment: str) -> dict[str, Any]:
         value = {part: value}
     assert isinstance(value, dict)
     return value
-
-
-def _yaml_value(text: str) -> Any:
-    return yaml.load(text, Loader=_EachKeyOnce)  # a SafeLoader
 
 
 def _number(text: str) -> float | None:
@@ -207,12 +204,20 @@ def build_run(data: Mapping[str, Any]) -> RunConfig:
         ConfigError: as `build`; a problem in a section names the section.
     """
     run = build(RunConfig, data)
-    for _, stage, settings in run.pipeline():
+    of_phases = [step for phase in run.phases for step in of_phase(run, phase).pipeline()]
+    for _, stage, settings in [*run.pipeline(), *of_phases]:
         try:
             build(STAGES[stage], settings)
         except ConfigError as error:
             raise ConfigError(str(error).replace("config: ", f"config, section {stage}: ", 1)) from error
     return run
+
+
+def of_phase(run: RunConfig, phase: PhaseConfig) -> RunConfig:
+    """The run with a phase's settings laid over its sections."""
+    own = {"rollout": phase.rollout, "precompute": phase.precompute or {}, "train": phase.train}
+    laid = {name: merged(getattr(run, name), section) for name, section in own.items()}
+    return run.model_copy(update={**laid, "phases": ()})
 
 
 def load_stage(

@@ -59,7 +59,7 @@ from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import MIN_SHAPE_TOKENS, SHAPE_TOKENS, PrecomputeConfig, WrittenContext
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest, TailShape
-from lightopd.schemas.records import Floats, Scores
+from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.under_way import doing
 
@@ -284,7 +284,7 @@ def _make_shape(
 
 def _score_shard(
     config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
-) -> tuple[list[str], list[Scores]]:
+) -> tuple[list[str], list[RolloutSignal]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
     tokens = cache.markers[index].tokens
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
@@ -297,7 +297,7 @@ def _write_shard(
     cache: Cache,
     manifest: SignalManifest,
     index: int,
-    scored: tuple[list[str], list[Scores]],
+    scored: tuple[list[str], list[RolloutSignal]],
 ) -> None:
     write_shard(
         signal_folder(cache.path, config.signal),

@@ -2,9 +2,9 @@
 
     lightopd run -c run.yaml
 
-What is finished and made under the same settings is not made again; a stage that was stopped resumes. With a
-`rounds` section rollout, precompute and train are repeated. A sweep trains on one cache once for each value
-of one setting of `train`:
+What is finished and made under the same settings is not made again; a stage that was stopped resumes. With
+`rounds` or `phases` rollout, precompute and train are repeated. A sweep trains on one cache once for each
+value of one setting of `train`:
 
     lightopd run -c run.yaml --sweep train.optimizer.lr=1e-5,3e-5
 """
@@ -59,11 +59,12 @@ def run(
         save_config(config, "run", config.out, only_first=True)
         reports = {}
         for name, stage, settings in config.pipeline():
-            if config.rounds and stage in ("precompute", "train"):
-                continue  # rounds take them together with rollout
-            if config.rounds and stage == "rollout":
-                reports["rounds"] = rounds.run(config, told=told)
-                told(reports["rounds"])
+            if config.is_chain and stage in ("precompute", "train"):
+                continue  # rounds and phases take them together with rollout
+            if config.is_chain and stage == "rollout":
+                repeated = rounds.run(config, told=told)
+                reports[repeated.stage] = repeated
+                told(repeated)
                 continue
             if stage == "train":
                 before_training()
@@ -89,8 +90,10 @@ def variants(config: RunConfig, assignment: str) -> dict[str, RunConfig]:
             f"--sweep {assignment!r} is no setting of train with several values, such as "
             "--sweep train.optimizer.lr=1e-5,3e-5"
         )
-    if config.rounds:
-        raise ConfigError("a sweep trains on one cache, rounds make new ones; leave one of them out")
+    if config.is_chain:
+        raise ConfigError(
+            "a sweep trains on one cache, rounds and phases make new ones; leave one of them out"
+        )
     made = {}
     for value in values:
         name = re.sub(r"[^\w.+-]+", "_", f"{key.rpartition('.')[2]}-{value}")
@@ -161,7 +164,7 @@ def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
     steps = {name: (stage, settings) for name, stage, settings in config.pipeline()}
     ready = []
     for name, (stage, settings) in steps.items():
-        if config.rounds and stage in ("precompute", "train"):
+        if config.is_chain and stage in ("precompute", "train"):
             continue
         needed = NEEDS.get(name)
         if needed not in steps or _is_finished(needed, steps[needed][1]):
@@ -169,7 +172,7 @@ def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
             ready.append(name)
         else:
             told(Report(name, _folder_of(name, settings), {}, notes=(f"dry run: waits for {needed}",)))
-        if config.rounds and stage == "rollout":
+        if config.is_chain and stage == "rollout":
             told(rounds.plan(config))
     note = f"dry run: nothing was written; {len(ready)} steps can start now: {', '.join(ready)}"
     return Report("run", str(config.out), {"steps": len(steps)}, notes=(note,))

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightopd.cache.store import open_cache
-from lightopd.config import build
+from lightopd.config import build, of_phase
 from lightopd.errors import ConfigError, OutputError
 from lightopd.lineage.checks import check_teacher
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, read_student_lineage
 from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
+from lightopd.pipelines.chains.phases import phase_folder
 from lightopd.pipelines.shared.preflight import (
+    check_dense_answers,
     check_head_holds,
     check_ids,
-    check_one_width,
     check_reads,
     check_top_k,
     check_training,
@@ -35,7 +36,6 @@ from lightopd.schemas.configs import (
     TrainConfig,
 )
 from lightopd.schemas.manifest import CACHE_MANIFEST, SftLineage
-from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.schemas.run import RunConfig
 
 CHECKPOINT_TIMES_WEIGHTS = 3
@@ -52,6 +52,19 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
     Raises:
         LightopdError: whatever the stage itself would raise.
     """
+    if not config.phases:
+        _check_once(config, is_finished, trainings)
+    for place, phase in enumerate(config.phases):
+        if not (phase_folder(config, place) / "round.report.json").is_file():
+            finished = {"sft"} if is_finished("sft") else set()
+            is_scored = phase.precompute is not None
+            own, trainings = of_phase(config, phase), len(config.phases)
+            _check_once(own, finished.__contains__, trainings, is_scored=is_scored)
+
+
+def _check_once(
+    config: RunConfig, is_finished: Callable[[str], bool], trainings: int, *, is_scored: bool = True
+) -> None:
     sft = None if config.sft is None else build(SftConfig, config.settings("sft"))
     rollout = build(RolloutConfig, config.settings("rollout"))
     precompute = build(PrecomputeConfig, config.settings("precompute"))
@@ -61,7 +74,8 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
         check_training(train, train.objective, asks_student=train.accuracy is not None)
         _check_disk(config, sft, train, sampler, trainings)
     if sft is not None and not is_finished("sft"):
-        check_training(sft.finetune, MLE_OBJECTIVE, asks_student=False)
+        check_training(sft.finetune, sft.objective, asks_student=False)
+        check_dense_answers(sft)
         tokenizer, taught = identified_tokenizer(sft.teacher)
         check_ids(sft.student, taught, sft.allow, "sft")
         check_head_holds(sft.student, tokenizer)
@@ -70,10 +84,10 @@ def check_pipeline(config: RunConfig, is_finished: Callable[[str], bool], *, tra
     # The fine-tuned student takes over its teacher's tokenizer, and keeps the base's width and context.
     speaks = sft.teacher if sft is not None and not is_finished("sft") else sampler
     rendered = render_prompts(rollout.prompts, speaks)
-    _check_objective(train, rollout, precompute, rendered)
-    if not is_finished("precompute"):
+    _check_objective(train, rollout, precompute if is_scored else None, rendered)
+    if is_scored and not is_finished("precompute"):
         _check_scoring(rollout, precompute, sampler, speaks, sft, rendered)
-    _check_evaluation(config, sampler)
+    _check_evaluation(config, speaks)
 
 
 def _check_scoring(
@@ -103,12 +117,13 @@ def _check_scoring(
 
 
 def _check_objective(
-    train: TrainConfig, rollout: RolloutConfig, precompute: PrecomputeConfig, rendered: RenderedPrompts
+    train: TrainConfig, rollout: RolloutConfig, precompute: PrecomputeConfig | None, rendered: RenderedPrompts
 ) -> None:
     """Whether the rollouts and the signal that are planned, and the signals that are there, can serve."""
     there = open_cache(train.cache, incomplete=True).signals if _is_cache(train.cache) else {}
     signals = {name: signal.manifest.top_k for name, signal in there.items()}
-    signals[precompute.signal] = precompute.top_k
+    if precompute is not None:
+        signals[precompute.signal] = precompute.top_k
     columns = {"ref_logprobs"} | ({"ref_entropies"} if rollout.engine.kind == "hf" else set())
     columns |= {"reward"} if any(prompt.verifier for prompt in rendered.prompts) else set()
     columns |= {"domain"} if any(prompt.domain for prompt in rendered.prompts) else set()
@@ -119,12 +134,12 @@ def _check_objective(
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")
 
 
-def _check_evaluation(config: RunConfig, sampler: ModelConfig) -> None:
+def _check_evaluation(config: RunConfig, speaks: ModelConfig) -> None:
     if not config.eval_prompts:
         return
     evaluation = build(EvalConfig, config.settings("eval_before"))
     if evaluation.teacher is not None:
-        check_one_width(sampler, evaluation.teacher)
+        check_ids(evaluation.teacher, identified_tokenizer(speaks)[1], None, "eval")
 
 
 def _check_disk(

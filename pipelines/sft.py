@@ -17,6 +17,7 @@ from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
 from lightopd.models.tokenizer import load_tokenizer
+from lightopd.pipelines import precompute
 from lightopd.pipelines.sampling.red_flags import response_flags
 from lightopd.pipelines.sampling.rendering import taught_rendering
 from lightopd.pipelines.sampling.sample import (
@@ -28,15 +29,15 @@ from lightopd.pipelines.sampling.sample import (
     sampling_figures,
 )
 from lightopd.pipelines.shared.model_card import write_model_card
-from lightopd.pipelines.shared.preflight import check_head_holds, check_training
+from lightopd.pipelines.shared.preflight import check_dense_answers, check_head_holds, check_training
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
 from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
-from lightopd.schemas.configs import SftConfig
+from lightopd.schemas.configs import PrecomputeConfig, SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.schemas.objectives.objective import MLE_OBJECTIVE
 from lightopd.training.fit import fit
+from lightopd.training.privacy.record import privacy_notes
 from lightopd.training.student.adapters import trained_student
 
 
@@ -50,7 +51,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
     started_s = time.monotonic()
     overrides = _one_vocabulary(config)
     if config.part != "answers":
-        check_training(config.finetune, MLE_OBJECTIVE, asks_student=False)
+        check_training(config.finetune, config.objective, asks_student=False)
+        check_dense_answers(config)
     teacher = fingerprint_model(config.teacher)
     job = SamplingJob(
         stage="sft",
@@ -76,6 +78,8 @@ def run(config: SftConfig, *, dry_run: bool = False, load: LoadEngine = load_eng
         notes = (*plan.notes, *response_flags(answers))
         save_config(config, "sft", config.out)
         figures = {f"answers_{key}": value for key, value in sampling_figures(answers, started_s).items()}
+        if config.top_k is not None:
+            answers = _scored(config, load)
         if config.part != "answers":
             tuned, left_out = _finetune(config, answers)
             figures, notes = figures | tuned, (*notes, *left_out)
@@ -94,14 +98,28 @@ def _answers(config: SftConfig, plan: SamplingPlan, load: LoadEngine) -> Cache:
     return answers
 
 
-def _finetune(config: SftConfig, answers: Cache) -> tuple[dict[str, float], tuple[str, ...]]:
+def _scored(config: SftConfig, load: LoadEngine) -> Cache:
+    """The answers with the teacher's own top-k at each of their tokens."""
+    path = config.out / "answers"
+    scoring = PrecomputeConfig(
+        cache=path, teacher=config.teacher, role="self", top_k=config.top_k or 0, engine=config.engine
+    )
+    if config.part != "finetune" and is_main():
+        precompute.run(scoring, load=load)
+    return open_cache(path, signals=[scoring.signal])
+
+
+def _finetune(config: SftConfig, answers: Cache) -> tuple[dict[str, float | str | None], tuple[str, ...]]:
     base = fingerprint_model(config.student)
-    result = fit(answers, config.student, config.out, config.finetune, MLE_OBJECTIVE)
+    result = fit(answers, config.student, config.out, config.finetune, config.objective)
     leave_unless(result.is_main)
     _take_over_tokenizer(config, result.student)
     _write_lineage(config, answers, base, result.student)
     figures = {f"finetune_{key}": value for key, value in result.metrics.items()}
-    return {"finetune_steps": result.steps, **figures}, result.notes
+    return {"finetune_steps": result.steps, **figures, **result.privacy}, (
+        *privacy_notes(result.privacy),
+        *result.notes,
+    )
 
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:

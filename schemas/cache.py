@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import pyarrow as pa
 
-from lightopd.schemas.records import Bools, Floats, Ids, Rollout, Scores
+from lightopd.schemas.records import Bools, Floats, Ids, Rollout, RolloutSignal
 
 SCHEMA_VERSION = 3
 """Of the manifests and shards written now; 1 hashes a manifest's defaults too, 1 and 2 have no
@@ -58,7 +58,7 @@ TOKEN_COLUMNS = tuple(
 STUDENTS_OWN = tuple(name for name in TOKEN_COLUMNS if ROLLOUTS.field(name).nullable)
 """Those that speak of the student at rollout, null in rows that another model wrote."""
 
-SIGNALS = pa.schema([ROLLOUTS.field("rollout_id"), *schema_of(Scores)])
+SIGNALS = pa.schema([ROLLOUTS.field("rollout_id"), *schema_of(RolloutSignal)])
 """Columns of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
 
 Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values; the column stays float32,

@@ -12,7 +12,7 @@ from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
-from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.schemas.objectives.objective import FORWARD_KL_OBJECTIVE, MLE_OBJECTIVE, ObjectiveConfig
 from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
 from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
 from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
@@ -159,6 +159,9 @@ class SftConfig(StageConfig):
     """How the teacher answers."""
     shard_rollouts: int = Field(256, ge=1)
     """Answers in one shard, the unit of work and of resume."""
+    top_k: int | None = Field(None, ge=1)
+    """The teacher also scores its answers and keeps so many tokens at each position; the student is then
+    fitted by forward KL on them. None: by the likelihood of what was drawn."""
     finetune: FinetuneConfig = FinetuneConfig(
         optimizer=OptimizerConfig(lr=8e-5, schedule="cosine", warmup_steps=15)
     )
@@ -166,6 +169,11 @@ class SftConfig(StageConfig):
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
     _student = field_validator("student")(trained_in_float32)
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The loss that the student is fitted by."""
+        return MLE_OBJECTIVE if self.top_k is None else FORWARD_KL_OBJECTIVE
 
     @model_validator(mode="after")
     def _best_is_held_out(self) -> "SftConfig":
@@ -344,6 +352,16 @@ class TrainConfig(StageConfig, FinetuneConfig):
     def _best_accuracy_is_measured(self) -> "TrainConfig":
         if self.best and self.best.metric == "avg_at_k" and self.accuracy is None:
             raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_of_one_run(self) -> "TrainConfig":
+        if self.privacy and self.continue_from:
+            raise ValueError("privacy is counted for one run alone; leave continue_from out")
+        if self.privacy and self.staleness.stop_when_stale:
+            raise ValueError(
+                "privacy needs an end that no rollout decides; set staleness.stop_when_stale: false"
+            )
         return self
 
     @model_validator(mode="after")

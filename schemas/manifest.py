@@ -7,10 +7,12 @@ A cache has `lightopd.json` (a `CacheManifest`, about its rollouts) and one `sig
 
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, JsonValue
 
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.configs import Allowed, SamplingConfig
+from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -290,6 +292,8 @@ class TextManifest(StrictModel):
     """Regular expression of a number in the text; None for no number."""
     splice: str | None = None
     """Regular expression of the span of the response that the template replaced; None where it did not."""
+    branches: BranchConfig | None = None
+    """Where responses were cut and continued; None where they were not."""
     sampling: SamplingConfig | None
     """How it wrote; None for a context, where nothing is written."""
     engine: EngineRecord | None
@@ -301,6 +305,11 @@ class TextManifest(StrictModel):
     def kind(self) -> str:
         """What its shards are, and their folder in the cache."""
         return f"texts/{self.name}"
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Columns of its shards."""
+        return TEXTS if self.branches is None else BRANCHES
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards."""

@@ -103,7 +103,7 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class RolloutSignal:
     """A model's log-probabilities over one response, full-vocabulary softmax, float32, nats."""
 
     logprobs: Floats

@@ -46,6 +46,19 @@ class RoundsConfig(StrictModel):
     """Rounds between evaluations on `eval_prompts`; the last round always makes one."""
 
 
+class PhaseConfig(StrictModel):
+    """One rollout, precompute and train with settings of its own, from the student of the phase before."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    """Name of the phase, in its folder and in the report."""
+    rollout: dict[str, Any] = Field({})
+    """Laid over the run's `rollout`."""
+    precompute: dict[str, Any] | None = Field({})
+    """Laid over the run's `precompute`; none: no teacher scores, as for a reward alone."""
+    train: dict[str, Any] = Field({})
+    """Laid over the run's `train`."""
+
+
 class RunConfig(StageConfig):
     """A run file: what the stages share at the top, and a section with the settings of each stage."""
 
@@ -73,15 +86,19 @@ class RunConfig(StageConfig):
     """Settings of the evaluations before and after training, and of the teacher."""
     rounds: RoundsConfig | None = None
     """Repeat rollout, precompute and train, each round from the student of the one before; none: once."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Rollout, precompute and train once for each of these, in order; none: once, by the sections alone."""
 
     _prompts = field_validator("prompts", "eval_prompts", mode="before")(as_prompts)
 
     @model_validator(mode="after")
     def _rounds_train_in_this_process(self) -> "RunConfig":
-        if self.rounds and (self.train.get("devices", 1), self.train.get("nodes", 1)) != (1, 1):
+        trainings = [self.train, *(phase.train for phase in self.phases)]
+        one_device = all((own.get("devices", 1), own.get("nodes", 1)) == (1, 1) for own in trainings)
+        if self.is_chain and not one_device:
             raise ValueError(
-                "rounds train on one device, in the process that samples and scores; take devices and nodes "
-                "out of train, or leave rounds out and run the stages of each round one by one"
+                "rounds and phases train on one device, in the process that samples and scores; take devices "
+                "and nodes out of train, or leave rounds and phases out and run the stages one by one"
             )
         return self
 
@@ -105,16 +122,43 @@ class RunConfig(StageConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _privacy_is_of_one_training(self) -> "RunConfig":
+        trainings = (self.train, *(phase.train for phase in self.phases))
+        if self.is_chain and any(own.get("privacy") for own in trainings):
+            raise ValueError(
+                "privacy spent in several trainings on the same prompts adds up, which nothing counts; take "
+                "privacy out of train, or leave rounds and phases out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_are_told_apart(self) -> "RunConfig":
+        names = [phase.name for phase in self.phases]
+        if self.phases and self.rounds:
+            raise ValueError("rounds repeat settings and phases have their own; leave one of them out")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two phases have the same name: {', '.join(names)}")
+        if any("adapter" in phase.train for phase in self.phases):
+            raise ValueError("all phases train the same weights; set adapter in train, not in a phase")
+        return self
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether rollout, precompute and train are run more than once, by rounds or phases."""
+        return bool(self.rounds or self.phases)
+
     def pipeline(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(name, stage, settings) of every step, in order; the settings build that stage's config.
 
-        With rounds, `rollout`, `precompute` and `train` are those of round 0; each round evaluates itself.
+        With rounds, `rollout`, `precompute` and `train` are those of round 0; with phases, what these share.
+        Each round and phase evaluates itself.
         """
         steps = [("sft", "sft")] if self.sft is not None else []
         steps += [("rollout", "rollout"), ("precompute", "precompute")]
         steps += [("eval_teacher", "eval"), ("eval_before", "eval")] if self.eval_prompts else []
         steps += [("train", "train")]
-        steps += [("eval_after", "eval")] if self.eval_prompts and not self.rounds else []
+        steps += [("eval_after", "eval")] if self.eval_prompts and not self.is_chain else []
         return [(name, stage, self.settings(name)) for name, stage in steps]
 
     def settings(self, name: str) -> dict[str, Any]:

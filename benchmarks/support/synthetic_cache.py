@@ -15,7 +15,7 @@ from lightopd.objectives.requirements import needs
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
 from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.schemas.records import Rollout, Scores
+from lightopd.schemas.records import Rollout, RolloutSignal
 from lightopd.training.data.plan import CacheIndex
 from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import select_rollouts
@@ -101,14 +101,16 @@ def _rollout(
     )
 
 
-def _scores(numbers: np.random.Generator, rollout: Rollout, top_k: int, vocabulary_size: int) -> Scores:
+def _scores(
+    numbers: np.random.Generator, rollout: Rollout, top_k: int, vocabulary_size: int
+) -> RolloutSignal:
     """A support of distinct ids with the sampled token first, whose mass is nine tenths."""
     ids_N = rollout.response_ids
     stride = vocabulary_size // (top_k + 1)
     ids_NK = (ids_N[:, None] + stride * np.arange(top_k)) % vocabulary_size
     weights_NK = np.sort(numbers.exponential(1, ids_NK.shape) ** 4, axis=1)[:, ::-1] + 1e-6
     logprobs_NK = np.log(0.9 * weights_NK / weights_NK.sum(1, keepdims=True)).astype(np.float32)
-    return Scores(
+    return RolloutSignal(
         logprobs=logprobs_NK[:, 0],
         topk_counts=np.full(len(ids_N), top_k, dtype=np.int32),
         topk_ids=ids_NK.astype(np.int32).ravel(),

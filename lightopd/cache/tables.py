@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightopd.errors import EngineError
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, STUDENTS_OWN, TOKEN_COLUMNS
-from lightopd.schemas.records import Ids, Rollout, Scores
+from lightopd.schemas.records import Ids, Rollout, RolloutSignal
 
 MAX_LIST_VALUES = 2**31 - 1
 """Arrow's list offsets are int32."""
@@ -48,7 +48,7 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     return pa.table([_rollout_column(field, rollouts) for field in ROLLOUTS], schema=ROLLOUTS)
 
 
-def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[Scores], topk_dtype: str) -> pa.Table:
+def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[RolloutSignal], topk_dtype: str) -> pa.Table:
     """Scores as a table in the schema `SIGNALS`; row i belongs to `rollout_ids[i]`.
 
     Args:
@@ -144,7 +144,7 @@ def _check_rollout(rollout: Rollout) -> None:
         _check_finite(rollout.rollout_id, "reward", np.array([rollout.reward]))
 
 
-def _check_scores(name: str, scores: Scores) -> None:
+def _check_scores(name: str, scores: RolloutSignal) -> None:
     length, num_entries = len(scores.logprobs), len(scores.topk_ids)
     counted = int(scores.topk_counts.sum())
     if len(scores.topk_counts) != length or len(scores.tail_logprobs) != length:
@@ -164,7 +164,7 @@ def _check_scores(name: str, scores: Scores) -> None:
         _refuse(name, "tail_logprobs", int(is_broken.argmax()), scores.tail_logprobs[is_broken.argmax()])
 
 
-def _rounded(name: str, scores: Scores) -> NDArray[np.float32]:
+def _rounded(name: str, scores: RolloutSignal) -> NDArray[np.float32]:
     """Top-k log-probabilities at the nearest float16 values, as float32."""
     with np.errstate(over="ignore"):
         values = scores.topk_logprobs.astype(np.float16)
@@ -172,7 +172,7 @@ def _rounded(name: str, scores: Scores) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _check_topk_finite(name: str, scores: Scores, values: NDArray[Any]) -> None:
+def _check_topk_finite(name: str, scores: RolloutSignal, values: NDArray[Any]) -> None:
     is_broken = ~np.isfinite(values)
     if is_broken.any():
         entry = int(is_broken.argmax())

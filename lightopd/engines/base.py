@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightopd.errors import InputError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.records import Ids, Sample, Scores
+from lightopd.schemas.records import Ids, RolloutSignal, Sample
 
 Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
@@ -58,7 +58,7 @@ class Engine(Protocol):
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
-    ) -> list[Scores]:
+    ) -> list[RolloutSignal]:
         """Log-probabilities of every response token, in the order given.
 
         Args:
@@ -139,7 +139,7 @@ def check_sequences(
             )
 
 
-def keep_ids_below(scores: Scores, limit: int) -> Scores:
+def keep_ids_below(scores: RolloutSignal, limit: int) -> RolloutSignal:
     """Scores without the top-k entries of ids from `limit` on; their mass goes to the tail.
 
     A student with fewer outputs than the model has no probability for such ids.
@@ -153,7 +153,7 @@ def keep_ids_below(scores: Scores, limit: int) -> Scores:
     mass = np.bincount(position[~is_kept], weights=dropped, minlength=num_positions)
     with np.errstate(divide="ignore"):
         tails = np.log(np.minimum(np.exp(scores.tail_logprobs.astype(np.float64)) + mass, 1.0))
-    return Scores(
+    return RolloutSignal(
         logprobs=scores.logprobs,
         topk_counts=np.bincount(position[is_kept], minlength=num_positions).astype(np.int32),
         topk_ids=scores.topk_ids[is_kept],

@@ -117,7 +117,8 @@ def _trained_in(folder: Path) -> list[Path]:
     """The folder itself where it is a run of the train stage, else its `train/` and those of its rounds."""
     if _is_run(folder):
         return [folder]
-    return [place for place in (folder / "train", *sorted(folder.glob("round-*/train"))) if _is_run(place)]
+    repeated = (*sorted(folder.glob("round-*/train")), *sorted(folder.glob("phase-*/train")))
+    return [place for place in (folder / "train", *repeated) if _is_run(place)]
 
 
 def _is_run(folder: Path) -> bool:

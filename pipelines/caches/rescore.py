@@ -16,7 +16,7 @@ from lightopd.cache.row_checks import HALF_ROUNDING
 from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
-from lightopd.engines.base import Engine
+from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import load_engine
 from lightopd.engines.noise import compare, measure_noise
 from lightopd.errors import CacheError, ConfigError
@@ -27,7 +27,7 @@ from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.cache import SIGNALS
 from lightopd.schemas.configs import PrecomputeConfig
-from lightopd.schemas.records import Scores
+from lightopd.schemas.records import RolloutSignal
 
 ROUNDING_NATS = 1e-5
 """Float32 rounding of log-probabilities, below which no engine's noise can be told from the format."""
@@ -111,19 +111,21 @@ def _score_again(
     rows: dict[int, list[int]],
     engine: Engine,
     contexts: Contexts | None,
-) -> tuple[list[Scores], list[Scores]]:
-    cached: list[Scores] = []
-    again: list[Scores] = []
+) -> tuple[list[RolloutSignal], list[RolloutSignal]]:
+    cached: list[RolloutSignal] = []
+    again: list[RolloutSignal] = []
     for shard, chosen in rows.items():
         sequences = read_sequences(cache, shard, contexts, support_of(config))[1]
-        again += engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
+        scored = engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
+        limit = cache.signals[config.signal].manifest.id_limit
+        again += scored if limit is None else [keep_ids_below(each, limit) for each in scored]
         table = read_columns(cache, shard, SIGNALS.names[1:], config.signal).take(pa.array(chosen))
         columns: Any = (split_lists(table.column(name)) for name in table.column_names)
-        cached += [Scores(*row) for row in zip(*columns, strict=True)]
+        cached += [RolloutSignal(*row) for row in zip(*columns, strict=True)]
     return cached, again
 
 
-def _topk_apart(cached: Scores, again: Scores, rounding: float, limit: float) -> float:
+def _topk_apart(cached: RolloutSignal, again: RolloutSignal, rounding: float, limit: float) -> float:
     """Largest difference of a top-k's values, nats; infinite where an id is there once and is no tie."""
     worst = 0.0
     for one, other in zip(_by_position(cached), _by_position(again), strict=True):
@@ -137,7 +139,7 @@ def _topk_apart(cached: Scores, again: Scores, rounding: float, limit: float) ->
     return worst
 
 
-def _by_position(scores: Scores) -> Iterator[dict[int, float]]:
+def _by_position(scores: RolloutSignal) -> Iterator[dict[int, float]]:
     """Log-probability by token id, at each position."""
     end = 0
     for count in scores.topk_counts.tolist():
@@ -146,7 +148,7 @@ def _by_position(scores: Scores) -> Iterator[dict[int, float]]:
         yield dict(zip(ids, logprobs, strict=True))
 
 
-def _tails_apart(cached: Scores, again: Scores) -> float:
+def _tails_apart(cached: RolloutSignal, again: RolloutSignal) -> float:
     """Largest difference of the mass outside the top-k, in probability."""
     gaps = np.abs(np.exp(cached.tail_logprobs.astype(np.float64)) - np.exp(again.tail_logprobs))
     return float(gaps.max(initial=0.0))

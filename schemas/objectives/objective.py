@@ -5,7 +5,7 @@ signal -> router -> extrapolation -> target -> baseline -> advantage parts -> cl
 (arXiv 2604.13010). A mapping with the keys of a term is an objective of that one term.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from lightopd.schemas.objectives.targets import (
     DomainRouter,
     ExpectedBaseline,
     Extrapolation,
+    GrownConfig,
     LogRatioTarget,
     MleTarget,
     PreferenceTarget,
@@ -60,14 +61,15 @@ def _with_kinds(parts: Any) -> Any:
     return tuple(map(_with_kind, parts)) if isinstance(parts, list | tuple) else parts
 
 
-Part = TypeVar("Part")
-Parts = Annotated[tuple[Part, ...], BeforeValidator(_with_kinds), AfterValidator(_no_kind_twice)]
+PartConfig = TypeVar("PartConfig")
+Parts = Annotated[tuple[PartConfig, ...], BeforeValidator(_with_kinds), AfterValidator(_no_kind_twice)]
 """Parts of different kinds; a plain string is a kind."""
 
 
-class TermConfig(StrictModel):
+class TermConfig(GrownConfig):
     """One loss: what is compared with what, and how it is weighed and averaged."""
 
+    later: ClassVar[tuple[str, ...]] = ("is_anchor",)
     name: str = Field("main", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the term, in metrics and messages."""
     weight: float = Field(1.0, gt=0)
@@ -78,6 +80,8 @@ class TermConfig(StrictModel):
     """Mean over the whole batch, or over the rollouts that the term sees (by their share of the cache)."""
     signal: SignalName = "teacher"
     """Cached signal that teaches."""
+    is_anchor: bool = False
+    """The signal is a model to stay near: it is not held to be the student's fine-tuning teacher."""
     router: DomainRouter | None = None
     """Other signals for some domains."""
     extrapolate: Extrapolation | None = None
@@ -188,3 +192,7 @@ class ObjectiveConfig(StrictModel):
 
 MLE_OBJECTIVE = ObjectiveConfig(terms=(TermConfig(target=MleTarget(kind="mle")),))
 """Supervised fine-tuning: each answer's mean negative log-likelihood."""
+FORWARD_KL_OBJECTIVE = ObjectiveConfig(
+    terms=(TermConfig(target=DivergenceTarget(kind="divergence", divergence="forward_kl", support="tail")),)
+)
+"""Fine-tuning on what the teacher holds likely at each token: KL(T || s) on its top-k and the tail."""

@@ -273,6 +273,18 @@ class PreferenceTarget(TargetConfig):
     """Strength of the preference; the paper's value is not known."""
 
 
+class ChunkAuditTarget(TargetConfig):
+    """Likelihood of chunks, weighed by how like them a teacher continues (arXiv 2606.01476)."""
+
+    kind: Literal["chunk_audit"]
+    """loss = -sg[(sum of similarities + alpha q) / (their number + alpha)] log s in a chunk, 0 outside; q is
+    the student's exp(mean log s) of the chunk."""
+    text: SignalName = "continuations"
+    """Text column of `lightopd rewrite --gives branches`."""
+    alpha: float = Field(1.0, ge=0)
+    """How many continuations the student's own confidence counts for; the paper's value is not known."""
+
+
 class CustomTarget(TargetConfig):
     """A function of your own: (batch, student, options) -> loss of each token, float32 [N]."""
 
@@ -299,6 +311,7 @@ Target = Annotated[
     | EstimatorTarget
     | DivergenceTarget
     | PreferenceTarget
+    | ChunkAuditTarget
     | CustomTarget,
     Field(discriminator="kind"),
 ]

@@ -6,7 +6,7 @@ from objective_cases import tail_of
 from objective_references import DIVERGENCES, jsd, kl
 from torch import Tensor
 
-from lightopd.objectives.base.batch import SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import SignalBatch, StudentTokens
 from lightopd.objectives.base.divergences import token_divergence
 from lightopd.objectives.base.part import Outcomes
 from lightopd.objectives.loss import compute_loss
@@ -243,7 +243,7 @@ def loss_on_widths(teacher_NV: Tensor, student_NV: Tensor, width: int) -> float:
     topk_NK = torch.nn.functional.pad(teacher_NV.gather(1, ids_NK), (0, width - 2), value=float("-inf"))
     student_NK = torch.nn.functional.pad(student_NV.gather(1, ids_NK), (0, width - 2))
     sampled_N = batch.ids_N[:, None]
-    batch.signals["teacher"] = SignalTokens(
+    batch.signals["teacher"] = SignalBatch(
         teacher_NV.gather(1, sampled_N)[:, 0], padded_ids_NK, topk_NK, tail_of(teacher_NV, ids_NK)
     )
     student = StudentTokens(

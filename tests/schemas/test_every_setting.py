@@ -65,6 +65,7 @@ OTHER_RUN = {
         "held_out": 2,
         "adapter": {"rank": 2},
         "router_loss": 0.1,
+        "privacy": {"clip": 1.0, "noise": 1.0},
         "optimizer": {"lr": 1.0},
     },
     finetune.OptimizerConfig: {

@@ -28,7 +28,7 @@ from lightopd.files import file_sha256
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.manifest import CacheManifest, SftLineage, SignalManifest
-from lightopd.schemas.records import Ids, Rollout, Scores
+from lightopd.schemas.records import Ids, Rollout, RolloutSignal
 
 EncodePrompt = Callable[[Any], Sequence[int]]
 
@@ -57,7 +57,7 @@ class _Row:
     number: int
     """Row of the file, from 0."""
     rollout: Rollout
-    scores: Scores
+    scores: RolloutSignal
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def _prompt_ids(where: str, row: dict[str, Any], encode_prompt: EncodePrompt | N
 
 def _official_row(
     where: str, row: dict[str, Any], prompt_ids: Ids, prompt_id: str, sample_index: int
-) -> tuple[Rollout, Scores]:
+) -> tuple[Rollout, RolloutSignal]:
     response_ids = row["response_tokens"].astype(np.int32)
     length = len(response_ids)
     logprobs = _floats(where, "teacher_log_probs", row["teacher_log_probs"], length)
@@ -258,7 +258,7 @@ def _official_row(
     )
     no_entries, no_values = np.zeros(0, np.int32), np.zeros(0, np.float32)
     counts, tails = np.zeros(length, np.int32), np.zeros(length, np.float32)
-    return rollout, Scores(logprobs, counts, no_entries, no_values, tails)
+    return rollout, RolloutSignal(logprobs, counts, no_entries, no_values, tails)
 
 
 def _floats(where: str, name: str, values: Any, length: int) -> NDArray[np.float32]:

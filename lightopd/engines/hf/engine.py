@@ -24,7 +24,7 @@ from lightopd.models.load import LoadedModel, choose_device, context_length_of, 
 from lightopd.schemas import records
 from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig
 from lightopd.schemas.manifest import EngineRecord, Precision
-from lightopd.schemas.records import Ids, Sample, Scores
+from lightopd.schemas.records import Ids, RolloutSignal, Sample
 
 
 class TransformersEngine:
@@ -49,7 +49,7 @@ class TransformersEngine:
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
-    ) -> list[Scores]:
+    ) -> list[RolloutSignal]:
         """Score responses; see `Engine.score`."""
         assert self._loaded is not None, "the engine is closed"
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)

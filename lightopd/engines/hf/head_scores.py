@@ -94,7 +94,7 @@ def largest(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     width = values_NV.shape[1]
     num_blocks = width // BLOCK
-    if num_blocks < 2 * k:
+    if not k or num_blocks < 2 * k:
         return values_NV.topk(k)
     # Block j is columns j, j + num_blocks, j + 2 num_blocks, ...: maxima are then taken over whole vectors.
     blocks_NBJ = values_NV[:, : num_blocks * BLOCK].view(-1, BLOCK, num_blocks)
@@ -201,12 +201,14 @@ def _support_slice(logits_CV: Tensor, ids_C: Tensor, support_CS: Tensor, top_k: 
     """Fields of `PositionScores`; the tail is a sum over the tokens that are not kept, never 1 - sum."""
     logprobs_CV = logits_CV.log_softmax(1)
     width = logits_CV.shape[1]
+    _, top_ids_CK = largest(logprobs_CV, top_k)
+    is_again_CS = (support_CS[:, :, None] == top_ids_CK[:, None, :]).any(2)
+    ids_CM = torch.cat([top_ids_CK, support_CS.masked_fill(is_again_CS, PADDING)], 1)
+    is_padding_CM = ids_CM == PADDING
     is_kept_CV = torch.zeros((len(logits_CV), width + 1), dtype=torch.bool, device=logits_CV.device)
-    is_kept_CV.scatter_(1, torch.where(support_CS < 0, width, support_CS), True)
-    is_kept_CV.scatter_(1, logprobs_CV.topk(top_k).indices, True)
-    is_kept_CV = is_kept_CV[:, :width]
-    counts_C = is_kept_CV.sum(1)
-    tail_C = logprobs_CV.masked_fill(is_kept_CV, -torch.inf).logsumexp(1).clamp(max=0)
-    most = min(width, support_CS.shape[1] + top_k)
-    kept_CM, ids_CM = logprobs_CV.masked_fill(~is_kept_CV, -torch.inf).topk(most)
+    is_kept_CV.scatter_(1, ids_CM.masked_fill(is_padding_CM, width), True)
+    tail_C = logprobs_CV.masked_fill(is_kept_CV[:, :width], -torch.inf).logsumexp(1).clamp(max=0)
+    kept_CM = logprobs_CV.gather(1, ids_CM.clamp(min=0)).masked_fill(is_padding_CM, -torch.inf)
+    kept_CM, order_CM = (each[:, :width] for each in kept_CM.sort(stable=True, dim=1, descending=True))
+    ids_CM, counts_C = ids_CM.gather(1, order_CM), (~is_padding_CM).sum(1)
     return logprobs_CV.gather(1, ids_C[:, None])[:, 0], counts_C, ids_CM, kept_CM, tail_C

@@ -26,7 +26,7 @@ from lightopd.engines.hf.shared_prompts import Group, hidden_of_groups, worthwhi
 from lightopd.errors import EngineError
 from lightopd.models.load import LoadedModel
 from lightopd.schemas import records
-from lightopd.schemas.records import Scores, Support
+from lightopd.schemas.records import RolloutSignal, Support
 from lightopd.under_way import so_far
 
 
@@ -45,7 +45,7 @@ class ScoreSettings:
 @torch.inference_mode()
 def score(
     loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
-) -> list[Scores]:
+) -> list[RolloutSignal]:
     """Scores of every sequence, in the order given.
 
     Raises:
@@ -133,10 +133,10 @@ def _score(
     return score_positions(loaded.head, hidden_ND, asked_N, settings.top_k, settings.min_probability)
 
 
-def empty_scores() -> Scores:
+def empty_scores() -> RolloutSignal:
     """Scores of an empty response."""
     floats, ids = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
-    return Scores(floats, ids, ids, floats, floats)
+    return RolloutSignal(floats, ids, ids, floats, floats)
 
 
 def _batches(
@@ -177,13 +177,13 @@ def _check_finite(
 
 def _split(
     scores: PositionScores, sequences: Sequence[records.Sequence], indices: Sequence[int]
-) -> Iterator[tuple[int, Scores]]:
+) -> Iterator[tuple[int, RolloutSignal]]:
     is_kept_NK = np.arange(scores.topk_ids_NK.shape[1]) < scores.topk_counts_N[:, None]
     start = 0
     for index in indices:
         rows = slice(start, start + len(sequences[index].response_ids))
         start = rows.stop
-        part = Scores(
+        part = RolloutSignal(
             logprobs=scores.logprobs_N[rows],
             topk_counts=scores.topk_counts_N[rows],
             topk_ids=scores.topk_ids_NK[rows][is_kept_NK[rows]],

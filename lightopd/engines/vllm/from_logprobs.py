@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightopd.errors import EngineError
-from lightopd.schemas.records import Floats, Ids, Sample, Scores
+from lightopd.schemas.records import Floats, Ids, RolloutSignal, Sample
 
 TAIL_ROUNDING = 2.0**-20
 """Float32 rounding of 1 - sum over the top-k: a smaller tail cannot be read off it."""
@@ -23,7 +23,7 @@ def scores_of(
     logprobs_RM: Floats,
     min_probability: float,
     vocabulary_size: int,
-) -> Scores:
+) -> RolloutSignal:
     """Scores of one response; the tail is derived, see `derived_tail`.
 
     Args:
@@ -47,7 +47,7 @@ def scores_of(
     is_own_RK = ids_RK == response_ids[:, None]
     is_kept_RK = np.exp(topk_RK) >= min_probability
     outside_R = np.where(is_own_RK.any(1), -np.inf, own_R)
-    return Scores(
+    return RolloutSignal(
         logprobs=own_R,
         topk_counts=is_kept_RK.sum(1, dtype=np.int32),
         topk_ids=ids_RK[is_kept_RK],

@@ -18,7 +18,7 @@ from lightopd.engines.vllm.settings import check_sampling
 from lightopd.models.limits import ModelLimits
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.records import Floats, Ids, Sample, Scores
+from lightopd.schemas.records import Floats, Ids, RolloutSignal, Sample
 
 IN_FLIGHT_BYTES = 1 << 30
 """Memory for log-probabilities that were requested and are not yet packed."""
@@ -108,12 +108,12 @@ class RequestEngine(ABC):
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
-    ) -> list[Scores]:
+    ) -> list[RolloutSignal]:
         """Score responses; see `Engine.score`. What is requested at once is bounded by `IN_FLIGHT_BYTES`."""
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
         filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
 
-        async def score_one(place: int) -> Scores:
+        async def score_one(place: int) -> RolloutSignal:
             sequence, name = sequences[filled[place]], f"sequence {filled[place]}"
             rows = await self._score(name, sequence, top_k)
             return scores_of(name, sequence.response_ids, *rows, min_probability, self.vocabulary_size)

@@ -16,7 +16,7 @@ from lightopd.models.limits import precision_of
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
-from lightopd.schemas.records import Floats, Ids, Scores
+from lightopd.schemas.records import Floats, Ids, RolloutSignal
 
 ENTRY_BYTES = 512
 """Memory of one log-probability while a reply is read: its JSON text and the Python objects of it."""
@@ -34,7 +34,7 @@ class ServerClient(RequestEngine):
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
-    ) -> list[Scores]:
+    ) -> list[RolloutSignal]:
         """Score responses; see `Engine.score`.
 
         Raises:

@@ -17,7 +17,7 @@ SERIES = [f"var(--series-{number})" for number in range(1, 7)]
 """Okabe and Ito's colours, which colour-blind readers can tell apart; the page defines them."""
 INK, LINE, LIMIT = "var(--ink)", "var(--line)", "var(--alert)"
 
-Rows = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def altair() -> Any:
 
 
 def histogram(
-    title: str, rows: Rows, x: str, caption: str = "", by: str = "series", count: str = "tokens"
+    title: str, rows: Records, x: str, caption: str = "", by: str = "series", count: str = "tokens"
 ) -> Chart:
     """Bars from `from` to `to`: rollouts stacked by `by`; tokens on a log scale, side by side."""
     alt = altair()
@@ -67,7 +67,7 @@ def histogram(
     return _drawn(title, chart, caption)
 
 
-def bars(title: str, rows: Rows, label: str, value: str, unit: str, caption: str = "") -> Chart:
+def bars(title: str, rows: Records, label: str, value: str, unit: str, caption: str = "") -> Chart:
     """One horizontal bar for each row, with its number."""
     alt = altair()
     y = alt.Y(f"{label}:N", title=None, sort=None)
@@ -80,7 +80,7 @@ def bars(title: str, rows: Rows, label: str, value: str, unit: str, caption: str
     return _drawn(title, alt.layer(bar, text), caption, height=max(40, 26 * len(rows)))
 
 
-def bands(title: str, rows: Rows, y: str, caption: str = "") -> Chart:
+def bands(title: str, rows: Records, y: str, caption: str = "") -> Chart:
     """Quartile band, median line and dashed mean over the position."""
     alt = altair()
     x = alt.X("pos:Q", title="position in the response")
@@ -94,7 +94,7 @@ def bands(title: str, rows: Rows, y: str, caption: str = "") -> Chart:
     return _drawn(title, alt.layer(band, middle, mean), caption)
 
 
-def curves(title: str, rows: Rows, y: str, limits: Mapping[str, float], caption: str = "") -> Chart:
+def curves(title: str, rows: Records, y: str, limits: Mapping[str, float], caption: str = "") -> Chart:
     """A line for each run over the steps, and a dashed rule for each limit."""
     alt = altair()
     lines = (
@@ -118,7 +118,7 @@ def curves(title: str, rows: Rows, y: str, limits: Mapping[str, float], caption:
     return _drawn(title, alt.layer(*layers), caption)
 
 
-def accuracies(title: str, rows: Rows, caption: str = "") -> Chart:
+def accuracies(title: str, rows: Records, caption: str = "") -> Chart:
     """Points with a bar of one standard error, by evaluation and run."""
     alt = altair()
     y = alt.Y("name:N", title=None, sort=["before", "after", "teacher"])
@@ -145,11 +145,11 @@ def accuracies(title: str, rows: Rows, caption: str = "") -> Chart:
     return _drawn(title, alt.layer(error, point, text), caption, height=max(90, 34 * len(rows)))
 
 
-def _base(rows: Rows) -> Any:
+def _base(rows: Records) -> Any:
     return altair().Chart(altair().Data(values=[dict(row) for row in rows]))
 
 
-def _colour(field: str, rows: Rows) -> Any:
+def _colour(field: str, rows: Records) -> Any:
     alt = altair()
     names = list(dict.fromkeys(str(row[field]) for row in rows))
     scale = alt.Scale(domain=names, range=[SERIES[place % len(SERIES)] for place in range(len(names))])

@@ -7,10 +7,10 @@ from lightopd.inspection.opened import OpenedCache
 
 BINS = 40
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 
 
-def lengths(opened: OpenedCache) -> Rows:
+def lengths(opened: OpenedCache) -> Records:
     """Rollouts by length and finish reason: from, to, finish_reason, count."""
     return opened.sql(
         """
@@ -24,20 +24,20 @@ def lengths(opened: OpenedCache) -> Rows:
     ).rows()
 
 
-def rewards(opened: OpenedCache) -> Rows:
+def rewards(opened: OpenedCache) -> Records:
     """Rollouts by reward: from, to, count."""
     return opened.sql(
         _histogram("SELECT reward::DOUBLE AS value, 'reward' AS series FROM rollouts"), bins=BINS
     ).rows()
 
 
-def gaps(opened: OpenedCache) -> Rows:
+def gaps(opened: OpenedCache) -> Records:
     """Trained tokens by gap, the farthest half percent at each side taken into the last bins."""
     values = "SELECT gap::DOUBLE AS value, signal AS series FROM tokens WHERE loss_mask AND gap IS NOT NULL"
     return opened.sql(_histogram(values, clipped=True), bins=BINS).rows()
 
 
-def entropies(opened: OpenedCache) -> Rows:
+def entropies(opened: OpenedCache) -> Records:
     """Trained tokens by the student's entropy at rollout."""
     values = (
         "SELECT entropy_student::DOUBLE AS value, 'student' AS series FROM tokens "
@@ -46,7 +46,7 @@ def entropies(opened: OpenedCache) -> Rows:
     return opened.sql(_histogram(values, clipped=True), bins=BINS).rows()
 
 
-def masses(opened: OpenedCache) -> Rows:
+def masses(opened: OpenedCache) -> Records:
     """Trained tokens by log10 of the probability outside the stored top-k; nothing outside counts as -8."""
     values = (
         "SELECT greatest(-8, logprob_tail::DOUBLE / ln(10)) AS value, signal AS series FROM tokens "
@@ -55,7 +55,7 @@ def masses(opened: OpenedCache) -> Rows:
     return opened.sql(_histogram(values), bins=BINS).rows()
 
 
-def overlaps(opened: OpenedCache, k: int) -> Rows:
+def overlaps(opened: OpenedCache, k: int) -> Records:
     """Positions by how many of their k most likely tokens two signals share: series, shared, count."""
     return opened.sql(
         """
@@ -79,7 +79,7 @@ def overlaps(opened: OpenedCache, k: int) -> Rows:
     ).rows()
 
 
-def by_position(opened: OpenedCache) -> Rows:
+def by_position(opened: OpenedCache) -> Records:
     """Quartiles of gap and entropy by place in the response: measure, series, pos, low, middle, high."""
     return opened.sql(
         """
@@ -119,7 +119,7 @@ def _histogram(values: str, clipped: bool = False) -> str:
     """
 
 
-DISTRIBUTIONS: dict[str, Callable[[OpenedCache], Rows]] = {
+DISTRIBUTIONS: dict[str, Callable[[OpenedCache], Records]] = {
     "lengths": lengths,
     "gaps": gaps,
     "entropies": entropies,

@@ -13,7 +13,7 @@ MetricSums = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class SignalTokens:
+class SignalBatch:
     """One cached signal over the micro-batch."""
 
     logprobs_N: Tensor
@@ -52,7 +52,7 @@ class RolloutBatch:
     """int64, assistant turn of the token, from 0."""
     ref_logprobs_N: Tensor | None
     """float32, of the sampled token under the student at rollout; None for an imported cache."""
-    signals: dict[str, SignalTokens]
+    signals: dict[str, SignalBatch]
     """Cached signals by name, those the objective asked for."""
     lengths_R: Tensor
     """int64, trained tokens of each rollout."""
@@ -73,7 +73,7 @@ class RolloutBatch:
     num_turns: int
     """On the host: above every `turns_N`, at least 1."""
     prepared_R: dict[str, Tensor] = field(default_factory=dict)
-    """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+    """float32, [R] or [R, ...], the columns that `prepare` made from the whole cache, for these rollouts."""
     behavior_logprobs_N: Tensor | None = None
     """float32, of the sampled token under the distribution it was drawn from, with its temperature and
     truncation; None where that is taken to be the student at rollout."""

@@ -55,6 +55,8 @@ class Needs:
     """The objective has a state that `advance` moves after each step and that checkpoints hold."""
     texts: tuple[str, ...] = ()
     """Text columns whose numbers are read."""
+    chunks: tuple[str, ...] = ()
+    """Text columns of branches, whose chunks and scores are read."""
     answers: tuple[Path, ...] = ()
     """Caches of the teacher's own answers, for the column `teacher_reward`."""
 

@@ -6,7 +6,7 @@ N = tokens, K = support, M = K + 1 outcomes (support, then tail), J = support of
 import torch
 from torch import Tensor
 
-from lightopd.objectives.base.batch import RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.base.divergences import finite, normalised_teacher
 from lightopd.objectives.base.part import Needs, Outcomes, Teacher
 from lightopd.schemas.objectives.objective import TermConfig
@@ -52,7 +52,7 @@ def build_teacher(term: TermConfig, batch: RolloutBatch, student: StudentTokens,
 
 def _route(
     term: TermConfig, batch: RolloutBatch, student: StudentTokens, with_support: bool
-) -> tuple[SignalTokens, Tensor | None]:
+) -> tuple[SignalBatch, Tensor | None]:
     """The signal that teaches each token, and the student on its outcomes [N, K + 1]."""
     names = teacher_names(term)
     width = max(batch.signals[name].topk_ids_NK.shape[1] for name in names)
@@ -63,7 +63,7 @@ def _route(
     by_domain = term.router.signals
     chosen_R = [names.index(by_domain.get(domain or "", term.signal)) for domain in batch.domains]
     chosen_N = torch.tensor(chosen_R, device=batch.row_N.device)[batch.row_N]
-    merged = SignalTokens(
+    merged = SignalBatch(
         _choose([signal.logprobs_N for signal in signals], chosen_N),
         _choose([signal.topk_ids_NK for signal in signals], chosen_N),
         _choose([signal.topk_logprobs_NK for signal in signals], chosen_N),
@@ -77,13 +77,13 @@ def _choose(options: list[Tensor], chosen_N: Tensor) -> Tensor:
     return torch.stack(options)[chosen_N, tokens_N]
 
 
-def _widen(signal: SignalTokens, width: int) -> SignalTokens:
+def _widen(signal: SignalBatch, width: int) -> SignalBatch:
     missing = width - signal.topk_ids_NK.shape[1]
     if not missing:
         return signal
     ids_NK = torch.nn.functional.pad(signal.topk_ids_NK, (0, missing), value=-1)
     logprobs_NK = torch.nn.functional.pad(signal.topk_logprobs_NK, (0, missing), value=float("-inf"))
-    return SignalTokens(signal.logprobs_N, ids_NK, logprobs_NK, signal.tail_logprobs_N)
+    return SignalBatch(signal.logprobs_N, ids_NK, logprobs_NK, signal.tail_logprobs_N)
 
 
 def _student_outcomes(student: StudentTokens, name: str, width: int) -> Tensor:
@@ -92,7 +92,7 @@ def _student_outcomes(student: StudentTokens, name: str, width: int) -> Tensor:
     return torch.cat([topk_NK, student.tail_logprobs_N[name][:, None]], dim=1)
 
 
-def pair_outcomes(signal: SignalTokens, student_NM: Tensor) -> Outcomes:
+def pair_outcomes(signal: SignalBatch, student_NM: Tensor) -> Outcomes:
     """Pairs the teacher's support and tail with the student's.
 
     A tail exists where the student has one: a teacher tail that float32 has lost stands at `FLOOR`.
@@ -108,7 +108,7 @@ def pair_outcomes(signal: SignalTokens, student_NM: Tensor) -> Outcomes:
 
 
 def _extrapolate(
-    config: ConstantExtrapolation | DistanceExtrapolation, teacher: Teacher, reference: SignalTokens
+    config: ConstantExtrapolation | DistanceExtrapolation, teacher: Teacher, reference: SignalBatch
 ) -> Teacher:
     """log T + strength (log T - log B), on the sampled token and on the common support.
 
@@ -138,7 +138,7 @@ def _strength(
     return config.scale * distance_N + config.floor
 
 
-def _common_support(teacher: Teacher, outcomes: Outcomes, reference: SignalTokens) -> tuple[Outcomes, Tensor]:
+def _common_support(teacher: Teacher, outcomes: Outcomes, reference: SignalBatch) -> tuple[Outcomes, Tensor]:
     """Teacher, student and reference on the ids both models kept; all others join the tails.
 
     A token that only one model kept has no log-probability under the other, so log T - log B is known for the

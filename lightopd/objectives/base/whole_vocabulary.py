@@ -18,7 +18,7 @@ from torch import Tensor
 from lightopd.errors import ConfigError
 from lightopd.kernels.outside_terms import Fixed, outside_terms
 from lightopd.models.head import Head
-from lightopd.objectives.base.batch import SignalTokens
+from lightopd.objectives.base.batch import SignalBatch
 from lightopd.objectives.base.divergences import FLOOR, normalised_teacher, outcome_terms
 from lightopd.objectives.base.part import Outcomes, WholeTail
 from lightopd.objectives.base.teacher import pair_outcomes
@@ -80,7 +80,7 @@ def _log_shape(tail: WholeTail, shapes: Mapping[str, NDArray[np.float32]], num_v
     return shape_V.log().clamp(min=FLOOR)
 
 
-def outside_support(tail: SpreadTail, signal: SignalTokens, live: LiveSide) -> Tensor:
+def outside_support(tail: SpreadTail, signal: SignalBatch, live: LiveSide) -> Tensor:
     """Sum of the divergence's terms over the vocabulary outside the support, [N], differentiable."""
     tail = replace(tail, log_shape_V=tail.log_shape_V.to(live.hidden_ND.device))
     with torch.autocast(live.hidden_ND.device.type, enabled=False):
@@ -93,9 +93,7 @@ def outside_support(tail: SpreadTail, signal: SignalTokens, live: LiveSide) -> T
         return torch.where(outcomes.is_real_NM[:, -1], value_N, 0.0)
 
 
-def outside_in_full(
-    tail: SpreadTail, signal: SignalTokens, student_NM: Tensor, logprobs_NV: Tensor
-) -> Tensor:
+def outside_in_full(tail: SpreadTail, signal: SignalBatch, student_NM: Tensor, logprobs_NV: Tensor) -> Tensor:
     """`outside_support` of a student whose log-probabilities are there as a whole."""
     tail = replace(tail, log_shape_V=tail.log_shape_V.to(logprobs_NV.device))
     outcomes, shift_N = _teacher_outside(tail, signal, student_NM)
@@ -108,7 +106,7 @@ def outside_in_full(
     return torch.where(outcomes.is_real_NM[:, -1], value_N, 0.0)
 
 
-def _teacher_outside(tail: SpreadTail, signal: SignalTokens, student_NM: Tensor) -> tuple[Outcomes, Tensor]:
+def _teacher_outside(tail: SpreadTail, signal: SignalBatch, student_NM: Tensor) -> tuple[Outcomes, Tensor]:
     """Teacher and student on the outcomes, and log(r / C): 0 where nothing is outside."""
     outcomes = normalised_teacher(pair_outcomes(signal, student_NM))
     log_outside_N = _log_shape_outside(tail.log_shape_V, signal.topk_ids_NK)

@@ -12,11 +12,9 @@ import pyarrow.compute as pc
 
 from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import read_columns
-from lightopd.cache.signals.tail_shape import shape_of
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.base.whole_vocabulary import SpreadTail, spread_tails
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
@@ -45,6 +43,8 @@ class CacheFacts:
     """Signals that have a shape of their tail."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
+    is_teacher_known: bool = True
+    """Whether the rollouts say who taught their student, or that nobody did."""
 
 
 COLUMN_SOURCES = {
@@ -70,7 +70,8 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
     shapes = frozenset(n for n, signal in cache.signals.items() if signal.manifest.tail_shape is not None)
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks)
+    is_teacher_known = cache.manifest.sft.proof != "unknown"
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks, is_teacher_known)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -94,6 +95,19 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
                 "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
             )
     return lines + ([line] if wanted.ratio and (line := _ratio_remark(cache)) else [])
+
+
+def check_origin(cache: Cache, needed: Needs) -> None:
+    """Refuse responses of others than the student to an objective that reads the student at rollout.
+
+    Raises:
+        CacheError: names the cache, and whose responses it has.
+    """
+    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
+        raise CacheError(
+            f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
+            f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
+        )
 
 
 def _ratio_remark(cache: Cache) -> str | None:
@@ -153,19 +167,6 @@ def check_cache(config: ObjectiveConfig, cache: Cache) -> None:
         raise CacheError(f"{cache.path} cannot serve this objective: {'; '.join(lines)}")
 
 
-def cached_tails(cache: Cache, wanted: Needs, num_vocab: int) -> tuple[SpreadTail, ...]:
-    """The tails that an objective compares token by token, with the shapes of the cache's signals.
-
-    Raises:
-        CacheError: a shape is damaged.
-        ConfigError: a signal has none, or one of another vocabulary than the student's head.
-    """
-    names = {tail.signal for tail in wanted.tails if tail.target.tail == "shaped"}
-    found = {name: shape_of(cache, name) for name in sorted(names)}
-    shapes = {name: shape for name, shape in found.items() if shape is not None}
-    return spread_tails(wanted.tails, shapes, num_vocab)
-
-
 def _has_residual(config: ObjectiveConfig) -> bool:
     targets = (term.target for term in config.terms)
     return any(isinstance(target, DivergenceTarget) and target.residual is not None for target in targets)
@@ -187,6 +188,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.texts
         if name not in facts.texts
     ]
+    lines += [
+        f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
+        f"--gives branches --template continue --name {name} --set sampling.n=4"
+        for name in wanted.chunks
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -206,7 +213,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
     if name in facts.signals and facts.signals[name] >= size:
         return None
-    role = "" if name in teachers_of(config) else " --set role=reference"
+    declared = "" if facts.is_teacher_known else " --sft-teacher MODEL"
+    role = declared if name in teachers_of(config) else " --set role=reference"
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
@@ -236,8 +244,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
 
     A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
     """
-    routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
+    taught = [term for term in config.terms if not term.is_anchor]
+    routed = {name for term in taught if term.router for name in term.router.signals.values()}
+    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:

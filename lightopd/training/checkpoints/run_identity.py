@@ -43,14 +43,14 @@ def recipe_of(
     cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, needed: Needs
 ) -> dict[str, JsonValue]:
     """Everything that decides the trained weights, by dotted name."""
-    free = {*DECIDES_NOTHING}
+    free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks)
     if finetune.optimizer.schedule != "constant":
         free.remove("steps")
     settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))
     return {
         "cache": content_id(cache, needed.signals),
         "student": fingerprint_model(student).identity,
-        **({"texts": canonical_hash(text_contents(cache, needed.texts))} if needed.texts else {}),
+        **({"texts": canonical_hash(text_contents(cache, texts))} if texts else {}),
         **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in needed.answers},
         **{name: value for name, value in settings.items() if name not in free},
         **_flat(objective.model_dump(mode="json"), "objective."),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightopd.cache.reader import ShardColumns, SignalColumns, TokenColumns
 from lightopd.errors import LightopdError
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.plan import CacheIndex, TrainingPlan, make_plan
@@ -34,7 +34,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class SignalRows:
+class HostSignal:
     """One signal over a micro-batch's response tokens."""
 
     logprobs_N: NDArray[np.float32]
@@ -46,7 +46,7 @@ class SignalRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows(TokenColumns):
+class HostBatch(TokenColumns):
     """A micro-batch as flat columns on the host."""
 
     rollout_ids: tuple[str, ...]
@@ -59,7 +59,7 @@ class Rows(TokenColumns):
     rewards_R: NDArray[np.float32]
     is_truncated_R: NDArray[np.bool_]
     prompt_ids_P: NDArray[np.int32]
-    signals: dict[str, SignalRows]
+    signals: dict[str, HostSignal]
     prepared: dict[str, NDArray[np.float32]]
     """What the objective made of the whole cache, [R] each."""
     totals: BatchTotals
@@ -90,7 +90,7 @@ def collect_rows(
     entries: NDArray[np.int64],
     totals: BatchTotals,
     row_tokens: int | None = None,
-) -> Rows:
+) -> HostBatch:
     """Collect rollouts, wherever they lie, into one micro-batch.
 
     Args:
@@ -112,7 +112,7 @@ def collect_rows(
         f"{name}_N": _join(spans, f"{name}_N") if is_own or name not in STUDENTS_OWN else None
         for name in TOKEN_COLUMNS
     }
-    return Rows(
+    return HostBatch(
         rollout_ids=tuple(shard.rollout_ids[row] for shard, row in places),
         domains=tuple(shard.domains[row] for shard, row in places),
         groups_R=index.groups_P[entries],
@@ -131,7 +131,7 @@ def collect_rows(
     )
 
 
-def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
+def show(rows: HostBatch, is_visible_N: NDArray[np.bool_]) -> HostBatch:
     """Cut every response to the prefix that a curriculum shows; totals are left as they are."""
     ends = np.cumsum(rows.responses_R)
     tokens: dict[str, Any] = {
@@ -148,14 +148,14 @@ def show(rows: Rows, is_visible_N: NDArray[np.bool_]) -> Rows:
     )
 
 
-def index_in_response(rows: Rows) -> NDArray[np.int64]:
+def response_index(rows: HostBatch) -> NDArray[np.int64]:
     """Position of each token within its response, from 0: [N]."""
     starts_R = np.cumsum(rows.responses_R) - rows.responses_R
     index_N: NDArray[np.int64] = np.arange(len(rows.response_ids_N)) - np.repeat(starts_R, rows.responses_R)
     return index_N
 
 
-def count_totals(micro_batches: Sequence[Rows]) -> tuple[int, int]:
+def count_totals(micro_batches: Sequence[HostBatch]) -> tuple[int, int]:
     """Rollouts with a trained token, and trained tokens, in these micro-batches."""
     num_rollouts = num_tokens = 0
     for rows in micro_batches:
@@ -166,7 +166,7 @@ def count_totals(micro_batches: Sequence[Rows]) -> tuple[int, int]:
     return num_rollouts, num_tokens
 
 
-def collate(rows: Rows, device: torch.device) -> Microbatch:
+def collate(rows: HostBatch, device: torch.device) -> Microbatch:
     """Tensors of a micro-batch, on the device."""
     prompts_R, responses_R = _long(rows.prompts_R, device), _long(rows.responses_R, device)
     layout = lay_out(rows.prompts_R + rows.responses_R, rows.row_tokens)
@@ -214,14 +214,14 @@ def collate(rows: Rows, device: torch.device) -> Microbatch:
     )
 
 
-class StepDataset(Dataset[list[Rows] | LightopdError]):
+class StepDataset(Dataset[list[HostBatch] | LightopdError]):
     """This rank's micro-batches, by optimiser step."""
 
     def __init__(self, plan: TrainingPlan, store: ShardStore) -> None:
         self.plan = plan
         self.store = store
 
-    def __getitem__(self, step: int) -> list[Rows] | LightopdError:
+    def __getitem__(self, step: int) -> list[HostBatch] | LightopdError:
         """The micro-batches of a step, or the error that kept them from being read.
 
         An error is returned because a loader process would bury its message in a traceback.
@@ -239,17 +239,26 @@ class StepDataset(Dataset[list[Rows] | LightopdError]):
 class CacheData(LightningDataModule):  # type: ignore[misc]
     """Steps `step` to `finetune.steps` - 1 of the plan, the same for any number of loader processes."""
 
-    def __init__(self, store: ShardStore, index: CacheIndex, finetune: FinetuneConfig, step: int) -> None:
+    def __init__(
+        self,
+        store: ShardStore,
+        index: CacheIndex,
+        finetune: FinetuneConfig,
+        step: int,
+        key: int | None = None,
+    ) -> None:
         super().__init__()
+        self.key = key
         self.store = store
         self.index = index
         self.finetune = finetune
         self.step = step
 
-    def train_dataloader(self) -> DataLoader[list[Rows] | LightopdError]:
+    def train_dataloader(self) -> DataLoader[list[HostBatch] | LightopdError]:
         """One item per optimiser step that is left."""
         assert self.trainer is not None
-        plan = make_plan(self.index, self.finetune, self.trainer.global_rank, self.trainer.world_size)
+        place = (self.trainer.global_rank, self.trainer.world_size)
+        plan = make_plan(self.index, self.finetune, *place, self.key)
         return DataLoader(
             StepDataset(plan, self.store),
             batch_size=None,
@@ -276,14 +285,14 @@ def _join(spans: Sequence[tuple[Any, int, int]], name: str) -> Any:
     return np.concatenate([column[start:end] for column, (_, start, end) in zip(columns, spans, strict=True)])
 
 
-def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) -> SignalRows:
+def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) -> HostSignal:
     own = [(shard.signals[name], start, end) for shard, start, end in spans]
     if any(columns.topk_offsets is None for columns, _, _ in own):
-        return SignalRows(_join(own, "logprobs_N"), None, None, None, None)
+        return HostSignal(_join(own, "logprobs_N"), None, None, None, None)
     entries = [(columns, *_entries(columns, start, end)) for columns, start, end in own]
     ends = [columns.topk_offsets[start + 1 : end + 1] for columns, start, end in own]  # type: ignore[index]
     starts = [columns.topk_offsets[start:end] for columns, start, end in own]  # type: ignore[index]
-    return SignalRows(
+    return HostSignal(
         logprobs_N=_join(own, "logprobs_N"),
         tail_logprobs_N=_join(own, "tail_logprobs_N"),
         counts_N=np.concatenate(ends) - np.concatenate(starts),
@@ -292,13 +301,13 @@ def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) ->
     )
 
 
-def _show_signal(rows: SignalRows, is_visible_N: NDArray[np.bool_]) -> SignalRows:
+def _show_signal(rows: HostSignal, is_visible_N: NDArray[np.bool_]) -> HostSignal:
     logprobs_N = rows.logprobs_N[is_visible_N]
     if rows.counts_N is None or rows.topk_ids_C is None or rows.topk_logprobs_C is None:
-        return SignalRows(logprobs_N, None, None, None, None)
+        return HostSignal(logprobs_N, None, None, None, None)
     assert rows.tail_logprobs_N is not None
     is_visible_C = np.repeat(is_visible_N, rows.counts_N)
-    return SignalRows(
+    return HostSignal(
         logprobs_N,
         rows.tail_logprobs_N[is_visible_N],
         rows.counts_N[is_visible_N],
@@ -312,15 +321,15 @@ def _entries(columns: SignalColumns, start: int, end: int) -> tuple[int, int]:
     return int(columns.topk_offsets[start]), int(columns.topk_offsets[end])
 
 
-def _signal_tokens(rows: SignalRows, device: torch.device) -> SignalTokens:
+def _signal_tokens(rows: HostSignal, device: torch.device) -> SignalBatch:
     logprobs_N = _moved(rows.logprobs_N, device)
     if rows.counts_N is None or rows.topk_ids_C is None or rows.topk_logprobs_C is None:
         none_NK = logprobs_N.new_zeros((len(logprobs_N), 0))
-        return SignalTokens(logprobs_N, none_NK.long(), none_NK, torch.zeros_like(logprobs_N))
+        return SignalBatch(logprobs_N, none_NK.long(), none_NK, torch.zeros_like(logprobs_N))
     assert rows.tail_logprobs_N is not None
     width = int(rows.counts_N.max(initial=0))
     counts_N = _long(rows.counts_N, device)
-    return SignalTokens(
+    return SignalBatch(
         logprobs_N=logprobs_N,
         topk_ids_NK=_padded(_long(rows.topk_ids_C, device), counts_N, width, -1),
         topk_logprobs_NK=_padded(_moved(rows.topk_logprobs_C, device), counts_N, width, -torch.inf),

@@ -20,7 +20,7 @@ from lightopd.objectives.requirements import needs, term_needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
-from lightopd.training.data.batches import Rows, collate, collect_rows, index_in_response, show
+from lightopd.training.data.batches import HostBatch, collate, collect_rows, response_index, show
 from lightopd.training.data.plan import CacheIndex, pack
 from lightopd.training.data.shard_store import ShardStore
 from lightopd.training.student.forward import student_sums, student_tokens
@@ -39,11 +39,11 @@ class HeldOut:
     row_tokens: int | None = None
     """Length of the rows that rollouts share; None where each has its own."""
 
-    def rows(self, rank: int, world_size: int) -> list[Rows]:
+    def rows(self, rank: int, world_size: int) -> list[HostBatch]:
         """This rank's share, read once and kept on the host."""
         return self._gathered(self._packed()[rank::world_size])
 
-    def idle_rows(self, rank: int, world_size: int) -> list[Rows]:
+    def idle_rows(self, rank: int, world_size: int) -> list[HostBatch]:
         """What this rank runs without counting it, where every rank has to run as many micro-batches."""
         packed = self._packed()
         return self._gathered(packed[:1] if rank >= (len(packed) % world_size or world_size) else [])
@@ -52,7 +52,7 @@ class HeldOut:
         lengths_P, size = self.index.lengths_P, self.index.group_size
         return pack(lengths_P, self.micro_batch_tokens, 1, size, self.row_tokens)[0]
 
-    def _gathered(self, micro_batches: Sequence[NDArray[np.int64]]) -> list[Rows]:
+    def _gathered(self, micro_batches: Sequence[NDArray[np.int64]]) -> list[HostBatch]:
         totals = BatchTotals(len(self.index.lengths_P), int(self.index.trained_P.sum()))
         return [
             collect_rows(self.store, self.index, entries, totals, self.row_tokens)
@@ -85,7 +85,7 @@ def held_out_objective(objective: ObjectiveConfig, needed: Needs) -> ObjectiveCo
 
 def held_out_loss(
     student: PreTrainedModel,
-    micro_batches: Sequence[Rows],
+    micro_batches: Sequence[HostBatch],
     objective: ObjectiveConfig,
     device: torch.device,
     reduce: Callable[[Tensor], Tensor],
@@ -103,7 +103,7 @@ def held_out_loss(
 
 def held_out_entropy(
     student: PreTrainedModel,
-    micro_batches: Sequence[Rows],
+    micro_batches: Sequence[HostBatch],
     objective: ObjectiveConfig,
     state: ObjectiveState,
     device: torch.device,
@@ -123,7 +123,7 @@ def held_out_entropy(
     with torch.no_grad():
         for rows in micro_batches:
             turns_N = rows.turns_N.astype(np.int64)
-            shown = show(rows, visible_tokens(objective, state, index_in_response(rows), turns_N))
+            shown = show(rows, visible_tokens(objective, state, response_index(rows), turns_N))
             batch = collate(shown, device)
             tokens = student_tokens(student, batch, ())
             sums += torch.stack(student_sums(batch.rollouts, tokens)["entropy"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightopd.errors import ConfigError
 from lightopd.models.head import Head
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
 from lightopd.objectives.base.whole_vocabulary import spread_tails
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.plain_tensors import loss_from_logits
@@ -46,14 +46,14 @@ def student_logprobs(hidden_ND: Tensor, head: Head) -> Tensor:
     return (logits_NV / head.temperature).log_softmax(-1)
 
 
-def make_signal(teacher_NV: Tensor, counts=(K, K - 2)) -> SignalTokens:
+def make_signal(teacher_NV: Tensor, counts=(K, K - 2)) -> SignalBatch:
     """Top-k with supports of two widths in turn."""
     topk_NK, ids_NK = teacher_NV.topk(max(counts))
     width_N1 = torch.tensor(counts).repeat(N)[:N, None]
     is_kept_NK = torch.arange(max(counts)) < width_N1
     kept_NV = torch.zeros(N, V, dtype=torch.bool).scatter(1, ids_NK, is_kept_NK)
     tail_N = teacher_NV.masked_fill(kept_NV, -torch.inf).logsumexp(1)
-    return SignalTokens(
+    return SignalBatch(
         teacher_NV[:, 0].float(),
         ids_NK.masked_fill(~is_kept_NK, -1),
         topk_NK.float().masked_fill(~is_kept_NK, -torch.inf),
@@ -61,7 +61,7 @@ def make_signal(teacher_NV: Tensor, counts=(K, K - 2)) -> SignalTokens:
     )
 
 
-def rebuilt(signal: SignalTokens, shape_V: Tensor) -> Tensor:
+def rebuilt(signal: SignalBatch, shape_V: Tensor) -> Tensor:
     """The teacher over the whole vocabulary, float64, row by row."""
     teacher_NV = torch.zeros(N, V, dtype=torch.float64)
     for n in range(N):
@@ -75,7 +75,7 @@ def rebuilt(signal: SignalTokens, shape_V: Tensor) -> Tensor:
     return teacher_NV / teacher_NV.sum(1, keepdim=True)
 
 
-def make_batch(signal: SignalTokens) -> RolloutBatch:
+def make_batch(signal: SignalBatch) -> RolloutBatch:
     zeros_N = torch.zeros(N, dtype=torch.int64)
     return RolloutBatch(
         ids_N=torch.arange(N) * 3 % V,

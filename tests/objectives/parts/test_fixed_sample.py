@@ -8,7 +8,7 @@ from objective_cases import objective, tail_of
 from one_position import PLAIN, RATIO, V, context, expected_gradient
 from torch import Tensor
 
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -42,7 +42,7 @@ def batch_of(rollout_CV: Tensor, teacher_CV: Tensor, ids_C: Tensor) -> RolloutBa
         turns_N=torch.zeros_like(every),
         ref_logprobs_N=rollout_CV.gather(1, ids_C[:, None])[:, 0],
         signals={
-            "teacher": SignalTokens(
+            "teacher": SignalBatch(
                 teacher_CV.gather(1, ids_C[:, None])[:, 0], ids_CK, topk_CK, tail_of(teacher_CV, ids_CK)
             )
         },

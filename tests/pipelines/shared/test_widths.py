@@ -11,6 +11,7 @@ from lightopd.config import load_stage
 from lightopd.engines.kinds import load_engine
 from lightopd.errors import InputError
 from lightopd.pipelines import precompute, rollout, sft, train
+from lightopd.pipelines.caches.rescore import rescore
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.configs import HfEngine, ModelConfig
 
@@ -56,6 +57,12 @@ def test_the_tail_is_exact(made):
             outside = ~np.isin(whole.topk_ids[own], ids)
             mass = np.exp(whole.topk_logprobs[own][outside].astype(np.float64)).sum()
             assert np.exp(row["tail_logprobs"][place]) == pytest.approx(mass, abs=1e-5)
+
+
+def test_rescoring_leaves_the_same_ids_to_the_tail(made):
+    root, _ = made
+    report, agrees = rescore(root / "cache", "teacher", 6)
+    assert agrees, report.notes
 
 
 def test_the_cache_is_whole_and_trains_on_the_top_k(made):

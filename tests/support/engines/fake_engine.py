@@ -15,7 +15,7 @@ from lightopd.engines.base import check_prompts, check_sequences, random_stream
 from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.records import Ids, Sample, Scores, Support
+from lightopd.schemas.records import Ids, RolloutSignal, Sample, Support
 
 Doubles = NDArray[np.float64]
 
@@ -79,7 +79,7 @@ class FakeEngine:
 
     def score(
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
-    ) -> list[Scores]:
+    ) -> list[RolloutSignal]:
         """Score responses; see `Engine.score`."""
         self._count_call()
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
@@ -146,7 +146,7 @@ class FakeEngine:
 
 def exact_scores(
     logits_RV: Doubles, response_ids: Ids, top_k: int, min_probability: float, support: Support | None = None
-) -> Scores:
+) -> RolloutSignal:
     """Scores from all logits at once, in float64, the plain definition of what an engine returns.
 
     Args:
@@ -168,7 +168,7 @@ def exact_scores(
         counts_R = is_kept_RV.sum(-1)
     with np.errstate(divide="ignore"):
         tail_R = np.minimum(np.log(np.where(is_kept_RV, 0.0, np.exp(sorted_RV)).sum(-1)), 0.0)
-    return Scores(
+    return RolloutSignal(
         logprobs=logprobs_RV[np.arange(len(response_ids)), response_ids].astype(np.float32),
         topk_counts=counts_R.astype(np.int32),
         topk_ids=order_RV[is_kept_RV].astype(np.int32),

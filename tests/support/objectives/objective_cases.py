@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightopd.cache.reader import ShardColumns, SignalColumns
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
 from lightopd.objectives.preparation.prepare import PreparedRollouts, prepare_rollouts
 from lightopd.objectives.requirements import needs
@@ -30,6 +30,18 @@ CONFIDENCES = {
     "second_confidence": (10, 60, 55, 5, 80, 30, 95, 0),
 }
 """Numbers of text columns, by rollout of the world."""
+
+CHUNKS = (
+    ((0, 2, 1.5), (3, 4, 0.0)),
+    ((1, 3, 2.0),),
+    ((0, 3, 0.25), (3, 5, 1.0)),
+    (),
+    ((2, 4, 0.5),),
+    ((0, 1, 2.0), (2, 3, 0.75)),
+    ((1, 4, 1.25),),
+    ((0, 2, 0.0), (2, 5, 1.75)),
+)
+"""Chunks by rollout of the world: first token, token after the last, and the sum of two similarities."""
 
 torch.set_num_threads(1)
 
@@ -257,8 +269,16 @@ def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
         text_values_R={
             name: np.array([values[row] for row in rows], np.float32) for name, values in CONFIDENCES.items()
         },
+        chunks_RM4={"continuations": np.stack([_chunks(row) for row in rows])},
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
+
+
+def _chunks(row: int) -> np.ndarray:
+    found = np.full((2, 4), np.nan, np.float32)
+    for place, chunk in enumerate(CHUNKS[row]):
+        found[place] = (*chunk, 2)
+    return found
 
 
 def make_batch(
@@ -300,10 +320,10 @@ def _sampled(world: World, name: str, places_N: Tensor) -> Tensor:
     return world.tables[name][places_N].gather(1, world.ids_N[places_N][:, None])[:, 0]
 
 
-def _signal(world: World, name: str, places_N: Tensor, top_k: int) -> SignalTokens:
+def _signal(world: World, name: str, places_N: Tensor, top_k: int) -> SignalBatch:
     table_NV = world.tables[name][places_N]
     topk_NK, ids_NK = table_NV.topk(top_k, dim=1)
-    return SignalTokens(_sampled(world, name, places_N), ids_NK, topk_NK, tail_of(table_NV, ids_NK))
+    return SignalBatch(_sampled(world, name, places_N), ids_NK, topk_NK, tail_of(table_NV, ids_NK))
 
 
 def tail_of(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from objective_cases import objective, tail_of
 from torch import Tensor
 
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalTokens, StudentTokens
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch, StudentTokens
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -72,7 +72,7 @@ def expectation_batch(at: Context, top_k: int, sampler_V: Tensor) -> RolloutBatc
     for name, table_V in at.tables.items():
         table_NV = table_V.expand(V, V)
         topk_NK, ids_NK = table_NV.topk(top_k, dim=1)
-        signals[name] = SignalTokens(table_V, ids_NK, topk_NK, tail_of(table_NV, ids_NK))
+        signals[name] = SignalBatch(table_V, ids_NK, topk_NK, tail_of(table_NV, ids_NK))
     return RolloutBatch(
         ids_N=every,
         row_N=every,

@@ -19,7 +19,7 @@ from lightopd.schemas.manifest import (
     SignalManifest,
     TokenizerFingerprint,
 )
-from lightopd.schemas.records import Rollout, Scores
+from lightopd.schemas.records import Rollout, RolloutSignal
 
 VOCABULARY = 48
 END = 1
@@ -98,7 +98,7 @@ def make_rollout(rng: np.random.Generator, length: int, **changes: object) -> Ro
 
 def make_scores(
     rng: np.random.Generator, response_ids: np.ndarray, top_k: int, min_probability: float = 0.0
-) -> Scores:
+) -> RolloutSignal:
     """Exact scores of random distributions, the top-k cut at `min_probability`."""
     logits_NV = 3 * rng.normal(size=(len(response_ids), VOCABULARY))
     logprobs_NV = logits_NV - np.log(np.exp(logits_NV).sum(axis=1, keepdims=True))
@@ -108,7 +108,7 @@ def make_scores(
     outside_N = np.where(is_kept_NV, 0, np.exp(sorted_NV)).sum(axis=1)
     with np.errstate(divide="ignore"):
         tails_N = np.log(outside_N)
-    return Scores(
+    return RolloutSignal(
         logprobs=logprobs_NV[np.arange(len(response_ids)), response_ids].astype(np.float32),
         topk_counts=is_kept_NV.sum(axis=1).astype(np.int32),
         topk_ids=order_NV[is_kept_NV].astype(np.int32),
@@ -129,7 +129,7 @@ def write_rollouts(path: Path, shards: Sequence[Sequence[Rollout]], **changes: o
 
 
 def write_signal(
-    cache: Cache, name: str, shards: Sequence[Sequence[tuple[str, Scores]]], **changes: object
+    cache: Cache, name: str, shards: Sequence[Sequence[tuple[str, RolloutSignal]]], **changes: object
 ) -> Cache:
     """The cache with a signal of the given (rollout id, scores) added."""
     manifest = signal_manifest(name, cache.manifest, **changes)
@@ -145,12 +145,12 @@ def make_cache(
     path: Path,
     signals: Mapping[str, Mapping[str, object]] | None = None,
     lengths: Sequence[Sequence[int]] = LENGTHS,
-) -> tuple[Cache, list[list[Rollout]], dict[str, list[list[Scores]]]]:
+) -> tuple[Cache, list[list[Rollout]], dict[str, list[list[RolloutSignal]]]]:
     """A sound cache and the records in it; `signals` are names with changes to their manifests."""
     rng = np.random.default_rng(7)
     rollouts = [[make_rollout(rng, length) for length in shard] for shard in lengths]
     cache = write_rollouts(path, rollouts)
-    written: dict[str, list[list[Scores]]] = {}
+    written: dict[str, list[list[RolloutSignal]]] = {}
     for name, changes in ({"teacher": {}} if signals is None else signals).items():
         settings = signal_manifest(name, cache.manifest, **changes)
         written[name] = [
@@ -176,7 +176,9 @@ def table_to_rollouts(table: pa.Table) -> list[Rollout]:
     return [Rollout(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def table_to_scores(table: pa.Table) -> list[Scores]:
+def table_to_scores(table: pa.Table) -> list[RolloutSignal]:
     """Rows of a `SIGNALS` table as records; arrays are read-only views into the table's buffers."""
     columns = {name: split_lists(table.column(name)) for name in table.column_names if name != "rollout_id"}
-    return [Scores(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    return [
+        RolloutSignal(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
+    ]

@@ -14,7 +14,8 @@ from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, rollout, rounds, train
 from lightopd.pipelines import run as pipeline
-from lightopd.pipelines.rounds import KeptEngines
+from lightopd.pipelines.chains.equal_rounds import planned_round
+from lightopd.pipelines.chains.kept_engines import KeptEngines
 from lightopd.prompts.load import load_prompts
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, OptimizerConfig, TrainConfig
@@ -220,10 +221,10 @@ def test_a_run_that_stopped_when_stale_stays_stopped_until_the_limit_is_lifted(w
 
 def test_rounds_continue_where_the_cache_is_stale_unless_they_are_told_not_to_stop(world, tmp_path):
     config = build_run(settings(world, tmp_path))
-    assert rounds._round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
+    assert planned_round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
     changed = {**settings(world, "x")["train"], "staleness": {"stop_when_stale": False}}
     config = build_run(settings(world, tmp_path, train=changed))
-    assert not rounds._round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
+    assert not planned_round(config, config.rounds, 0, 0).train.staleness.stop_when_stale
 
 
 def test_the_optimiser_is_carried_from_round_to_round_unless_it_is_fresh(world, finished, tmp_path):
@@ -263,7 +264,7 @@ def test_rounds_of_any_length_have_the_learning_rates_of_one_run(world, tmp_path
     config = build_run(settings(world, tmp_path, train=changed, rounds={"steps": 7}))
     found = []
     while len(found) < 7:
-        one = rounds._round(config, config.rounds, len(found) // steps, len(found)).train
+        one = planned_round(config, config.rounds, len(found) // steps, len(found)).train
         found += [learning_rate(one.optimizer, step, one.steps) for step in range(one.steps)]
     np.testing.assert_allclose(found, [learning_rate(whole, step, 7) for step in range(7)])
 
@@ -352,7 +353,7 @@ def test_averaged_weights_are_refused_in_rounds_where_they_are_loaded(world, tmp
 
 
 def test_rounds_on_several_devices_are_refused_where_they_are_loaded(world, tmp_path):
-    with pytest.raises(ConfigError, match="rounds train on one device"):
+    with pytest.raises(ConfigError, match="rounds and phases train on one device"):
         build_run(settings(world, tmp_path, train={"devices": 2}))
 
 
