@@ -57,13 +57,16 @@ from lightopd.pipelines.shared.sequences import (
 )
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import MIN_SHAPE_TOKENS, SHAPE_TOKENS, PrecomputeConfig, WrittenContext
+from lightopd.schemas.configs import MIN_SHAPE_TOKENS, PrecomputeConfig, WrittenContext
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest, TailShape
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
+
+SHAPE_TOKENS = 2048
+"""Response tokens for the shape of the tail, where `shape_tokens` is left out."""
 
 
 def run(

@@ -234,8 +234,6 @@ class ImportConfig(StageConfig):
 
 MIN_SHAPE_TOKENS = 256
 """Fewer distributions have a mean that says more of them than of the model."""
-SHAPE_TOKENS = 2048
-"""Where `shape_tokens` is left out."""
 
 
 class PrecomputeConfig(StageConfig):
@@ -291,16 +289,11 @@ class PrecomputeConfig(StageConfig):
 
     @model_validator(mode="after")
     def _shape_can_be_made(self) -> "PrecomputeConfig":
-        if not self.shape_tokens:
-            return self
-        if self.engine.kind != "hf" or self.top_k == 0 or self.support != "teacher":
+        if self.shape_tokens and self.shape_tokens < MIN_SHAPE_TOKENS:
+            raise ValueError(f"shape_tokens: {self.shape_tokens} is too few; give {MIN_SHAPE_TOKENS} or more")
+        if self.shape_tokens and (self.engine.kind != "hf" or not self.top_k or self.support != "teacher"):
             raise ValueError(
-                f"shape_tokens needs whole distributions and a top-k of the model's own: engine hf, top_k 1 "
-                f"or more, support teacher; found {self.engine.kind}, {self.top_k}, {self.support}"
-            )
-        if self.shape_tokens < MIN_SHAPE_TOKENS:
-            raise ValueError(
-                f"shape_tokens: {self.shape_tokens} is too small a sample; give {MIN_SHAPE_TOKENS} or more"
+                "shape_tokens needs engine hf, which sees whole tails, a top_k, support: teacher"
             )
         return self
 

@@ -178,11 +178,11 @@ def test_no_shape_is_made_where_every_token_is_kept(world, rolled, tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["shape_tokens=100"], "100 is too small a sample; give 256 or more"),
-        (["shape_tokens=512", "top_k=0"], "needs whole distributions and a top-k of the model's own"),
+        (["shape_tokens=100"], "shape_tokens: 100 is too few; give 256 or more"),
+        (["shape_tokens=512", "top_k=0"], "shape_tokens needs engine hf, which sees whole tails, a top_k"),
         (
             ["shape_tokens=512", 'engine={"kind": "server", "urls": ["http://127.0.0.1:1"]}'],
-            "needs whole distributions and a top-k of the model's own: engine hf",
+            "shape_tokens needs engine hf, which sees whole tails",
         ),
     ],
 )
