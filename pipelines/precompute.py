@@ -57,7 +57,8 @@ from lightopd.pipelines.shared.sequences import (
 )
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import MIN_SHAPE_TOKENS, PrecomputeConfig, WrittenContext
+from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest, TailShape
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence

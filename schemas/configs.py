@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import ServerEngine as ServerEngine
@@ -230,10 +231,6 @@ class ImportConfig(StageConfig):
     """What runs the student."""
     shard_rollouts: int = Field(256, ge=1)
     """Most responses in one shard, the unit of work and of resume."""
-
-
-MIN_SHAPE_TOKENS = 256
-"""Fewer distributions have a mean that says more of them than of the model."""
 
 
 class PrecomputeConfig(StageConfig):

@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from lightopd.schemas.base import StrictModel
 
+MIN_SHAPE_TOKENS = 256
+"""Fewer distributions have a mean that says more of them than of the model."""
+
 
 class HfEngine(StrictModel):
     """transformers in this process."""
