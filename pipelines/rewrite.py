@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from lightopd.cache.contexts import create_text, read_texts, text_folder
 from lightopd.cache.index import refresh_index
-from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.manifests import as_begun, schema_version_at
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, open_cache
@@ -152,6 +152,7 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
         engine=engine,
         overrides=overrides,
     )
+    manifest = as_begun(manifest, text_folder(cache.path, config.name) / TEXT_MANIFEST)
     return RewritePlan(config, cache, manifest, rows, shown, spliced, branches, renderer, tokenizer)
 
 
