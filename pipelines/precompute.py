@@ -24,7 +24,7 @@ from lightopd.cache.contexts import (
     write_contexts,
 )
 from lightopd.cache.index import refresh_index
-from lightopd.cache.manifests import schema_version_at, signal_folder
+from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.signals.tail_shape import frozen_shape, read_shape, write_shape
@@ -130,7 +130,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         engine=engine,
         overrides=overrides + allowed,
     )
-    return manifest, contexts
+    return as_begun(manifest, signal_folder(cache.path, config.signal) / SIGNAL_MANIFEST), contexts
 
 
 def _contexts(
