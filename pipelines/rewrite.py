@@ -104,6 +104,7 @@ def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load
         figures = _figures(plan)
         report = _report(plan, started_s, figures)
         save_report(report, folder)
+    refresh_index(config.cache)
     if config.out is not None:
         with writing(config.out):
             made = make_rollouts(config.out, plan.cache, plan.manifest, plan.renderer.prompts, plan.tokenizer)
