@@ -128,8 +128,8 @@ class Case:
         return self.name or self.recipe
 
 
-UNMEASURED = ("mad_opd",)
-"""Recipes that read what a model writes in words, which the task's models cannot."""
+UNMEASURED = ("mad_opd", "omniopd")
+"""Recipes that read what a model writes: words, which the task's models cannot, or continuations."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),

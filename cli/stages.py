@@ -86,7 +86,9 @@ def rewrite(
     prompts: options.Prompts = None,
     columns: options.Map = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the text column.")] = None,
-    gives: Annotated[str | None, typer.Option("--gives", help="text, context, rollouts or prompts.")] = None,
+    gives: Annotated[
+        str | None, typer.Option("--gives", help="text, context, rollouts, prompts, branches.")
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder of --gives rollouts or prompts.")] = None,
     temperature: options.Temperature = None,
     max_tokens: options.MaxTokens = None,

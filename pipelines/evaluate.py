@@ -23,7 +23,7 @@ from lightopd.pipelines.sampling.sample import (
     sample,
     sampling_figures,
 )
-from lightopd.pipelines.shared.preflight import check_ids, check_one_width, check_reads
+from lightopd.pipelines.shared.preflight import check_ids, check_reads
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.sequences import read_sequences
@@ -68,8 +68,7 @@ def _refuse_teacher(config: EvalConfig, plan: SamplingPlan) -> None:
     """KL compares the probabilities of ids: they must mean the same tokens, and the teacher must read all."""
     if config.teacher is None:
         return
-    check_ids(config.teacher, plan.manifest.tokenizer, (), "eval")
-    check_one_width(config.model, config.teacher)
+    check_ids(config.teacher, plan.manifest.tokenizer, None, "eval")
     longest = max(len(ids) for ids in plan.prompt_ids)
     check_reads(config.teacher, longest, config.sampling.max_tokens, model_limits(config.model))
 
@@ -113,4 +112,5 @@ def _divergence_figures(config: EvalConfig, answers: Cache) -> dict[str, Any]:
     assert isinstance(config.engine, HfEngine), "the config refuses other engines beside a teacher"
     sequences = [s for shard in answers.shards for s in read_sequences(answers, shard)[1]]
     measured = divergence(config.model, config.teacher, sequences, config.engine)
-    return {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}
+    figures = {"reverse_kl_nats": measured.reverse_kl_nats, "forward_kl_nats": measured.forward_kl_nats}
+    return figures if measured.outside_mass is None else {**figures, "outside_mass": measured.outside_mass}

@@ -76,6 +76,7 @@ def needs_lines(wanted: Needs) -> list[str]:
         for name in wanted.signals
     ]
     lines += [f"column {name}" for name in wanted.columns]
+    lines += [f"text {name}, of lightopd rewrite" for name in (*wanted.texts, *wanted.chunks)]
     lines += ["several rollouts of each prompt"] * wanted.groups
     lines += ["a pass over the cache before the first step"] * wanted.prepared
     lines += ["a second forward pass at each step"] * wanted.step_sums
@@ -94,7 +95,8 @@ def methods_table(methods: tuple[Method, ...]) -> str:
         signals = ", ".join(
             name + (" (top-k)" if name in method.needs.topk else "") for name in method.needs.signals
         )
-        columns = ", ".join(method.needs.columns)
+        texts = (f"text {name}" for name in (*method.needs.texts, *method.needs.chunks))
+        columns = ", ".join((*method.needs.columns, *texts))
         wanted = "; ".join(part for part in (signals, columns) if part) or "rollouts only"
         rows.append(
             f"| [{method.name}]({Path(method.page).name}) | {method.paper} | {method.sentence} | {wanted} |"

@@ -4,7 +4,8 @@
 
 The text lies in `CACHE/texts/NAME/`, row by row beside the rollouts: the ids that the model was shown, and
 exactly those that it drew. `gives: context` stops at what is shown, for `precompute --set context.text=NAME`;
-`gives: rollouts` goes on and makes the texts the responses of another cache; `gives: prompts` makes a file.
+`gives: rollouts` goes on and makes the texts the responses of another cache; `gives: prompts` makes a file;
+`gives: branches` continues the responses themselves from several of their tokens on.
 """
 
 import json
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from lightopd.cache.contexts import create_text, read_texts, text_folder
 from lightopd.cache.index import refresh_index
-from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.manifests import as_begun, schema_version_at
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, open_cache
@@ -32,6 +33,13 @@ from lightopd.lineage.checks import check_role
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.limits import model_limits
 from lightopd.pipelines.caches.rewritten import make_rollouts
+from lightopd.pipelines.sampling.branches import (
+    Branches,
+    branch_columns,
+    check_room,
+    plan_branches,
+    read_signals,
+)
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.sampling.splices import splice
@@ -45,7 +53,7 @@ from lightopd.prompts.tokens import identified_tokenizer, response_text, stop_id
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.records import Ids
-from lightopd.schemas.rewriting import TEXTS, RewriteConfig
+from lightopd.schemas.rewriting import RewriteConfig
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
@@ -64,8 +72,16 @@ class RewritePlan:
     """What the model is shown; of a spliced response, the student's own prompt."""
     spliced: list[list[Ids | None]] | None
     """Responses with their span replaced, None where there is none; None where a model writes."""
+    branches: Branches | None
+    """Where each response is cut; None where none is."""
     renderer: ContextRenderer
     tokenizer: Any
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids that end what is written."""
+        config = self.config
+        return sorted({*stop_ids(self.tokenizer, config.model), *config.sampling.stop_ids})
 
 
 def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load_engine) -> Report:
@@ -88,6 +104,7 @@ def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load
         figures = _figures(plan)
         report = _report(plan, started_s, figures)
         save_report(report, folder)
+    refresh_index(config.cache)
     if config.out is not None:
         with writing(config.out):
             made = make_rollouts(config.out, plan.cache, plan.manifest, plan.renderer.prompts, plan.tokenizer)
@@ -100,7 +117,7 @@ def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load
 
 def plan_rewrite(config: RewriteConfig) -> RewritePlan:
     """Render what the model is shown, and write down the contract; every refusal has its say."""
-    cache = open_cache(config.cache, signals=())
+    cache = open_cache(config.cache, signals=read_signals(config))
     check_rollouts(cache)
     model = fingerprint_model(config.model)
     tokenizer, found = identified_tokenizer(config.model)
@@ -110,6 +127,10 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
     renderer = ContextRenderer(config.jinja, config.prompts, config.turn, "", tokenizer, rendering, clock)
     rows = template_rows(cache, config.texts, tokenizer)
     shown, spliced = _shown(config, rows, renderer), _spliced(config, rows, renderer, tokenizer)
+    branches = None
+    if config.gives == "branches":
+        branches = plan_branches(config, cache, renderer.prompts)
+        check_room(branches, rows, shown, model_limits(config.model).context_length)
     writes = config.is_written
     engine, precision = describe_engine(config.engine, config.model) if writes else (None, None)
     manifest = TextManifest(
@@ -123,20 +144,28 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
         sft_declared=declared,
         template=config.jinja,
         turn=config.turn,
-        prompts=_hash(rows, shown if spliced is None else spliced),
+        prompts=_hash(rows, shown if spliced is None else spliced, branches),
         value=config.value,
         splice=config.splice,
+        branches=None if branches is None else config.branches,
         sampling=config.sampling if writes else None,
         engine=engine,
         overrides=overrides,
     )
-    return RewritePlan(config, cache, manifest, rows, shown, spliced, renderer, tokenizer)
+    manifest = as_begun(manifest, text_folder(cache.path, config.name) / TEXT_MANIFEST)
+    return RewritePlan(config, cache, manifest, rows, shown, spliced, branches, renderer, tokenizer)
 
 
-def _hash(rows: list[list[TemplateRow]], ids: Sequence[Sequence[Ids | None]]) -> str:
-    """Over what the template decided of each rollout."""
+def _hash(
+    rows: list[list[TemplateRow]], ids: Sequence[Sequence[Ids | None]], branches: Branches | None
+) -> str:
+    """Over what the template decided of each rollout, and where it is cut."""
     pairs = (pair for both in zip(rows, ids, strict=True) for pair in zip(*both, strict=True))
-    return canonical_hash([[row.rollout_id, None if each is None else each.tolist()] for row, each in pairs])
+    said = [[row.rollout_id, None if each is None else each.tolist()] for row, each in pairs]
+    if branches is None:
+        return canonical_hash(said)
+    cuts = [[[one.kept, one.chunk_count, one.forced] for one in own] for some in branches for own in some]
+    return canonical_hash([said, cuts])
 
 
 def _shown(
@@ -234,7 +263,11 @@ def _table(plan: RewritePlan, index: int, engine: Engine | None) -> pa.Table:
     """One shard of the text column."""
     rows = plan.rows[index]
     columns: list[Sequence[Any]] = [[row.rollout_id for row in rows], plan.shown[index]]
-    if engine is not None:
+    if plan.branches is not None:
+        assert engine is not None, "branches are drawn"
+        known = (plan.renderer.prompts, plan.tokenizer, plan.stops)
+        columns += branch_columns(plan.config, engine, rows, plan.shown[index], plan.branches[index], *known)
+    elif engine is not None:
         columns += _drawn(plan, index, engine)
     elif plan.spliced is not None:
         pairs = zip(rows, plan.spliced[index], strict=True)
@@ -244,16 +277,16 @@ def _table(plan: RewritePlan, index: int, engine: Engine | None) -> pa.Table:
     else:
         nothing = [None] * len(rows)
         columns += [[np.zeros(0, np.int32) for _ in rows], nothing, nothing, nothing]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, TEXTS, strict=True)]
-    return pa.table(arrays, schema=TEXTS)
+    schema = plan.manifest.columns
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.table(arrays, schema=schema)
 
 
 def _drawn(plan: RewritePlan, index: int, engine: Engine) -> list[Sequence[Any]]:
     """Ids, finish reason, text and number of what the model writes about a shard."""
     config = plan.config
-    stops = {*stop_ids(plan.tokenizer, config.model), *config.sampling.stop_ids}
     names = [row.rollout_id for row in plan.rows[index]]
-    drawn = engine.generate(plan.shown[index], config.sampling, names, sorted(stops))
+    drawn = engine.generate(plan.shown[index], config.sampling, names, plan.stops)
     texts = [response_text(each.response_ids, plan.tokenizer) for each in drawn]
     ids, reasons = [each.response_ids for each in drawn], [each.finish_reason for each in drawn]
     return [ids, reasons, texts, [config.number_in(text) for text in texts]]
@@ -266,6 +299,10 @@ def _figures(plan: RewritePlan) -> dict[str, Any]:
         return {}
     table = pa.concat_tables([read_texts(plan.cache, plan.config.name, n) for n in plan.cache.shards])
     reasons, values = table.column("finish_reason").to_pylist(), table.column("value").drop_null().to_pylist()
+    if plan.branches is not None:
+        counts = [len(own) for some in plan.branches for own in some]
+        mean = sum(values) / len(values) if values else float("nan")
+        return {"branches": sum(counts), "without_branch": counts.count(0), "mean_score": mean}
     found = {"truncated_share": reasons.count("length") / max(1, len(reasons))}
     if plan.config.value is not None:
         found["without_value"] = len(reasons) - len(values)

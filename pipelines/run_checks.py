@@ -20,7 +20,6 @@ from lightopd.pipelines.shared.preflight import (
     check_dense_answers,
     check_head_holds,
     check_ids,
-    check_one_width,
     check_reads,
     check_top_k,
     check_training,
@@ -88,7 +87,7 @@ def _check_once(
     _check_objective(train, rollout, precompute if is_scored else None, rendered)
     if is_scored and not is_finished("precompute"):
         _check_scoring(rollout, precompute, sampler, speaks, sft, rendered)
-    _check_evaluation(config, sampler)
+    _check_evaluation(config, speaks)
 
 
 def _check_scoring(
@@ -135,12 +134,12 @@ def _check_objective(
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")
 
 
-def _check_evaluation(config: RunConfig, sampler: ModelConfig) -> None:
+def _check_evaluation(config: RunConfig, speaks: ModelConfig) -> None:
     if not config.eval_prompts:
         return
     evaluation = build(EvalConfig, config.settings("eval_before"))
     if evaluation.teacher is not None:
-        check_one_width(sampler, evaluation.teacher)
+        check_ids(evaluation.teacher, identified_tokenizer(speaks)[1], None, "eval")
 
 
 def _check_disk(

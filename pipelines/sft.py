@@ -37,6 +37,7 @@ from lightopd.ranks import is_main
 from lightopd.schemas.configs import PrecomputeConfig, SftConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
 from lightopd.training.fit import fit
+from lightopd.training.privacy.record import privacy_notes
 from lightopd.training.student.adapters import trained_student
 
 
@@ -108,14 +109,17 @@ def _scored(config: SftConfig, load: LoadEngine) -> Cache:
     return open_cache(path, signals=[scoring.signal])
 
 
-def _finetune(config: SftConfig, answers: Cache) -> tuple[dict[str, float], tuple[str, ...]]:
+def _finetune(config: SftConfig, answers: Cache) -> tuple[dict[str, float | str | None], tuple[str, ...]]:
     base = fingerprint_model(config.student)
     result = fit(answers, config.student, config.out, config.finetune, config.objective)
     leave_unless(result.is_main)
     _take_over_tokenizer(config, result.student)
     _write_lineage(config, answers, base, result.student)
     figures = {f"finetune_{key}": value for key, value in result.metrics.items()}
-    return {"finetune_steps": result.steps, **figures}, result.notes
+    return {"finetune_steps": result.steps, **figures, **result.privacy}, (
+        *privacy_notes(result.privacy),
+        *result.notes,
+    )
 
 
 def _one_vocabulary(config: SftConfig) -> tuple[Override, ...]:

@@ -30,6 +30,7 @@ from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
 from lightopd.training.fit import FitResult, cached_entries, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
+from lightopd.training.privacy.record import planned_privacy, privacy_notes
 from lightopd.training.student.adapters import trained_student
 from lightopd.training.student.memory import available_memory, estimate_memory
 
@@ -166,6 +167,7 @@ def _plan(
             "steps": config.steps,
             "passes_over_cache": config.steps * config.batch_sequences / max(1, rollouts),
             **({} if accuracy is None else {"accuracy_answers": accuracy.num_answers(config.steps)}),
+            **planned_privacy(config, cache.manifest.num_prompts),
         },
         notes=(
             "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
@@ -191,11 +193,18 @@ def _report(
             "steps": result.steps,
             **{name: value for name, value in result.metrics.items() if name not in ("step", "stale")},
             **({"exported_step": result.exported_step} if config.best else {}),
+            **result.privacy,
             "tokens": result.tokens,  # of the whole run; the last row's are of its step
             "seconds": round(seconds, 2),
         },
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
-        notes=(*_staleness(result), *best, *result.notes, *override_notes(overrides)),
+        notes=(
+            *privacy_notes(result.privacy),
+            *_staleness(result),
+            *best,
+            *result.notes,
+            *override_notes(overrides),
+        ),
         seconds=seconds,
     )
 

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
+from lightopd.schemas.engines import SamplingConfig as SamplingConfig
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
@@ -33,8 +35,6 @@ Allowed = Literal[
     "special-ids-mismatch",
     "template-mismatch",
 ]
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -82,41 +82,6 @@ class ModelConfig(StrictModel):
         if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").exists():
             return given
         return {**given, "path": base_of(folder), "adapter": folder}
-
-
-class SamplingConfig(StrictModel):
-    """The sampling contract; it is stored with the rollouts."""
-
-    n: int = Field(1, ge=1, le=1_000_000)
-    """Rollouts per prompt."""
-    temperature: float = Field(1.0, ge=0.0)
-    """Sampling temperature; 0 takes the most likely token. Stored log-probabilities are always at 1."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Nucleus: sample from the smallest set of tokens whose probability reaches this."""
-    top_k: int = Field(0, ge=0)
-    """Sample from so many most likely tokens; 0 from all."""
-    min_p: float = Field(0.0, ge=0.0, le=1.0)
-    """Leave out tokens less likely than this share of the most likely one's probability."""
-    repetition_penalty: float = Field(1.0, gt=0.0, le=2.0)
-    """Divides the logits of tokens that occurred already; engines vllm and server only."""
-    stop_ids: tuple[int, ...] = ()
-    """Token ids that end a response beside the model's own end tokens."""
-    max_tokens: int = Field(1024, ge=1)
-    """Longest response in tokens, the end token included."""
-    seed: int = 0
-    """Every rollout draws from its own stream, made from this seed, the prompt and the sample index."""
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether responses are drawn from the model's own distribution, which log-probabilities speak of."""
-        narrowed = self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1
-        return self.temperature == 1 and not narrowed
-
-    @model_validator(mode="after")
-    def _stop_ids_are_ids(self) -> "SamplingConfig":
-        if any(token < 0 for token in self.stop_ids):
-            raise ValueError(f"stop_ids has {min(self.stop_ids)}; an id is 0 or more")
-        return self
 
 
 class StageConfig(StrictModel):
@@ -260,6 +225,9 @@ class PrecomputeConfig(StageConfig):
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
     topk_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    shape_tokens: int | None = Field(None, ge=0)
+    """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
+    or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
     max_noise_nats: float = Field(0.05, gt=0)
@@ -278,6 +246,16 @@ class PrecomputeConfig(StageConfig):
             )
         if self.min_probability or self.support_signal == self.signal:
             raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
+
+    @model_validator(mode="after")
+    def _shape_can_be_made(self) -> "PrecomputeConfig":
+        if self.shape_tokens and self.shape_tokens < MIN_SHAPE_TOKENS:
+            raise ValueError(f"shape_tokens: {self.shape_tokens} is too few; give {MIN_SHAPE_TOKENS} or more")
+        if self.shape_tokens and (self.engine.kind != "hf" or not self.top_k or self.support != "teacher"):
+            raise ValueError(
+                "shape_tokens needs engine hf, which sees whole tails, a top_k, support: teacher"
+            )
         return self
 
     @model_validator(mode="after")
@@ -328,6 +306,16 @@ class TrainConfig(StageConfig, FinetuneConfig):
     def _best_accuracy_is_measured(self) -> "TrainConfig":
         if self.best and self.best.metric == "avg_at_k" and self.accuracy is None:
             raise ValueError("best.metric is avg_at_k, and nothing measures it; set accuracy.prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_of_one_run(self) -> "TrainConfig":
+        if self.privacy and self.continue_from:
+            raise ValueError("privacy is counted for one run alone; leave continue_from out")
+        if self.privacy and self.staleness.stop_when_stale:
+            raise ValueError(
+                "privacy needs an end that no rollout decides; set staleness.stop_when_stale: false"
+            )
         return self
 
     @model_validator(mode="after")

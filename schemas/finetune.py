@@ -87,6 +87,31 @@ class BestConfig(StrictModel):
     """End training after so many measurements in a row that are no better; none: train to the end."""
 
 
+class PrivacyConfig(StrictModel):
+    """Differential privacy of single prompts with their rollouts (extra `dp`)."""
+
+    clip: float | None = Field(gt=0)
+    """Longest gradient of one rollout; none leaves it as it is, which goes with `noise: 0` only."""
+    noise: float = Field(ge=0)
+    """Standard deviation of the noise on the step's sum of gradients, over `clip`; 0: nothing is private."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Delta of the bound that is reported; well below one over the number of prompts."""
+    sampling: Literal["poisson", "passes"] = "poisson"
+    """`poisson`: each prompt is in a step with the same probability, which the accountants assume, and steps
+    differ in size; `passes`: batches of whole passes as without privacy, whose bound gains nothing by it."""
+    accountant: Literal["rdp", "prv"] = "rdp"
+    """Opacus's accountant: by Renyi divergences, or by numerical composition, which is tighter."""
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    """Decides draws and noise, for tests: who knows it can take the noise off. None: drawn from the system
+    and kept in `privacy.json` of the run."""
+
+    @model_validator(mode="after")
+    def _noise_has_a_measure(self) -> "PrivacyConfig":
+        if self.noise and self.clip is None:
+            raise ValueError("noise is measured in clip, which is none; set clip, such as to 1.0")
+        return self
+
+
 class FinetuneConfig(StrictModel):
     """How a student is fitted to answers or to a cache."""
 
@@ -106,6 +131,8 @@ class FinetuneConfig(StrictModel):
     """Decay per step of a moving average of the weights, which is measured and exported in their place."""
     router_loss: float | None = Field(None, gt=0)
     """Weight of the load-balancing loss of a mixture-of-experts student; none leaves it out."""
+    privacy: PrivacyConfig | None = None
+    """Clip each rollout's gradient and add noise, so that weights tell little of any prompt; none: off."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     """`bf16-mixed` runs the student in bfloat16 over float32 weights; `bf16-true` (extra `lowmem`) also keeps
     weights and gradients in bfloat16, rounded at random, and moments in 8 bits."""

@@ -7,10 +7,12 @@ A cache has `lightopd.json` (a `CacheManifest`, about its rollouts) and one `sig
 
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, JsonValue
 
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.configs import Allowed, SamplingConfig
+from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -41,6 +43,16 @@ class ModelFingerprint(StrictModel):
     def is_same_as(self, stored: "ModelFingerprint") -> bool:
         """Whether this model, found now, is the one that a file speaks of."""
         return stored.identity in (self.identity, self.earlier)
+
+    def known_as(self, stored: object) -> str:
+        """The identity under which a file that holds `stored` speaks of this model."""
+        return self.earlier if self.earlier is not None and stored == self.earlier else self.identity
+
+    def spelled_as(self, stored: "ModelFingerprint | None") -> "ModelFingerprint":
+        """This model under the hashes of a file that speaks of it; unchanged where the file does not."""
+        if stored is None or not self.is_same_as(stored):
+            return self
+        return self.model_copy(update={"identity": stored.identity, "config": stored.config})
 
 
 class Precision(StrictModel):
@@ -196,6 +208,15 @@ class CacheManifest(StrictModel):
         return _fingerprint(self)
 
 
+class TailShape(StrictModel):
+    """The mean of a model's probabilities outside what a signal keeps, in a file beside its shards."""
+
+    sha256: str
+    """SHA-256 of `tail_shape.safetensors`."""
+    tokens: int = Field(ge=1)
+    """Response tokens it was made from: the cache's first rollouts."""
+
+
 class SignalManifest(StrictModel):
     """`signals/<name>/signal.json`: one model's scores over the rollouts."""
 
@@ -231,6 +252,8 @@ class SignalManifest(StrictModel):
     """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
+    tail_shape: TailShape | None = None
+    """How the mass outside the kept tokens lies, on average; None where it was not made."""
     engine: EngineRecord | None
     """What ran it."""
     noise: NoiseFloor | None = None
@@ -279,6 +302,8 @@ class TextManifest(StrictModel):
     """Regular expression of a number in the text; None for no number."""
     splice: str | None = None
     """Regular expression of the span of the response that the template replaced; None where it did not."""
+    branches: BranchConfig | None = None
+    """Where responses were cut and continued; None where they were not."""
     sampling: SamplingConfig | None
     """How it wrote; None for a context, where nothing is written."""
     engine: EngineRecord | None
@@ -290,6 +315,11 @@ class TextManifest(StrictModel):
     def kind(self) -> str:
         """What its shards are, and their folder in the cache."""
         return f"texts/{self.name}"
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Columns of its shards."""
+        return TEXTS if self.branches is None else BRANCHES
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards."""

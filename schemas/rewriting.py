@@ -7,7 +7,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from lightopd.schemas.cache import ROLLOUTS
+from lightopd.schemas.base import StrictModel
+from lightopd.schemas.cache import ROLLOUTS, list_of
 from lightopd.schemas.configs import (
     EngineConfig,
     HfEngine,
@@ -47,6 +48,8 @@ REWRITES = {
     "{%- if 2 * wrong | length > own | length -%}{{ prompt }}\n\nThese answers are wrong:\n"
     "{%- for one in wrong %}\n{{ loop.index }}. {{ one.response }}{% endfor %}\n\n"
     "Solve the problem without repeating them.{%- endif -%}",
+    # The student's own prompt, for branches of its responses.
+    "continue": "{{ prompt }}",
 }
 """Templates that a config can name. Variables: `prompt` (text of the last user turn), `response`, `reward`,
 `sample_index`, `origin`, `is_right`, `is_wrong`, `pass_rate`, `responses` (all rollouts of the prompt, each
@@ -67,6 +70,43 @@ TEXTS = pa.schema(
 `prompt_ids` is what the model was shown, `response_ids` exactly what it drew, none in a context; `text` and
 `finish_reason` are null there, and `value` where no number was found."""
 
+BRANCHES = pa.schema(
+    [
+        *TEXTS,
+        pa.field("places", list_of(pa.int32())),
+        pa.field("chunk_counts", list_of(pa.int32())),
+        pa.field("forced_ids", pa.list_(pa.int32())),
+        pa.field("drawn_counts", list_of(pa.int32())),
+        pa.field("scores", list_of(pa.float32())),
+    ]
+)
+"""Columns of `texts/<name>` where rollouts were branched: for branch b the model was shown `prompt_ids`, the
+first `places[b]` response ids and `forced_ids[b]`, where there is one, `sampling.n` times.
+
+`drawn_counts` and `scores` have an entry for each draw, branch by branch, and `response_ids` the drawn ids
+end to end; a branch stands against `chunk_counts[b]` of the rollout's own ids; `value` is the mean score."""
+
+
+class BranchConfig(StrictModel):
+    """Where each rollout is cut, and what is put there before the model continues."""
+
+    places: int = Field(2, ge=1)
+    """Cuts of a rollout, at most: before the trained tokens at which the student was least certain when it
+    sampled."""
+    force: int = Field(0, ge=0)
+    """Tokens that are put at a cut in turn, the likeliest of `signal`; 0 continues the response as it is."""
+    signal: SignalName = "rollout_student"
+    """Signal with a top-k of at least `force`."""
+    score: str = Field("similarity", pattern=r"^(similarity|reward|[\w.]+:\w+)$")
+    """Of a continuation, from 0 to 1. `similarity`: runs of ids shared with what the rollout has there, up to
+    `sampling.max_tokens`, and cuts lie that far apart. `pkg.mod:function`: your own similarity of two texts.
+    `reward`: the prompt's verifier on the whole response."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether continuations are compared with the rollout's own."""
+        return self.score != "reward"
+
 
 class RewriteConfig(StageConfig):
     """A model is shown each rollout, by a template, and writes a text: a column, a context, or a rollout."""
@@ -77,13 +117,17 @@ class RewriteConfig(StageConfig):
     """The model that writes; for a context, the one that will score."""
     name: str = Field("rewrite", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the text column; several lie side by side in one cache."""
-    gives: Literal["text", "context", "rollouts", "prompts"] = "text"
+    gives: Literal["text", "context", "rollouts", "prompts", "branches"] = "text"
     """`text`: what the model writes. `context`: nothing is written, what the template shows is kept for
     `precompute`. `rollouts`: what it writes also becomes the responses of the cache `out`. `prompts`: nothing
-    is written, the template makes `out/prompts.jsonl`, one prompt of each prompt where it is not empty."""
+    is written, the template makes `out/prompts.jsonl`, one prompt of each prompt where it is not empty.
+    `branches`: the model continues the response itself from several of its tokens on, each continuation is
+    scored."""
+    branches: BranchConfig = BranchConfig()
+    """Where `gives: branches` cuts, and how it scores."""
     template: str = "refine"
-    """A shipped template (`refine`, `feedback`, `confidence`, `which_is_right`, `none_is_right`) or Jinja of
-    your own."""
+    """A shipped template (`refine`, `feedback`, `confidence`, `which_is_right`, `none_is_right`, `continue`)
+    or Jinja of your own; for branches it makes the prompt before the response."""
     prompts: PromptsConfig
     """Where the rollouts' prompts came from, with the further columns that the template names."""
     turn: Literal["user", "system"] = "user"
@@ -104,7 +148,7 @@ class RewriteConfig(StageConfig):
     engine: EngineConfig = HfEngine()
     """What runs the model."""
     sampling: SamplingConfig = SamplingConfig()
-    """How the model writes; one text for each rollout."""
+    """How the model writes: one text for each rollout, `n` continuations of each branch."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
@@ -137,12 +181,14 @@ class RewriteConfig(StageConfig):
             )
         if self.out is not None and self.out == self.cache:
             raise ValueError(f"out and cache are both {self.out}; name a new folder")
-        if self.sampling.n != 1:
+        if self.sampling.n != 1 and self.gives != "branches":
             raise ValueError(
                 "a rollout gets one text; set sampling.n to 1, and give a second text another name"
             )
-        if not self.is_written and self.value is not None:
-            raise ValueError("nothing is written, so there is no text to find a number in; leave value out")
+        if (not self.is_written or self.gives == "branches") and self.value is not None:
+            raise ValueError("no text is written to find a number in; leave value out")
+        if self.branches != BranchConfig() and self.gives != "branches":
+            raise ValueError(f"gives is {self.gives}, which cuts nothing; set gives: branches")
         if self.name in self.texts:
             raise ValueError(f"text {self.name} cannot be shown to its own writer; leave it out of texts")
         return self
@@ -155,7 +201,7 @@ class RewriteConfig(StageConfig):
     @property
     def is_written(self) -> bool:
         """Whether a model draws the texts."""
-        return self.gives in ("text", "rollouts") and self.splice is None
+        return self.gives in ("text", "rollouts", "branches") and self.splice is None
 
     def number_in(self, text: str) -> float | None:
         """The first number that `value` finds in a text; None where there is none."""

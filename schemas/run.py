@@ -123,6 +123,16 @@ class RunConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _privacy_is_of_one_training(self) -> "RunConfig":
+        trainings = (self.train, *(phase.train for phase in self.phases))
+        if self.is_chain and any(own.get("privacy") for own in trainings):
+            raise ValueError(
+                "privacy spent in several trainings on the same prompts adds up, which nothing counts; take "
+                "privacy out of train, or leave rounds and phases out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _phases_are_told_apart(self) -> "RunConfig":
         names = [phase.name for phase in self.phases]
         if self.phases and self.rounds:

@@ -23,7 +23,6 @@ from lightopd.schemas.configs import ContextConfig
 from lightopd.schemas.manifest import TEXT_MANIFEST, TextManifest
 from lightopd.schemas.prompts import SHIPPED_TEMPLATES
 from lightopd.schemas.records import Floats, Ids
-from lightopd.schemas.rewriting import TEXTS
 
 CONTEXTS = "contexts.parquet"
 """File of a signal's rendered prompts, in its folder."""
@@ -126,6 +125,21 @@ def text_names(path: Path) -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in (path / "texts").glob(f"*/{TEXT_MANIFEST}")))
 
 
+def text_shards(cache: Cache, name: str) -> tuple[Path, ...]:
+    """Files of a text column, relative to the cache folder: those that are there and of its settings.
+
+    Raises:
+        CacheError: there is no such column, or it speaks of other rollouts than the cache's.
+    """
+    fingerprint, folder = open_text(cache, name).fingerprint(), text_folder(cache.path, name)
+    markers = {shard: read_marker(folder, shard) for shard in cache.shards}
+    return tuple(
+        shard_path(text_folder(Path(), name), shard)
+        for shard, marker in markers.items()
+        if marker is not None and marker.fingerprint == fingerprint and shard_path(folder, shard).is_file()
+    )
+
+
 def create_text(cache: Cache, manifest: TextManifest) -> None:
     """Make the folder of a text column, or find it there made under the same settings.
 
@@ -175,7 +189,7 @@ def read_texts(cache: Cache, name: str, shard: int) -> pa.Table:
         raise CacheError(f"{path} cannot be read ({str(error).splitlines()[0]}); {AGAIN}") from error
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     wanted = shard_metadata(manifest.kind, manifest.fingerprint(), manifest.schema_version)
-    if not table.schema.equals(TEXTS) or any(metadata.get(key) != wanted[key] for key in wanted):
+    if not table.schema.equals(manifest.columns) or any(metadata.get(key) != wanted[key] for key in wanted):
         raise CacheError(f"{path} is another part or has other columns than a text; {AGAIN}")
     if table.column("rollout_id") != read_columns(cache, shard, ["rollout_id"]).column("rollout_id"):
         raise CacheError(f"{path}: its rollout_id are not those of the rollouts' shard; {AGAIN}")
@@ -191,6 +205,32 @@ def text_values(cache: Cache, name: str, shard: int) -> Floats:
     column = read_texts(cache, name, shard).column("value")
     values: Floats = column.to_numpy().astype(np.float32)
     return values
+
+
+def scored_chunks(cache: Cache, name: str, shard: int) -> Floats:
+    """Chunks of one shard of branched rollouts: first token, token after the last, sum and number of scores.
+
+    float32 [R, M, 4], NaN where a rollout has fewer than M chunks.
+
+    Raises:
+        CacheError: it is missing or damaged, its rollouts were not branched, or tokens were put in.
+    """
+    manifest = open_text(cache, name)
+    if manifest.branches is None or manifest.branches.force:
+        raise CacheError(
+            f"text {name} of {cache.path} has no continuations of the rollouts' own tokens; make it with "
+            "`lightopd rewrite --gives branches` and force 0"
+        )
+    table = read_texts(cache, name, shard)
+    found = np.full((table.num_rows, manifest.branches.places, 4), np.nan, np.float32)
+    lists = (split_lists(table.column(one)) for one in ("places", "chunk_counts", "scores"))
+    for row, (places, counts, scores) in enumerate(zip(*lists, strict=True)):
+        if places is None or counts is None or scores is None or not len(places):
+            continue
+        by_chunk = scores.reshape(len(places), -1)
+        columns = (places, places + counts, by_chunk.sum(1), np.full(len(places), by_chunk.shape[1]))
+        found[row, : len(places)] = np.stack(columns, axis=1)
+    return found
 
 
 def text_contents(cache: Cache, names: Sequence[str]) -> list[str]:

@@ -84,6 +84,8 @@ class ShardColumns(TokenColumns):
     """Mean reward of the teacher's own answers to the rollout's prompt, NaN where there is none."""
     text_values_R: Mapping[str, Floats] = field(default_factory=dict)
     """Numbers of text columns by name, NaN where there is none; those that were requested."""
+    chunks_RM4: Mapping[str, Floats] = field(default_factory=dict)
+    """Chunks of branches by text column, see `contexts.scored_chunks`; those that were requested."""
 
 
 def read_shard_columns(

@@ -5,9 +5,10 @@ B = sequences or prompts, R = response tokens of one of them, V = vocabulary; na
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightopd.errors import InputError
 from lightopd.schemas import records
@@ -16,6 +17,17 @@ from lightopd.schemas.records import Ids, RolloutSignal, Sample
 
 Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
+
+
+@runtime_checkable
+class SeesWholeTails(Protocol):
+    """What an engine also does that has every probability of a position at hand."""
+
+    def sum_tails(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> NDArray[np.float64]:
+        """The probabilities outside what `Engine.score` keeps, added up over all response tokens, [V]."""
+        ...
 
 
 class Engine(Protocol):
@@ -36,7 +48,8 @@ class Engine(Protocol):
             sampling: temperature, nucleus, longest response, seed; `n` is the caller's affair.
             keys: one stable string per entry. The random numbers of a row depend on (seed, key) only, so the
                 rows beside it change nothing beyond floating-point noise in the logits.
-            stop_ids: ids that end a response; the one drawn is kept.
+            stop_ids: ids that end a response; the one drawn is kept. `sampling.stop` has texts that end one
+                too, with the token that completes it.
 
         Raises:
             InputError: a prompt is empty, fills the context, or has ids outside the vocabulary.

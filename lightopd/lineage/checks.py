@@ -120,7 +120,7 @@ def check_role(
 def check_tokenizer(
     cached: TokenizerFingerprint | None,
     found: TokenizerFingerprint,
-    allow: Collection[Allowed],
+    allow: Collection[Allowed] | None,
     stage: str,
     vocabularies: Vocabularies | None = None,
 ) -> tuple[Override, ...]:
@@ -166,11 +166,11 @@ def check_tokenizer(
 
 
 def precision_note(cached: Precision | None, found: Precision | None) -> str | None:
-    """One line where a model is run in another precision than before; None where it is not."""
+    """One line where rollouts are scored in another precision than they were sampled in; None where not."""
     if cached is None or found is None or cached == found:
         return None
     before, now = (f"{p.dtype}{f' ({p.quantization})' if p.quantization else ''}" for p in (cached, found))
-    return f"precision differs: {before} before, {now} now; log-probabilities will differ slightly"
+    return f"precision differs: sampled in {before}, scored in {now}; the gap contains that rounding"
 
 
 def _is_same_teacher(sft: SftLineage, teacher: ModelFingerprint) -> bool:
@@ -180,8 +180,11 @@ def _is_same_teacher(sft: SftLineage, teacher: ModelFingerprint) -> bool:
 
 
 def refuse_unless_allowed(
-    allowed: Allowed, found: str, remedy: str, *, allow: Collection[Allowed], stage: str
+    allowed: Allowed, found: str, remedy: str, *, allow: Collection[Allowed] | None, stage: str
 ) -> tuple[Override, ...]:
+    """Refuse, or name the override that lets it pass; `allow` is None where a stage has no overrides."""
+    if allow is None:
+        raise LineageError(f"{stage} refused: {found}; {remedy.removesuffix(' or').removesuffix(',')}")
     if allowed in allow:
         return (Override(stage=stage, allowed=allowed, found=found),)
     raise LineageError(

@@ -66,7 +66,7 @@ def hash_tensors(files: Iterable[Path]) -> list[TensorHash]:
     fresh: dict[str, dict[str, Any]] = {}
     tensors: dict[str, TensorHash] = {}
     for file in files:
-        for tensor in _hash_file(file.resolve(), known, fresh):
+        for tensor in _hash_file(file, known, fresh):
             if tensor.name in tensors:
                 raise InputError(
                     f"{file} repeats tensor {tensor.name!r} of another file; save the model again"
@@ -77,14 +77,15 @@ def hash_tensors(files: Iterable[Path]) -> list[TensorHash]:
     return [tensors[name] for name in sorted(tensors)]
 
 
-def _hash_file(file: Path, known: dict[str, Any], fresh: dict[str, dict[str, Any]]) -> list[TensorHash]:
+def _hash_file(named: Path, known: dict[str, Any], fresh: dict[str, dict[str, Any]]) -> list[TensorHash]:
+    file = named.resolve()  # a file of the hub's cache is a link to one named by its hash
     try:
         before = file.stat()
         stamp = {"size": before.st_size, "mtime_ns": before.st_mtime_ns}
         remembered = _remembered(known.get(str(file)), stamp)
         if remembered is not None:
             return remembered
-        log.info("hashing %s (%.2f GB)", file, before.st_size / 1e9)
+        log.info("hashing %s (%.2f GB)", named, before.st_size / 1e9)
         started_ns = time.time_ns()
         with file.open("rb") as stream:
             tensors = _hash_stream(file, stream, before.st_size)

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from lightopd.cache.store import Cache
-from lightopd.errors import CacheError, TrainingError
+from lightopd.errors import TrainingError
 from lightopd.files import output_error
 from lightopd.models.causal_attention import use_causal_attention
 from lightopd.models.head import check_head
@@ -26,7 +26,8 @@ from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
-from lightopd.objectives.preparation.serving import cache_remarks, check_cache, warnings_of
+from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
+from lightopd.objectives.preparation.tails import cached_tails
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -68,6 +69,8 @@ from lightopd.training.measures.metrics_file import keep_metrics, read_metrics
 from lightopd.training.messages import few_rollouts
 from lightopd.training.module import Start, StudentModule
 from lightopd.training.optimizer import check_low_memory
+from lightopd.training.privacy.limits import check_privacy
+from lightopd.training.privacy.record import privacy_spent, record_of
 from lightopd.training.student.adapters import is_adapted, load_student
 from lightopd.training.student.compile import compile_layers
 from lightopd.training.student.memory import available_memory, estimate_memory
@@ -103,6 +106,8 @@ class FitResult:
     """Rollouts without a trained token; None when the run was finished before."""
     notes: tuple[str, ...]
     """What the objective dropped from the cache, and its warnings; empty when the run was finished before."""
+    privacy: dict[str, float | str | None]
+    """What the run has spent of its prompts' privacy; empty where it is not private."""
     is_main: bool
     """False in the helper processes of a run on several devices, which must write nothing."""
 
@@ -173,14 +178,15 @@ def _fit(
     needed = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
     check_jump(objective, finetune)
+    check_privacy(objective, needed, finetune)
     check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
-    _check_origin(cache, needed)
-    recipe = recipe_of(cache, student, finetune, objective, needed)
+    check_origin(cache, needed)
+    found = newest_checkpoint(out / "checkpoints")
+    recipe = recipe_of(cache, student, finetune, objective, needed, found[1].recipe if found else {})
     if continue_from is not None:
         recipe["continue_from"] = optimizer_state_hash(continue_from, student)
     run = _Run(cache, student, out, finetune, objective, staleness, needed, recipe, accuracy)
-    found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
     start = _start(*found, finetune) if found else start_after(continue_from)
@@ -214,15 +220,18 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     loggers = make_loggers(run.finetune.loggers, run.out, run.recipe)
     selected, store = _open_data(run)
     held_out = _hold_out(run, selected, store)
+    record = record_of(run.out, run.finetune, selected.trained.groups_P, start.step)
     module = StudentModule(
-        _load_student(run, start.checkpoint if start.step else None, selected),
+        student := _load_student(run, start.checkpoint if start.step else None, selected),
         run.objective,
         run.needed,
         run.finetune,
+        tails=cached_tails(run.cache, run.needed, student),
         limits=run.limits,
         held_out=held_out,
         accuracy=run.accuracy,
         start=start,
+        privacy_key=record.key if record else 0,
     )
     _make_room(run.out, start.step)
     index = selected.trained
@@ -230,7 +239,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     remarks = [*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated]
     _say(remarks, selected.notes)
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
-    data = CacheData(store, index, run.finetune, start.step)
+    data = CacheData(store, index, run.finetune, start.step, record.key if record else None)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
     said = {"rollouts_left_out": index.num_left_out, "notes": selected.notes + _changes(store)}
     report(said)
@@ -362,14 +371,6 @@ def _callbacks(run: _Run) -> list[Callback]:
     ]
 
 
-def _check_origin(cache: Cache, needed: Needs) -> None:
-    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
-        raise CacheError(
-            f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
-            f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
-        )
-
-
 def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
     """Make `out/student`, and say what it is."""
     folder, student = run.out / "checkpoints", run.out / "student"
@@ -394,5 +395,6 @@ def _result(run: _Run, said: Mapping[str, Any]) -> FitResult:
         stale_steps=tuple(stale),
         rollouts_left_out=said.get("rollouts_left_out"),
         notes=tuple(said.get("notes", ())),
+        privacy=privacy_spent(run.out, run.finetune, last[1].step),
         is_main=is_main(),
     )

@@ -1,10 +1,20 @@
 """What the trainer says when a step cannot be done."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightopd.errors import TrainingError
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.batches import HostBatch
+from lightopd.training.student.compile import is_of_compiler
 
+NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
+"""How torch's CPU allocator says it, in a plain RuntimeError."""
 NAMED_ROLLOUTS = 8
 """Rollouts that an error names one by one."""
 
@@ -68,3 +78,36 @@ def no_compiler(error: RuntimeError) -> str:
         f"the student cannot be compiled here ({reason}); install what is missing (a C++ compiler on a CPU, "
         "triton on a GPU), or leave compile out"
     )
+
+
+@contextmanager
+def memory_named(student: nn.Module, finetune: FinetuneConfig, rows: HostBatch | None) -> Iterator[None]:
+    """Turn a lack of memory into the numbers to change, and that of a compiler into its name.
+
+    Args:
+        student: what is trained.
+        finetune: settings of the run.
+        rows: the largest micro-batch that is run; None for the optimiser's own step.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_of_compiler(error):
+            raise TrainingError(no_compiler(error)) from error
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        if not is_memory and not any(words in str(error) for words in NO_CPU_MEMORY):
+            raise
+        if rows is not None:
+            raise TrainingError(no_memory(rows, finetune)) from error
+        trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
+        raise TrainingError(no_optimizer_memory(trained, finetune)) from error
+
+
+def named_everywhere(micro_batches: Sequence[HostBatch]) -> list[str]:
+    """Rollouts in these micro-batches of all ranks, so that any rank can name them."""
+    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
+    if not (dist.is_available() and dist.is_initialized()):
+        return ids
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, ids)
+    return [rollout_id for found in everywhere for rollout_id in found]

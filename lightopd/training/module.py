@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from lightopd.errors import LightopdError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.whole_vocabulary import SpreadTail
 from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, reads_entropy, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
@@ -37,8 +37,8 @@ from lightopd.training.jumps import WeightJumps
 from lightopd.training.measures.accuracy import AVG_AT_K, AccuracyMeter
 from lightopd.training.measures.best import Best
 from lightopd.training.measures.held_out import HeldOut, held_out_entropy, held_out_loss
-from lightopd.training.measures.metrics_file import global_sums
-from lightopd.training.messages import broken_weights, no_compiler, no_memory, no_optimizer_memory, not_finite
+from lightopd.training.measures.metrics_file import global_sums, metric_mean
+from lightopd.training.messages import broken_weights, memory_named, named_everywhere, not_finite
 from lightopd.training.optimizer import (
     clip_gradients,
     learning_rate,
@@ -46,7 +46,8 @@ from lightopd.training.optimizer import (
     narrow_moments,
     set_learning_rate,
 )
-from lightopd.training.student.compile import is_of_compiler, uncompiled
+from lightopd.training.privacy.gradients import PrivateGradients
+from lightopd.training.student.compile import uncompiled
 from lightopd.training.student.drift import DRIFT_SUMS, DriftWatch
 from lightopd.training.student.ema import WeightAverage
 from lightopd.training.student.forward import routed_tokens, routers_of, student_sums, student_tokens
@@ -65,8 +66,6 @@ log = logging.getLogger(__name__)
 
 NOT_LOGGED = ("loss", "tokens", *DRIFT_SUMS)
 """Sums that are logged under another name, or not as means."""
-NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")
-"""How torch's CPU allocator says it, in a plain RuntimeError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +90,13 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in its own number format and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        needed: what it needs.
+        needed: what it needs; `tails` are its tails with their shapes.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
         accuracy: puts prompts to the student when it is due; None for never.
         start: where the run begins or resumes.
+        privacy_key: of a private run's noise.
     """
 
     def __init__(
@@ -106,25 +106,29 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         needed: Needs,
         finetune: FinetuneConfig,
         *,
+        tails: Sequence[SpreadTail] = (),
         limits: StalenessLimits | None = None,
         held_out: HeldOut | None = None,
         accuracy: AccuracyMeter | None = None,
         start: Start = Start(),
+        privacy_key: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.needed = needed
+        self.needed, self.tails = needed, tails
         self.finetune = finetune
         self.held_out = held_out
         self.accuracy = accuracy
         self.step = start.step
         self.state = start.state
         self.checkpoint = start.checkpoint
+        self.privacy_key = privacy_key
         self.best = start.best
         self.average: WeightAverage | None = None
         self.jumps: WeightJumps | None = None
+        self.private: PrivateGradients | None = None
         self.metrics: dict[str, float] = {}
         """Numbers of the last step, the same on every rank."""
         self.is_between_steps = False
@@ -152,6 +156,9 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             narrow_moments(optimizer)
         if self.finetune.ema_decay is not None:
             self.average = WeightAverage(self.student, self.finetune.ema_decay, self.checkpoint)
+        if self.finetune.privacy is not None:
+            size = self.finetune.batch_sequences
+            self.private = PrivateGradients(self.finetune.privacy, self.student, size, self.privacy_key)
         if self.held_out is not None:
             place = (self.global_rank, self.trainer.world_size)
             self._held_out_rows = self.held_out.rows(*place)
@@ -180,27 +187,38 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         set_learning_rate(optimizer, rate)
         shown = self._shown(micro_batches)
         step_sums, load = self._look_ahead(shown)
-        told, last = each_told(shown, f"train: step {self.step + 1}, micro-batch"), len(shown) - 1
-        sums = [self._backward(rows, step_sums, load, is_last=i == last) for i, rows in enumerate(told)]
-        totals = global_sums(sums, self._reduce)
-        self._refuse_non_finite(totals["loss"][0], sums, shown)
+        sums, private = self._gradients(shown, step_sums, load)
+        totals = global_sums(sums, self._reduce) if sums else {}  # a private step may draw nothing
+        self._refuse_non_finite(totals.get("loss", (0.0, 0.0))[0], sums, shown)
         norm = float(clip_gradients(self.student, self.finetune.optimizer.clip_norm))
         if not norm < float("inf"):
-            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, _ids(shown)))
+            raise TrainingError(not_finite(f"gradient norm ({norm})", self.step, named_everywhere(shown)))
         self.is_between_steps = False
         with self._memory_named(None):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        means = {name: _mean(name, *pair) for name, pair in totals.items()}
+        means = {name: metric_mean(name, *pair) for name, pair in totals.items()}
         self.state = advance(self.objective, self.state, {**means, **self._gate()})
         jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
         drift = self.drift.metrics(self.step, totals, is_speaking=self.trainer.is_global_zero)
         measured = self._measure(is_last=self.step == self.finetune.steps or self.drift.ends_run)
-        others = {**drift, **jumped, **measured, "grad_norm": norm, "lr": rate}
-        self._publish(means, totals["tokens"][0], others)
+        others = {**drift, **jumped, **measured, **private, "grad_norm": norm, "lr": rate}
+        self._publish(means, totals.get("tokens", (0.0, 0.0))[0], others)
+
+    def _gradients(
+        self, shown: list[HostBatch], step_sums: MetricSums, load: StepLoad | None
+    ) -> tuple[list[MetricSums], dict[str, float]]:
+        """Leave the step's gradients on the student; metrics as sums, and what is known of a private step."""
+        told, last = each_told(shown, f"train: step {self.step + 1}, micro-batch"), len(shown) - 1
+        sums = []
+        for place, rows in enumerate(told):
+            sums.append(self._backward(rows, step_sums, load, is_last=place == last))
+            if self.private is not None:
+                self.private.add_rollout()
+        return sums, self.private.finish(self.step) if self.private is not None else {}
 
     def _shown(self, micro_batches: list[HostBatch]) -> list[HostBatch]:
         """What the curriculum shows of the step, with totals counted over all ranks."""
@@ -240,9 +258,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
         """What the student says, and its routers' logits where the loss reads them."""
-        if self.finetune.router_loss is not None:
-            return routed_tokens(self.student, batch, self.needed.supports)
-        return student_tokens(self.student, batch, self.needed.supports), ()
+        read = (self.student, batch, self.needed.supports, self.tails)
+        return routed_tokens(*read) if self.finetune.router_loss is not None else (student_tokens(*read), ())
 
     def _backward(
         self, rows: HostBatch, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool
@@ -325,25 +342,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         total: Tensor = self.trainer.strategy.reduce(flat, reduce_op="sum")
         return total
 
-    @contextmanager
-    def _memory_named(self, rows: HostBatch | None) -> Iterator[None]:
-        """Turn a lack of memory into the numbers to change, and that of a compiler into its name.
-
-        Args:
-            rows: the largest micro-batch that is run; None for the optimiser's own step.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if is_of_compiler(error):
-                raise TrainingError(no_compiler(error)) from error
-            is_memory = isinstance(error, torch.OutOfMemoryError)
-            if not is_memory and not any(words in str(error) for words in NO_CPU_MEMORY):
-                raise
-            if rows is not None:
-                raise TrainingError(no_memory(rows, self.finetune)) from error
-            trained = sum(each.numel() for each in self.student.parameters() if each.requires_grad)
-            raise TrainingError(no_optimizer_memory(trained, self.finetune)) from error
+    def _memory_named(self, rows: HostBatch | None) -> AbstractContextManager[None]:
+        return memory_named(self.student, self.finetune, rows)
 
     def _without_sync(self) -> AbstractContextManager[Any]:
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
@@ -356,7 +356,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return
         values = torch.stack([one["loss"][0] for one in sums]).isfinite().tolist()
         bad = [rows for rows, is_finite in zip(micro_batches, values, strict=True) if not is_finite]
-        raise TrainingError(not_finite(f"loss ({loss})", self.step, _ids(bad or micro_batches)))
+        raise TrainingError(not_finite(f"loss ({loss})", self.step, named_everywhere(bad or micro_batches)))
 
     def refuse_broken_weights(self) -> None:
         """Every rank must call.
@@ -373,27 +373,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         seconds, self._step_began_s = now - self._step_began_s, now
         self.metrics = {
             "step": self.step,
-            "loss": means["loss"],
+            "loss": means.get("loss", float("nan")),
             **{name: mean for name, mean in means.items() if name not in NOT_LOGGED},
             **others,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
-
-
-def _ids(micro_batches: Sequence[HostBatch]) -> list[str]:
-    """Rollouts in these micro-batches of all ranks, so that any rank can name them."""
-    ids = [rollout_id for rows in micro_batches for rollout_id in rows.rollout_ids]
-    if not (dist.is_available() and dist.is_initialized()):
-        return ids
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, ids)
-    return [rollout_id for found in everywhere for rollout_id in found]
-
-
-def _mean(name: str, total: float, weight: float) -> float:
-    """Mean of a metric; losses are sums already."""
-    if name in ("loss", ROUTER_LOSS) or name.endswith("/loss"):
-        return total
-    return total / weight if weight else float("nan")

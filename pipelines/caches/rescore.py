@@ -16,7 +16,7 @@ from lightopd.cache.row_checks import HALF_ROUNDING
 from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
-from lightopd.engines.base import Engine
+from lightopd.engines.base import Engine, keep_ids_below
 from lightopd.engines.kinds import load_engine
 from lightopd.engines.noise import compare, measure_noise
 from lightopd.errors import CacheError, ConfigError
@@ -116,7 +116,9 @@ def _score_again(
     again: list[RolloutSignal] = []
     for shard, chosen in rows.items():
         sequences = read_sequences(cache, shard, contexts, support_of(config))[1]
-        again += engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
+        scored = engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
+        limit = cache.signals[config.signal].manifest.id_limit
+        again += scored if limit is None else [keep_ids_below(each, limit) for each in scored]
         table = read_columns(cache, shard, SIGNALS.names[1:], config.signal).take(pa.array(chosen))
         columns: Any = (split_lists(table.column(name)) for name in table.column_names)
         cached += [RolloutSignal(*row) for row in zip(*columns, strict=True)]

@@ -22,6 +22,7 @@ COLUMNS = {
     "lr": "learning rate of the step",
     "tokens": "prompt and response tokens trained on: of the step in `metrics.csv`, of all steps in a report",
     "tokens_per_second": "of these tokens, in the step",
+    "clipped_rollouts": "share of a private step's rollouts whose gradient was longer than the clip",
     "router_loss": "the load-balancing loss times its weight; `loss` contains it",
     "seconds": "on the clock: since the run began in `metrics.csv`, of the stage in a report",
 }
@@ -40,6 +41,8 @@ FIGURES = {
     "standard_error": "of avg_at_k, over prompts",
     "reverse_kl_nats": "KL(student || teacher) over the whole vocabulary, mean per response token",
     "forward_kl_nats": "KL(teacher || student) likewise",
+    "outside_mass": "where the two models' outputs differ in number, KL is over the ids that both have, each "
+    "normalised there; this is the wider model's mean probability of the others",
     "gap_nats": "mean of student at rollout minus teacher, log-probability of the sampled tokens",
     "gap_error_nats": "standard error of the gap, over rollouts",
     "gap_trimmed_nats": "the gap without the outermost tokens at either end",
@@ -51,5 +54,9 @@ FIGURES = {
     "cross_check_max_nats": "the largest of these differences",
     "tokens_per_s": "response tokens scored per second, writing included; nothing where all was there",
     "steps": "optimiser steps of the run",
+    "epsilon": "of the (epsilon, delta) differential privacy of a prompt with its rollouts; none: no noise",
+    "delta": "of the same bound",
+    "noise_multiplier": "standard deviation of the noise on a step's sum of gradients, over the clip",
+    "sampling_rate": "probability with which a prompt is in a step of a private run",
 }
 """Figures of the reports that are no column of `metrics.csv`."""

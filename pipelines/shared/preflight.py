@@ -8,6 +8,7 @@ from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import declared_teacher
 from lightopd.models.limits import ModelLimits, model_limits
+from lightopd.objectives.requirements import needs
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig, SftConfig
 from lightopd.schemas.finetune import FinetuneConfig
@@ -17,6 +18,7 @@ from lightopd.training.distributed.launch import must_start
 from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.jumps import check_jump
 from lightopd.training.loggers import check_loggers
+from lightopd.training.privacy.limits import check_privacy
 
 
 def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool) -> None:
@@ -28,6 +30,7 @@ def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks
     must_start(finetune)
     check_strategy(finetune, asks_student=asks_student)
     check_jump(objective, finetune)
+    check_privacy(objective, needs(objective), finetune)
     check_loggers(finetune.loggers)
     if finetune.adapter is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")
@@ -58,7 +61,7 @@ def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLinea
 
 
 def check_ids(
-    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed], stage: str
+    model: ModelConfig, cached: TokenizerFingerprint | None, allow: Sequence[Allowed] | None, stage: str
 ) -> tuple[Override, ...]:
     """Refuse a model to which the ids of `cached` mean other tokens; templates and end ids do not matter.
 
@@ -125,20 +128,6 @@ def check_dense_answers(config: SftConfig) -> None:
             f"sft.top_k keeps tokens of {config.teacher.path}, which has {taught} outputs, and "
             f"{config.student.path} has {own}; leave top_k out, or give the student more outputs with "
             f"resize_token_embeddings({taught})"
-        )
-
-
-def check_one_width(model: ModelConfig, other: ModelConfig) -> None:
-    """Refuse models whose full distributions cannot be compared id by id.
-
-    Raises:
-        InputError: their output layers differ in width.
-    """
-    one, two = model_limits(model).vocabulary_size, model_limits(other).vocabulary_size
-    if one != two:
-        raise InputError(
-            f"{model.path} has {one} outputs, {other.path} has {two}; KL over the whole vocabulary needs one "
-            "width, leave the teacher out"
         )
 
 

@@ -5,7 +5,7 @@ signal -> router -> extrapolation -> target -> baseline -> advantage parts -> cl
 (arXiv 2604.13010). A mapping with the keys of a term is an objective of that one term.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from lightopd.schemas.objectives.targets import (
     DomainRouter,
     ExpectedBaseline,
     Extrapolation,
+    GrownConfig,
     LogRatioTarget,
     MleTarget,
     PreferenceTarget,
@@ -65,9 +66,10 @@ Parts = Annotated[tuple[PartConfig, ...], BeforeValidator(_with_kinds), AfterVal
 """Parts of different kinds; a plain string is a kind."""
 
 
-class TermConfig(StrictModel):
+class TermConfig(GrownConfig):
     """One loss: what is compared with what, and how it is weighed and averaged."""
 
+    later: ClassVar[tuple[str, ...]] = ("is_anchor",)
     name: str = Field("main", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the term, in metrics and messages."""
     weight: float = Field(1.0, gt=0)
@@ -78,6 +80,8 @@ class TermConfig(StrictModel):
     """Mean over the whole batch, or over the rollouts that the term sees (by their share of the cache)."""
     signal: SignalName = "teacher"
     """Cached signal that teaches."""
+    is_anchor: bool = False
+    """The signal is a model to stay near: it is not held to be the student's fine-tuning teacher."""
     router: DomainRouter | None = None
     """Other signals for some domains."""
     extrapolate: Extrapolation | None = None
@@ -128,6 +132,9 @@ class TermConfig(StrictModel):
     def _parts_fit_each_other(self) -> "TermConfig":
         if isinstance(self.target, DivergenceTarget) and self.target.residual and self.extrapolate:
             raise ValueError("residual needs a teacher that is a distribution: leave extrapolate out")
+        has_shape = isinstance(self.target, DivergenceTarget) and self.target.tail != "bucket"
+        if has_shape and (self.extrapolate or self.router):
+            raise ValueError("a tail other than bucket is of one signal: leave extrapolate and router out")
         by_strength = any(isinstance(weight, InverseStrengthWeight) for weight in self.token_weights)
         if by_strength and not isinstance(self.extrapolate, DistanceExtrapolation):
             raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")

@@ -91,6 +91,15 @@ class HorizonWeight(StrictModel):
         return self
 
 
+class OutsideChunksWeight(StrictModel):
+    """Leaves out the chunks that a target `chunk_audit` trains (arXiv 2606.01476)."""
+
+    kind: Literal["outside_chunks"]
+    """Weight 0 inside a chunk, 1 elsewhere."""
+    text: SignalName = "continuations"
+    """Text column of `lightopd rewrite --gives branches`."""
+
+
 class InverseStrengthWeight(StrictModel):
     """Divides by the strength of a per-token extrapolation (arXiv 2503.02832)."""
 
@@ -107,6 +116,7 @@ TokenWeight = Annotated[
     | TokenSelectionWeight
     | DriftFadeWeight
     | HorizonWeight
+    | OutsideChunksWeight
     | InverseStrengthWeight,
     Field(discriminator="kind"),
 ]

@@ -175,7 +175,7 @@ def test_the_tokens_that_differ_are_named_where_both_maps_are_at_hand():
 def test_a_difference_in_precision_is_told_and_not_refused():
     note = precision_note(Precision(dtype="bfloat16"), Precision(dtype="float32", quantization="gptq"))
     assert note is not None
-    assert "bfloat16 before, float32 (gptq) now" in note
+    assert "sampled in bfloat16, scored in float32 (gptq)" in note
     assert precision_note(Precision(dtype="float32"), Precision(dtype="float32")) is None
     assert precision_note(None, Precision(dtype="float32")) is None
 

@@ -150,6 +150,15 @@ def test_a_missing_signal_is_named_with_the_command_that_adds_it():
     assert line.endswith("--signal reference --set role=reference --top-k 0")
 
 
+def test_a_missing_signal_of_rollouts_that_name_no_teacher_is_named_with_the_flag_that_does():
+    config = ObjectiveConfig()
+    for is_known, told in [
+        (True, "--teacher MODEL --signal"),
+        (False, "--signal teacher --sft-teacher MODEL"),
+    ]:
+        assert told in missing(config, replace(facts({}), is_teacher_known=is_known))[0]
+
+
 def test_a_signal_without_the_top_k_it_needs_is_named():
     (line,) = missing(recipe("f_reverse_kl"), facts({"teacher": 0}))
     assert "signal teacher has 0 top-k entries and 1 or more are needed" in line
@@ -174,7 +183,9 @@ def test_a_cache_with_everything_lacks_nothing():
     everything |= {"dpo": 64, "reverse_dpo": 64, "rollout_student": 64, "second_teacher": 64}
     columns = ("ref_logprobs", "reward", "domain", "turns", "teacher_reward")
     for method in list_methods(METHODS):
-        there = replace(facts(everything, *columns), texts=frozenset(needs(method.objective).texts))
+        there = replace(
+            facts(everything, *columns), texts=frozenset((*method.needs.texts, *method.needs.chunks))
+        )
         assert missing(method.objective, there) == []
 
 
@@ -360,7 +371,13 @@ def test_a_recipe_without_its_heading_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "teachers"),
-    [("soda", set()), ("raft", {"privileged"}), ("scope", {"teacher"}), ("exopd", {"teacher"})],
+    [
+        ("soda", set()),
+        ("omniopd", set()),
+        ("raft", {"privileged"}),
+        ("scope", {"teacher"}),
+        ("exopd", {"teacher"}),
+    ],
 )
 def test_only_signals_that_a_target_reads_are_teachers(name, teachers):
     assert teachers_of(recipe(name)) == teachers

@@ -58,10 +58,26 @@ def test_divergence_is_the_mean_kl_over_response_positions_in_both_directions(tm
     assert found.forward_kl_nats == pytest.approx(np.mean(forward), abs=1e-6)
 
 
-def test_models_of_other_widths_and_empty_answers_are_refused(tmp_path):
-    one, other = save_model(tmp_path / "a", 1), save_model(tmp_path / "b", 1, vocabulary=32)
-    configs = [ModelConfig(path=str(folder)) for folder in (one, other)]
-    with pytest.raises(InputError, match="KL needs one width"):
-        divergence(*configs, sequences(), HfEngine(device="cpu"))
+@pytest.mark.parametrize("widths", [(24, 32), (32, 24)])
+def test_models_of_two_widths_are_compared_on_the_ids_that_both_have(tmp_path, widths):
+    folders = [save_model(tmp_path / str(seed), seed, vocabulary=width) for seed, width in enumerate(widths)]
+    reverse, forward, outside = [], [], []
+    for sequence in sequences():
+        if len(sequence.response_ids):
+            whole = [dense(folder, sequence) for folder in folders]
+            s, t = (logits[:, :24].log_softmax(-1) for logits in whole)
+            reverse += (s.exp() * (s - t)).sum(-1).tolist()
+            forward += (t.exp() * (t - s)).sum(-1).tolist()
+            outside += sum(logits[:, 24:].exp().sum(-1) for logits in whole).tolist()
+    configs = [ModelConfig(path=str(folder)) for folder in folders]
+    found = divergence(*configs, sequences(), HfEngine(device="cpu"))
+    assert found.reverse_kl_nats == pytest.approx(np.mean(reverse), abs=1e-6)
+    assert found.forward_kl_nats == pytest.approx(np.mean(forward), abs=1e-6)
+    assert found.outside_mass == pytest.approx(np.mean(outside), abs=1e-6)
+    assert found.outside_mass > 0.01
+
+
+def test_answers_without_a_token_are_refused(tmp_path):
+    config = ModelConfig(path=str(save_model(tmp_path / "a", 1)))
     with pytest.raises(InputError, match="no response tokens"):
-        divergence(configs[0], configs[0], sequences()[1:2], HfEngine(device="cpu"))
+        divergence(config, config, sequences()[1:2], HfEngine(device="cpu"))

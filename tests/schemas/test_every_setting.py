@@ -31,6 +31,7 @@ OTHER_CACHE = {
         "top_k": "5",
         "min_p": "0.1",
         "stop_ids": "[4]",
+        "stop": "['1']",
         "max_tokens": "5",
         "seed": "3",
     },
@@ -65,6 +66,7 @@ OTHER_RUN = {
         "held_out": 2,
         "adapter": {"rank": 2},
         "router_loss": 0.1,
+        "privacy": {"clip": 1.0, "noise": 1.0},
         "optimizer": {"lr": 1.0},
     },
     finetune.OptimizerConfig: {

@@ -7,16 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from ranks import Ranks
+from text_columns import write_confidences, write_continuations
 from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lightopd.cache.contexts import create_text, text_folder
 from lightopd.cache.manifests import rollouts_folder, signal_folder
-from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table
@@ -29,12 +27,9 @@ from lightopd.schemas.manifest import (
     ModelFingerprint,
     SftLineage,
     SignalManifest,
-    TextManifest,
-    TokenizerFingerprint,
 )
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.records import Rollout, RolloutSignal
-from lightopd.schemas.rewriting import TEXTS
 from lightopd.training.fit import fit
 
 VOCABULARY = 64
@@ -303,6 +298,7 @@ def wide_caches(student_folder, tmp_path_factory):
         ]
         cache = write_cache(folder / name, rollouts, scores, 8, 16, **settings)
         write_confidences(cache)
+        write_continuations(cache)
         return cache
 
     return {
@@ -310,33 +306,6 @@ def wide_caches(student_folder, tmp_path_factory):
         "pairs": write("pairs", pairs, origin="imported", rows_origin="kept"),
         "answers": write_cache(folder / "answers", answers, {}, 8, 0, origin="teacher"),
     }
-
-
-def write_confidences(cache):
-    """Two text columns of numbers that differ from rollout to rollout."""
-    for name, step in (("confidence", 7), ("second_confidence", 31)):
-        manifest = TextManifest(
-            schema_version=SCHEMA_VERSION,
-            name=name,
-            role="reference",
-            rollouts=cache.manifest.fingerprint(),
-            model=NOBODY,
-            precision=None,
-            tokenizer=TokenizerFingerprint(vocabulary="", size=1, special_ids={}, template=None),
-            template="{{ response }}",
-            prompts=name,
-            sampling=None,
-            engine=None,
-        )
-        create_text(cache, manifest)
-        folder = text_folder(cache.path, name)
-        for shard in cache.shards:
-            table = read_columns(cache, shard, ["rollout_id", "prompt_ids", "response_ids", "finish_reason"])
-            values = [float(step * (shard + row) % 101) for row in range(table.num_rows)]
-            table = table.append_column(TEXTS.field("text"), pa.array(map(str, values), pa.string()))
-            table = table.append_column(TEXTS.field("value"), pa.array(values, pa.float32())).cast(TEXTS)
-            fingerprint = manifest.fingerprint()
-            write_shard(folder, shard, table, kind=manifest.kind, fingerprint=fingerprint)
 
 
 SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")

@@ -5,7 +5,9 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lightopd.engines.base import check_prompts, check_sequences
@@ -13,6 +15,7 @@ from lightopd.engines.hf import generate as hf_generate
 from lightopd.engines.hf import score as hf_score
 from lightopd.engines.hf.probe import check_engine
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
+from lightopd.engines.stop_strings import StopStrings
 from lightopd.errors import EngineError
 from lightopd.models.attention import attention_of
 from lightopd.models.causal_attention import use_causal_attention
@@ -28,11 +31,11 @@ from lightopd.schemas.records import Ids, RolloutSignal, Sample
 class TransformersEngine:
     """Implements `Engine` with transformers; built by `load_hf_engine`."""
 
-    def __init__(self, loaded: LoadedModel, settings: HfEngine) -> None:
+    def __init__(self, loaded: LoadedModel, settings: HfEngine, stops: StopStrings) -> None:
         self.vocabulary_size = len(loaded.head.weight_VD)
         self.context_length = loaded.context_length
         self._loaded: LoadedModel | None = loaded
-        self._settings = settings
+        self._settings, self._stops = settings, stops
         self._share_prompts = prompts_can_be_shared(loaded)
 
     def generate(
@@ -42,7 +45,13 @@ class TransformersEngine:
         assert self._loaded is not None, "the engine is closed"
         check_prompts(prompts, keys, self.vocabulary_size, self.context_length)
         return hf_generate.generate(
-            self._loaded, prompts, sampling, keys, stop_ids, self._settings.generate_rollouts
+            self._loaded,
+            prompts,
+            sampling,
+            keys,
+            stop_ids,
+            self._settings.generate_rollouts,
+            new_reader=self._stops.readers(sampling),
         )
 
     def score(
@@ -51,10 +60,19 @@ class TransformersEngine:
         """Score responses; see `Engine.score`."""
         assert self._loaded is not None, "the engine is closed"
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
-        settings = hf_score.ScoreSettings(
-            top_k, min_probability, self._settings.batch_tokens, self._share_prompts
-        )
-        return hf_score.score(self._loaded, sequences, settings)
+        return hf_score.score(self._loaded, sequences, self._score_settings(top_k, min_probability))
+
+    def sum_tails(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> NDArray[np.float64]:
+        """Probabilities outside what is kept; see `SeesWholeTails.sum_tails`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
+        return hf_score.sum_tails(self._loaded, sequences, self._score_settings(top_k, min_probability))
+
+    def _score_settings(self, top_k: int, min_probability: float) -> hf_score.ScoreSettings:
+        batch_tokens = self._settings.batch_tokens
+        return hf_score.ScoreSettings(top_k, min_probability, batch_tokens, self._share_prompts)
 
     def close(self) -> None:
         """Free the model's memory, on the device too."""
@@ -95,7 +113,7 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
     everything = LoadedModel(loaded, head, device, context_length_of(loaded))
     with _told_as_unfit(loaded):
         check_engine(everything)
-    return TransformersEngine(everything, engine)
+    return TransformersEngine(everything, engine, StopStrings(model))
 
 
 @contextlib.contextmanager

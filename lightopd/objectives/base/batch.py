@@ -73,7 +73,7 @@ class RolloutBatch:
     num_turns: int
     """On the host: above every `turns_N`, at least 1."""
     prepared_R: dict[str, Tensor] = field(default_factory=dict)
-    """float32, the columns that `prepare` made from the whole cache, gathered for these rollouts."""
+    """float32, [R] or [R, ...], the columns that `prepare` made from the whole cache, for these rollouts."""
     behavior_logprobs_N: Tensor | None = None
     """float32, of the sampled token under the distribution it was drawn from, with its temperature and
     truncation; None where that is taken to be the student at rollout."""
@@ -91,3 +91,6 @@ class StudentTokens:
     """float32, on the support of each signal that was asked for; differentiable; 0 at padding."""
     tail_logprobs_N: dict[str, Tensor]
     """float32, log of the student's probability outside each support; differentiable."""
+    outside_N: dict[str, Tensor] = field(default_factory=dict)
+    """float32, by the name of a term whose tail is not one outcome: what the vocabulary outside the support
+    adds to its divergence; differentiable."""

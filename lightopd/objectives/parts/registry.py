@@ -4,7 +4,16 @@ from typing import Any
 
 from lightopd.objectives.base.part import GROUPS, RATIO, REF, REWARDS, Needs, Part
 from lightopd.objectives.base.teacher import needs_support, needs_teacher
-from lightopd.objectives.parts import advantages, best_of, columns, controls, selections, targets, weights
+from lightopd.objectives.parts import (
+    advantages,
+    best_of,
+    chunks,
+    columns,
+    controls,
+    selections,
+    targets,
+    weights,
+)
 from lightopd.objectives.parts import extrapolation_limit as limit
 from lightopd.schemas.objectives import targets as t
 from lightopd.schemas.objectives import weights as w
@@ -25,6 +34,12 @@ PARTS: dict[type[Any], Part] = {
         targets.preference,
         (GROUPS, lambda config, term: Needs(signals=(config.reference,), together=True)),
         column=columns.preferred,
+    ),
+    t.ChunkAuditTarget: Part(
+        chunks.chunk_audit,
+        (chunks.needs_chunks,),
+        column=chunks.chunk_column,
+        measures=chunks.chunk_measures,
     ),
     t.CustomTarget: Part(targets.custom, (targets.needs_custom,)),
     # router and extrapolation: built into the teacher, see teacher.py
@@ -60,6 +75,12 @@ PARTS: dict[type[Any], Part] = {
     w.TokenSelectionWeight: Part(weights.select_tokens, (weights.needs_selection,)),
     w.DriftFadeWeight: Part(weights.drift_fade, (weights.needs_drift_fade,)),
     w.HorizonWeight: Part(weights.horizon),
+    w.OutsideChunksWeight: Part(
+        chunks.outside_chunks,
+        (chunks.needs_chunks,),
+        column=chunks.chunk_column,
+        measures=chunks.chunk_measures,
+    ),
     w.InverseStrengthWeight: Part(weights.inverse_strength, (needs_teacher,)),
     # rollout weights
     w.PerplexityWeight: Part(

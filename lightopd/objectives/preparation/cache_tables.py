@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightopd.cache.contexts import text_values
+from lightopd.cache.contexts import scored_chunks, text_values
 from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
 from lightopd.cache.store import Cache, open_cache
 from lightopd.objectives.base.part import Needs
@@ -19,7 +19,7 @@ from lightopd.objectives.base.part import Needs
 def cache_views(
     cache: Cache, wanted: Needs, shards: Iterable[ShardColumns] | None = None
 ) -> Iterator[ShardColumns]:
-    """The columns of every shard, in order, with the teacher's rewards and texts' numbers where wanted.
+    """The columns of every shard, in order, with what else `wanted` names.
 
     Args:
         cache: complete, with the signals that `wanted` names.
@@ -39,6 +39,9 @@ def cache_views(
         if wanted.texts:
             values = {name: text_values(cache, name, shard) for name in wanted.texts}
             columns = replace(columns, text_values_R=values)
+        if wanted.chunks:
+            chunks = {name: scored_chunks(cache, name, shard) for name in wanted.chunks}
+            columns = replace(columns, chunks_RM4=chunks)
         if wanted.answers:
             scores = [teacher.get(prompt, np.nan) for prompt in columns.prompt_ids_by_user]
             columns = replace(columns, teacher_rewards_R=np.array(scores, np.float32))

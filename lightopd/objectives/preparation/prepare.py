@@ -32,7 +32,7 @@ class PreparedRollouts:
     keep_R: NDArray[np.bool_]
     """Rollouts that are trained on at all; plan batches over these only."""
     columns: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """By `TERM/NAME`, [R]; gather into `RolloutBatch.prepared_R`."""
+    """By `TERM/NAME`, [R] or [R, ...]; gather into `RolloutBatch.prepared_R`."""
     notes: tuple[str, ...] = ()
     """Lines for the stage's report: what was dropped, and warnings."""
 
@@ -59,7 +59,7 @@ def prepare_rollouts(config: ObjectiveConfig, views: Iterable[ShardColumns]) -> 
     for term in config.terms:
         notes += _checks(term, kept)
         for name, column_R in _columns(term, kept).items():
-            columns[f"{term.name}/{name}"] = np.zeros(len(keep_R), np.float32)
+            columns[f"{term.name}/{name}"] = np.zeros((len(keep_R), *column_R.shape[1:]), np.float32)
             columns[f"{term.name}/{name}"][keep_R] = column_R
     return PreparedRollouts(keep_R, columns, tuple(notes))
 

@@ -39,8 +39,12 @@ class CacheFacts:
     """Columns that not every cache has, and this one has."""
     texts: frozenset[str] = frozenset()
     """Names of its text columns."""
+    shapes: frozenset[str] = frozenset()
+    """Signals that have a shape of their tail."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
+    is_teacher_known: bool = True
+    """Whether the rollouts say who taught their student, or that nobody did."""
 
 
 COLUMN_SOURCES = {
@@ -65,7 +69,9 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks)
+    shapes = frozenset(n for n, signal in cache.signals.items() if signal.manifest.tail_shape is not None)
+    is_teacher_known = cache.manifest.sft.proof != "unknown"
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks, is_teacher_known)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -89,6 +95,19 @@ def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
                 "no prompt has rollouts of differing rewards: within a prompt the reward says nothing"
             )
     return lines + ([line] if wanted.ratio and (line := _ratio_remark(cache)) else [])
+
+
+def check_origin(cache: Cache, needed: Needs) -> None:
+    """Refuse responses of others than the student to an objective that reads the student at rollout.
+
+    Raises:
+        CacheError: names the cache, and whose responses it has.
+    """
+    if "ref_logprobs" in needed.columns and cache.manifest.origin != "student":
+        raise CacheError(
+            f"the objective compares the student with itself at rollout, and the responses of {cache.path} "
+            f"come from: {cache.manifest.origin}; choose an objective without ratio, or roll out again"
+        )
 
 
 def _ratio_remark(cache: Cache) -> str | None:
@@ -158,9 +177,21 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     wanted = needs(config)
     lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
     lines += [
+        f"signal {tail.signal} has no shape of its tail; score it under another name with engine hf "
+        f"(lightopd precompute --set shape_tokens=2048), or set tail: uniform or bucket"
+        for tail in wanted.tails
+        if tail.target.tail == "shaped" and tail.signal in facts.signals and tail.signal not in facts.shapes
+    ]
+    lines += [
         f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
         rf"--template confidence --name {name} --set value='(\d+)'"
         for name in wanted.texts
+        if name not in facts.texts
+    ]
+    lines += [
+        f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
+        f"--gives branches --template continue --name {name} --set sampling.n=4"
+        for name in wanted.chunks
         if name not in facts.texts
     ]
     for name in wanted.columns:
@@ -182,7 +213,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
     if name in facts.signals and facts.signals[name] >= size:
         return None
-    role = "" if name in teachers_of(config) else " --set role=reference"
+    declared = "" if facts.is_teacher_known else " --sft-teacher MODEL"
+    role = declared if name in teachers_of(config) else " --set role=reference"
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
@@ -212,8 +244,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
 
     A target that reads no teacher (likelihood, preference) has none, whatever its term's `signal` says.
     """
-    routed = {name for term in config.terms if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in config.terms}) & set(needs(config).signals)
+    taught = [term for term in config.terms if not term.is_anchor]
+    routed = {name for term in taught if term.router for name in term.router.signals.values()}
+    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:

@@ -239,8 +239,16 @@ class StepDataset(Dataset[list[HostBatch] | LightopdError]):
 class CacheData(LightningDataModule):  # type: ignore[misc]
     """Steps `step` to `finetune.steps` - 1 of the plan, the same for any number of loader processes."""
 
-    def __init__(self, store: ShardStore, index: CacheIndex, finetune: FinetuneConfig, step: int) -> None:
+    def __init__(
+        self,
+        store: ShardStore,
+        index: CacheIndex,
+        finetune: FinetuneConfig,
+        step: int,
+        key: int | None = None,
+    ) -> None:
         super().__init__()
+        self.key = key
         self.store = store
         self.index = index
         self.finetune = finetune
@@ -249,7 +257,8 @@ class CacheData(LightningDataModule):  # type: ignore[misc]
     def train_dataloader(self) -> DataLoader[list[HostBatch] | LightopdError]:
         """One item per optimiser step that is left."""
         assert self.trainer is not None
-        plan = make_plan(self.index, self.finetune, self.trainer.global_rank, self.trainer.world_size)
+        place = (self.trainer.global_rank, self.trainer.world_size)
+        plan = make_plan(self.index, self.finetune, *place, self.key)
         return DataLoader(
             StepDataset(plan, self.store),
             batch_size=None,

@@ -22,6 +22,7 @@ from lightopd.errors import ConfigError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.training.data.row_layout import fill, lay_out
+from lightopd.training.privacy.draws import PoissonDraws, make_draws
 
 Integers = NDArray[np.int64]
 GIB = 2**30
@@ -84,10 +85,16 @@ class TrainingPlan:
     """Length of the rows that rollouts share; None where each has its own."""
     rank: int = 0
     world_size: int = 1
+    draws: PoissonDraws | None = None
+    """Draws the rollouts of a step at random, each prompt by itself; None takes them in the epochs' order."""
+    is_private: bool = False
+    """Whether each rollout is a micro-batch of its own."""
     _orders: dict[int, Integers] = field(default_factory=dict, repr=False, compare=False)
 
     def rollouts(self, step: int) -> Integers:
         """Entries of the index that step `step` (from 0) trains on, over all ranks: int64 [B]."""
+        if self.draws is not None:
+            return self.draws(step)
         stream_B = np.arange(step * self.batch_sequences, (step + 1) * self.batch_sequences)
         epoch_B, place_B = np.divmod(stream_B, len(self.index.row_P))
         return np.concatenate([self._order(epoch)[place_B[epoch_B == epoch]] for epoch in np.unique(epoch_B)])
@@ -95,11 +102,14 @@ class TrainingPlan:
     def totals(self, step: int) -> BatchTotals:
         """What the losses of step `step` are divided by, the same on every rank."""
         trained_B = self.index.trained_P[self.rollouts(step)]
-        return BatchTotals(num_rollouts=len(trained_B), num_tokens=int(trained_B.sum()))
+        expected = len(trained_B) if self.draws is None else self.batch_sequences
+        return BatchTotals(num_rollouts=expected, num_tokens=int(trained_B.sum()))
 
     def micro_batches(self, step: int) -> list[Integers]:
         """This rank's micro-batches of step `step`, largest first; every rank has the same number."""
         rollouts_B = self.rollouts(step)
+        if self.is_private:
+            return [np.array([place]) for place in rollouts_B]
         lengths_B = self.index.lengths_P[rollouts_B]
         dealt = pack(
             lengths_B, self.micro_batch_tokens, self.world_size, self.index.group_size, self.row_tokens
@@ -114,8 +124,10 @@ class TrainingPlan:
         return self._orders[epoch]
 
 
-def make_plan(index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size: int) -> TrainingPlan:
-    """The plan of one rank, after checks that no later step can fail on sizes.
+def make_plan(
+    index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size: int, key: int | None = None
+) -> TrainingPlan:
+    """The plan of one rank, after checks that no later step can fail on sizes; `key` is a private run's.
 
     Raises:
         ConfigError: the batch cannot be dealt equally to the ranks.
@@ -143,6 +155,8 @@ def make_plan(index: CacheIndex, finetune: FinetuneConfig, rank: int, world_size
         row_tokens=row_tokens(index, finetune),
         rank=rank,
         world_size=world_size,
+        draws=make_draws(finetune.privacy, index.groups_P, finetune.batch_sequences, key),
+        is_private=finetune.privacy is not None,
     )
 
 

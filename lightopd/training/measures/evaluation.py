@@ -59,6 +59,8 @@ class Divergence:
     forward_kl_nats: float
     """KL(teacher || student), mean over positions."""
     num_tokens: int
+    outside_mass: float | None = None
+    """Mean probability of the wider model on ids that the other has not; None where both are as wide."""
 
 
 @torch.no_grad()
@@ -67,32 +69,44 @@ def divergence(
 ) -> Divergence:
     """KL between two models over the whole vocabulary at every response position.
 
+    Output layers are padded to other widths in models of one family. Where the widths differ, both
+    distributions are taken over the ids that both have, each normalised there, and what the wider model
+    gives to the other ids is measured: with an outcome that one model cannot have, one KL is infinite.
+
     Raises:
-        InputError: the models' output layers differ in width, or no sequence has a response.
+        InputError: no sequence has a response.
     """
     device = choose_device(engine.device)
     models = [_loaded(model, device) for model in (student, teacher)]
     widths = [model.head.weight_VD.shape[0] for model in models]
-    if widths[0] != widths[1]:
-        raise InputError(
-            f"{student.path} has {widths[0]} outputs, {teacher.path} has {widths[1]}; KL needs one width"
-        )
-    reverse = forward = 0.0
+    shared = min(widths)
+    reverse = forward = outside = 0.0
     count = 0
     answered = [sequence for sequence in sequences if len(sequence.response_ids)]
     for batch in plan_batches([num_inputs(sequence) for sequence in answered], engine.batch_tokens):
         hidden = [plain_hidden(model, [answered[index] for index in batch]) for model in models]
         for start in range(0, len(hidden[0]), CHUNK_POSITIONS):
-            s_NV, t_NV = (
-                model.head.logits(h_ND[start : start + CHUNK_POSITIONS]).log_softmax(-1)
+            logits = [
+                model.head.logits(h_ND[start : start + CHUNK_POSITIONS])
                 for model, h_ND in zip(models, hidden, strict=True)
-            )
+            ]
+            outside += sum(_mass_beyond(whole_NV, shared) for whole_NV in logits)
+            s_NV, t_NV = (whole_NV[:, :shared].log_softmax(-1) for whole_NV in logits)
             reverse += float((s_NV.exp() * (s_NV - t_NV)).sum(dtype=torch.float64))
             forward += float((t_NV.exp() * (t_NV - s_NV)).sum(dtype=torch.float64))
             count += len(s_NV)
     if count == 0:
         raise InputError("no response tokens to measure KL on; give prompts that the model answers")
-    return Divergence(reverse / count, forward / count, count)
+    return Divergence(
+        reverse / count, forward / count, count, None if len(set(widths)) == 1 else outside / count
+    )
+
+
+def _mass_beyond(logits_NV: torch.Tensor, limit: int) -> float:
+    """Probability of the ids from `limit` on, summed over positions."""
+    if logits_NV.shape[-1] == limit:
+        return 0.0
+    return float(logits_NV.softmax(-1)[:, limit:].sum(dtype=torch.float64))
 
 
 def _loaded(model: ModelConfig, device: torch.device) -> LoadedModel:

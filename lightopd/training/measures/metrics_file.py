@@ -15,6 +15,7 @@ from lightopd.files import output_error, write_atomically
 from lightopd.objectives.base.batch import MetricSums
 from lightopd.training.measures.metrics_rows import read_metrics as read_metrics
 from lightopd.training.measures.metrics_rows import whole_lines
+from lightopd.training.student.router_loss import ROUTER_LOSS
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -74,3 +75,10 @@ def _columns_with(path: Path, names: Iterable[str]) -> list[str]:
         lines = [",".join([header, *new]), *(",".join([row, *("nan" for _ in new)]) for row in rows)]
         write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return columns + new
+
+
+def metric_mean(name: str, total: float, weight: float) -> float:
+    """Mean of a metric; losses are sums already."""
+    if name in ("loss", ROUTER_LOSS) or name.endswith("/loss"):
+        return total
+    return total / weight if weight else float("nan")

@@ -31,6 +31,18 @@ CONFIDENCES = {
 }
 """Numbers of text columns, by rollout of the world."""
 
+CHUNKS = (
+    ((0, 2, 1.5), (3, 4, 0.0)),
+    ((1, 3, 2.0),),
+    ((0, 3, 0.25), (3, 5, 1.0)),
+    (),
+    ((2, 4, 0.5),),
+    ((0, 1, 2.0), (2, 3, 0.75)),
+    ((1, 4, 1.25),),
+    ((0, 2, 0.0), (2, 5, 1.75)),
+)
+"""Chunks by rollout of the world: first token, token after the last, and the sum of two similarities."""
+
 torch.set_num_threads(1)
 
 
@@ -257,8 +269,16 @@ def view_of(world: World, rows: Sequence[int]) -> ShardColumns:
         text_values_R={
             name: np.array([values[row] for row in rows], np.float32) for name, values in CONFIDENCES.items()
         },
+        chunks_RM4={"continuations": np.stack([_chunks(row) for row in rows])},
         teacher_rewards_R=np.array([world.teacher_rewards[row] for row in rows], np.float32),
     )
+
+
+def _chunks(row: int) -> np.ndarray:
+    found = np.full((2, 4), np.nan, np.float32)
+    for place, chunk in enumerate(CHUNKS[row]):
+        found[place] = (*chunk, 2)
+    return found
 
 
 def make_batch(

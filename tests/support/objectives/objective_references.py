@@ -232,6 +232,16 @@ def dgrpo(world: World, student_NV: Tensor) -> Tensor:
     return batch_mean(world, loss)
 
 
+def dp_opd(world: World, student_NV: Tensor) -> Tensor:
+    """JSD summed over a rollout's tokens, mean over rollouts; clip and noise act on its gradients."""
+    table_NV = world.tables["teacher"]
+    sums = [
+        torch.stack([jsd(table_NV[n], student_NV[n]) for n in world.tokens(row)]).sum()
+        for row in range(world.size)
+    ]
+    return torch.stack(sums).mean()
+
+
 def zppo(world: World, student_NV: Tensor) -> Tensor:
     """GRPO's clipped surrogate alone."""
     reward = group_advantage(world)
@@ -361,6 +371,7 @@ REFERENCES: dict[str, Reference] = {
     "decoupling_teacher_fkl": Reference(full_divergence("forward_kl", rows="teacher")),
     "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
     "caopd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
+    "dp_opd": Reference(dp_opd),
     "zppo": Reference(zppo, moves="reward", is_surrogate=True),
     "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),
     "sparse_to_dense": Reference(full_divergence("reverse_kl")),

@@ -5,7 +5,7 @@ from math import ceil
 
 import numpy as np
 import torch
-from objective_cases import CONFIDENCES, World
+from objective_cases import CHUNKS, CONFIDENCES, World
 from objective_equations import (
     Reference,
     batch_mean,
@@ -123,7 +123,35 @@ def mad_opd(world: World, student_NV: Tensor) -> Tensor:
     return torch.stack(total).mean()
 
 
+def omniopd(world: World, student_NV: Tensor) -> Tensor:
+    """-(kappa + q) / (2 + 1) log s in a chunk of two continuations, and KL(B || s) elsewhere, 0.1 of it."""
+    rows = []
+    for row in range(world.size):
+        place = {int(world.index_N[n]): n for n in world.tokens(row)}
+        target = {}
+        for start, end, kappa in CHUNKS[row]:
+            inside = [place[t] for t in range(start, end) if t in place]
+            own = torch.stack([sampled(world, student_NV, n) for n in inside]).mean().exp()
+            target |= {n: ((kappa + own) / 3).detach() for n in inside}
+        losses = [
+            -target[n] * sampled(world, student_NV, n)
+            if n in target
+            else 0.1 * kl(world.tables["reference"][n], student_NV[n])
+            for n in world.tokens(row)
+        ]
+        rows.append(torch.stack(losses).mean())
+    return torch.stack(rows).mean()
+
+
+def unmasking(world: World, student_NV: Tensor) -> Tensor:
+    """KL(s || T) over incorrect rollouts, a mean over them."""
+    wrong = [row for row in range(world.size) if world.rewards[row] < 0.5]
+    return batch_mean(world, lambda n: kl(student_NV[n], world.tables["teacher"][n]), wrong)
+
+
 SAMPLED_TOKEN = {
+    "unmasking": Reference(unmasking),
+    "omniopd": Reference(omniopd, moves="likelihood of chunks, none of it negative"),
     "mad_opd": Reference(mad_opd, moves="rests between two teachers"),
     "vision_opd": Reference(vision_opd, rests_at="privileged"),
     "pipo": Reference(pipo),
