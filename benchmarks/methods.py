@@ -30,7 +30,7 @@ from lightopd.cache.store import open_cache
 from lightopd.config import build, merged
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.objectives.requirements import needs
-from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rollout, sft, train
+from lightopd.pipelines import DEMO, RECIPES, evaluate, precompute, rewrite, rollout, sft, train
 from lightopd.pipelines.caches.join import join
 from lightopd.pipelines.methods import find_method, list_methods
 from lightopd.schemas.configs import (
@@ -41,6 +41,7 @@ from lightopd.schemas.configs import (
     SftConfig,
     TrainConfig,
 )
+from lightopd.schemas.rewriting import RewriteConfig
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "methods"
@@ -128,8 +129,8 @@ class Case:
         return self.name or self.recipe
 
 
-UNMEASURED = ("mad_opd", "omniopd")
-"""Recipes that read what a model writes: words, which the task's models cannot, or continuations."""
+UNMEASURED = ("mad_opd",)
+"""Recipes that read what a model writes in words, which the task's models cannot."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),
@@ -153,6 +154,7 @@ SPECIAL = (
     Case("pipo", "the support is the teacher's top-k alone"),
     Case("caopd", f"{PRIVILEGED}; no confidence is stated"),
     Case("zppo", "the prompts are the plain ones"),
+    Case("omniopd", f"{REFERENCE}; two chunks of four tokens a rollout, two continuations of each"),
     Case("erpd", f"the over-optimised model is the teacher; {REFERENCE}"),
     Case("brts", PAIRS, cache="pairs"),
     Case("v_zero", "the evidence is the prompt; wrong evidence is the prompt with another last addend"),
@@ -247,6 +249,14 @@ def turns_of(ids_R: np.ndarray, comma: int) -> list[int]:
     return list(np.cumsum(ids_R == comma) - (ids_R == comma))
 
 
+def continue_at_peaks(cache: Path, name: str) -> None:
+    """Add the teacher's continuations of each rollout where the student was least certain."""
+    settings = {"cache": cache, "model": str(TEACHER), "name": name, "gives": "branches", "prompts": TRAINED}
+    sampling = {"sampling": SAMPLING | {"n": 2, "seed": 3, "max_tokens": 4}}
+    branches = {"template": "continue", "branches": {"places": 2}, "engine": SAMPLED["engine"]}
+    rewrite.run(build(RewriteConfig, settings | sampling | branches))
+
+
 def score(cache: Path, signals: Iterable[str]) -> None:
     """Add the signals that the cache has not."""
     for name in signals:
@@ -272,6 +282,8 @@ def measure(case: Case, learning_rate: float, before: Mapping[str, Any]) -> dict
     if asked.answers:
         answers_cache()
     score(config.cache, asked.signals)
+    for name in asked.chunks:
+        continue_at_peaks(config.cache, name)
     shutil.rmtree(config.out, ignore_errors=True)
     started_s = time.monotonic()
     train.run(config)
