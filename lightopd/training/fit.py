@@ -225,7 +225,8 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         run.objective,
         run.needed,
         run.finetune,
-        limits=run.limits,
+        # Under other prompts than those it sampled with, a student's drift from them means nothing.
+        limits=None if run.needed.shown else run.limits,
         held_out=held_out,
         accuracy=run.accuracy,
         start=start,
@@ -289,7 +290,8 @@ def _make_room(out: Path, done: int) -> None:
 def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
-    reading = FirstReading(run.cache, signals, topk, limit)
+    shown = next(iter(run.needed.shown), None)
+    reading = FirstReading(run.cache, signals, topk, limit, shown)
     held_out, width = run.finetune.held_out, _id_limit(run)
     selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained

@@ -266,6 +266,17 @@ class PreferenceTarget(TargetConfig):
     """Strength of the preference; the paper's value is not known."""
 
 
+class UnpairedTarget(TargetConfig):
+    """Right rollouts preferred to wrong ones, without pairs (arXiv 2605.15113)."""
+
+    gives: ClassVar[Literal["rollout_loss"]] = "rollout_loss"
+    kind: Literal["unpaired"]
+    """-log sigmoid(rho - delta), mean of the step's right rollouts, and -log sigmoid(delta - rho), of the
+    wrong ones; rho = beta log(s / student at rollout), delta the mean of the two outcomes' mean rho."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the prior, which is the student at rollout."""
+
+
 class ChunkAuditTarget(TargetConfig):
     """Likelihood of chunks, weighed by how like them a teacher continues (arXiv 2606.01476)."""
 
@@ -304,6 +315,7 @@ Target = Annotated[
     | EstimatorTarget
     | DivergenceTarget
     | PreferenceTarget
+    | UnpairedTarget
     | ChunkAuditTarget
     | CustomTarget,
     Field(discriminator="kind"),

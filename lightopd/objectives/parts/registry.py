@@ -41,6 +41,12 @@ PARTS: dict[type[Any], Part] = {
         column=chunks.chunk_column,
         measures=chunks.chunk_measures,
     ),
+    t.UnpairedTarget: Part(
+        targets.unpaired,
+        (REWARDS, REF, Needs(step_sums=True)),
+        column=columns.outcome,
+        step_sums=targets.outcome_sums,
+    ),
     t.CustomTarget: Part(targets.custom, (targets.needs_custom,)),
     # router and extrapolation: built into the teacher, see teacher.py
     t.DomainRouter: Part(None, (needs_teacher,)),

@@ -43,7 +43,7 @@ def recipe_of(
     cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, needed: Needs
 ) -> dict[str, JsonValue]:
     """Everything that decides the trained weights, by dotted name."""
-    free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks)
+    free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks, *needed.shown)
     if finetune.optimizer.schedule != "constant":
         free.remove("steps")
     settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))
