@@ -1,6 +1,7 @@
 """`lightopd methods`: the recipes, what they need, and whether a cache can serve them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,13 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.guard import guarded
-from lightopd.cli.output import say, show_table
+from lightopd.cli.output import number, say, show_table
 
-app = typer.Typer(no_args_is_help=True, help="List, show and check method recipes.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List, show and check method recipes, and diagnose signals.",
+    rich_markup_mode=None,
+)
 
 Name = Annotated[str, typer.Argument(help="Name of a method, as in the list.")]
 
@@ -94,3 +99,31 @@ def check(
     rate = method.settings["optimizer"]["lr"]
     if suggested := suggestion(opened, method.objective, **wanted, learning_rate=rate):
         say(f"! {suggested}")
+
+
+@app.command()
+@guarded
+def diagnose(
+    cache: Annotated[Path, typer.Argument(help="Cache folder.")],
+    branches: Annotated[
+        str, typer.Option("--branches", help="Text column of graded branches, of `lightopd rewrite`.")
+    ] = "branches",
+    as_json: options.Json = False,
+) -> None:
+    """Whether what a signal teaches makes responses right: cosine of its gradient with the ideal one.
+
+    Example: lightopd methods diagnose runs/cache
+    """
+    from lightopd.cache.store import open_cache
+    from lightopd.pipelines.caches.alignment import measure_alignment
+
+    found = measure_alignment(open_cache(cache), branches)
+    if as_json:
+        say(json.dumps(asdict(found)))
+        return
+    rows = [{name: number(value) for name, value in row.items()} for row in found.rows]
+    show_table(["signal", "divergence", "rollouts", "cuts", "cosine", "error"], rows)
+    say(f"{found.cuts} cuts, {found.flat} of them without a cosine: every token led to the same score")
+    for signal, count in found.left_out.items():
+        if count:
+            say(f"! {count} tokens lie outside the top-k of {signal}: left out; score it with support=both")

@@ -148,7 +148,8 @@ def parse_set(assignment: str) -> dict[str, Any]:
     if not separator or not all(parts):
         raise ConfigError(f"--set {assignment!r} is not key=value, such as --set optimizer.lr=1e-5")
     try:
-        value: Any = _number(text) if _number(text) is not None else _yaml_value(text)
+        number = _number(text)
+        value: Any = yaml.load(text, Loader=_EachKeyOnce) if number is None else number  # a SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--set {assignment[:200]!r}: the value is not YAML ({reason})") from error
@@ -156,10 +157,6 @@ def parse_set(assignment: str) -> dict[str, Any]:
         value = {part: value}
     assert isinstance(value, dict)
     return value
-
-
-def _yaml_value(text: str) -> Any:
-    return yaml.load(text, Loader=_EachKeyOnce)  # a SafeLoader
 
 
 def _number(text: str) -> float | None:

@@ -199,7 +199,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
         [_signal_row(cache, item) for item in cache.signals.values()],
     )
     _table(connection, "raw_lineage", RAW_LINEAGE, list(_lineage_rows(cache.path)))
-    connection.execute((_sql_folder() / "views.sql").read_text())
+    connection.execute((files("lightopd.schemas") / "sql" / "views.sql").read_text())
 
 
 def _raw_view(
@@ -315,7 +315,3 @@ def _sentences(error: duckdb.Error) -> str:
     if lines[0].startswith("Traceback"):
         return lines[-1]
     return " ".join(line for line in lines if not re.match(r"LINE \d+:", line))
-
-
-def _sql_folder() -> Any:
-    return files("lightopd.schemas") / "sql"

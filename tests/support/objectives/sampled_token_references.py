@@ -143,7 +143,14 @@ def omniopd(world: World, student_NV: Tensor) -> Tensor:
     return torch.stack(rows).mean()
 
 
+def unmasking(world: World, student_NV: Tensor) -> Tensor:
+    """KL(s || T) over incorrect rollouts, a mean over them."""
+    wrong = [row for row in range(world.size) if world.rewards[row] < 0.5]
+    return batch_mean(world, lambda n: kl(student_NV[n], world.tables["teacher"][n]), wrong)
+
+
 SAMPLED_TOKEN = {
+    "unmasking": Reference(unmasking),
     "omniopd": Reference(omniopd, moves="likelihood of chunks, none of it negative"),
     "mad_opd": Reference(mad_opd, moves="rests between two teachers"),
     "vision_opd": Reference(vision_opd, rests_at="privileged"),
