@@ -10,13 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.objectives.targets import (
+from lightopd.schemas.objectives.advantages import (
     AdvantagePart,
+    ExpectedBaseline,
+)
+from lightopd.schemas.objectives.targets import (
     ConstantTarget,
     DistanceExtrapolation,
     DivergenceTarget,
     DomainRouter,
-    ExpectedBaseline,
     Extrapolation,
     GrownConfig,
     LogRatioTarget,

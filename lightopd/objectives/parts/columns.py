@@ -18,10 +18,12 @@ from lightopd.objectives.base.rollout_table import (
     means,
     teacher_logprobs,
 )
-from lightopd.schemas.objectives.objective import TermConfig
-from lightopd.schemas.objectives.targets import (
+from lightopd.schemas.objectives.advantages import (
     GroupRewardShift,
     MarginShift,
+)
+from lightopd.schemas.objectives.objective import TermConfig
+from lightopd.schemas.objectives.targets import (
     PreferenceTarget,
     RewardTarget,
     UnpairedTarget,
