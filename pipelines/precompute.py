@@ -23,7 +23,7 @@ from lightopd.cache.contexts import (
     write_contexts,
 )
 from lightopd.cache.index import refresh_index
-from lightopd.cache.manifests import schema_version_at, signal_folder
+from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache
@@ -126,7 +126,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         engine=engine,
         overrides=overrides + allowed,
     )
-    return manifest, contexts
+    return as_begun(manifest, signal_folder(cache.path, config.signal) / SIGNAL_MANIFEST), contexts
 
 
 def _began_as(config: PrecomputeConfig, cache: Cache, model: ModelFingerprint) -> ModelFingerprint:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from lightopd.cache.contexts import create_text, read_texts, text_folder
 from lightopd.cache.index import refresh_index
-from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.manifests import as_begun, schema_version_at
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, open_cache
@@ -104,6 +104,7 @@ def run(config: RewriteConfig, *, dry_run: bool = False, load: LoadEngine = load
         figures = _figures(plan)
         report = _report(plan, started_s, figures)
         save_report(report, folder)
+    refresh_index(config.cache)
     if config.out is not None:
         with writing(config.out):
             made = make_rollouts(config.out, plan.cache, plan.manifest, plan.renderer.prompts, plan.tokenizer)
@@ -151,6 +152,7 @@ def plan_rewrite(config: RewriteConfig) -> RewritePlan:
         engine=engine,
         overrides=overrides,
     )
+    manifest = as_begun(manifest, text_folder(cache.path, config.name) / TEXT_MANIFEST)
     return RewritePlan(config, cache, manifest, rows, shown, spliced, branches, renderer, tokenizer)
 
 

@@ -11,9 +11,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import JsonValue
@@ -99,7 +100,7 @@ def plan(config: RunConfig) -> Report:
 
 def _run_round(one: Round, load_teacher: LoadEngine, load: LoadEngine) -> Report:
     started_s = time.monotonic()
-    decisive = _decisive(one)
+    decisive = _decisive(one, _begun(one.folder))
     made_from = _claim(one.folder, decisive)
     finished = finished_report("round", one.folder, made_from)
     if finished is not None:
@@ -122,15 +123,15 @@ def _claim(folder: Path, decisive: dict[str, JsonValue]) -> str:
     """Hash of what the round is made from, as it was written down when the round was finished.
 
     A folder with a finished round of another run is refused; an unfinished one is for its stages to judge.
-    A setting that is absent there and none here is the same: a newer version may know more settings.
+    A setting that is absent there and none or empty here is the same: a newer version may know more settings.
 
     Raises:
         OutputError: names every setting that differs.
     """
-    if not (folder / MADE_FROM).exists():
+    before = _begun(folder)
+    if not before:
         return canonical_hash(decisive)
-    before = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
-    names = [name for name in {**before, **decisive} if before.get(name) != decisive.get(name)]
+    names = [name for name in {**before, **decisive} if not _agree(before.get(name), decisive.get(name))]
     if names:
         raise OutputError(
             f"{folder} was made under other settings ({', '.join(names)} differ); set these back, or "
@@ -139,11 +140,32 @@ def _claim(folder: Path, decisive: dict[str, JsonValue]) -> str:
     return canonical_hash(before)
 
 
-def _decisive(one: Round) -> dict[str, JsonValue]:
-    """By name: which student and teacher, and every setting that decides numbers; folders do not matter."""
-    settings: dict[str, JsonValue] = {"student": fingerprint_model(one.student).identity}
+def _begun(folder: Path) -> dict[str, JsonValue]:
+    """The settings that a round's folder was made under; empty where none was."""
+    if not (folder / MADE_FROM).exists():
+        return {}
+    settings: dict[str, JsonValue] = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
+    return settings
+
+
+def _agree(before: JsonValue, now: JsonValue) -> bool:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_agree(before.get(name), now.get(name)) for name in {**before, **now})
+    return now in (None, []) if before is None else before == now
+
+
+def _decisive(one: Round, begun: Mapping[str, JsonValue] = MappingProxyType({})) -> dict[str, JsonValue]:
+    """By name: which student and teacher, and every setting that decides numbers; folders do not matter.
+
+    Args:
+        begun: those of a round that is resumed: it may know its models by an earlier spelling.
+    """
+    settings: dict[str, JsonValue] = {
+        "student": fingerprint_model(one.student).known_as(begun.get("student"))
+    }
     if one.precompute is not None:
-        settings["teacher"] = fingerprint_model(one.precompute.teacher).identity
+        teacher = fingerprint_model(one.precompute.teacher)
+        settings["teacher"] = teacher.known_as(begun.get("teacher"))
     places = {"student", "teacher", "model", "cache", "out", "continue_from", "allow"}
     for name in ("rollout", "precompute", "train", "eval"):
         config: Any = getattr(one, name)

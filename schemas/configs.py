@@ -33,8 +33,8 @@ Allowed = Literal[
     "special-ids-mismatch",
     "template-mismatch",
 ]
-
-
+MAX_STOP_BYTES = 1000
+"""Longest text that ends a response: it is looked for at every token."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -101,6 +101,8 @@ class SamplingConfig(StrictModel):
     """Divides the logits of tokens that occurred already; engines vllm and server only."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a response beside the model's own end tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, such as `["</answer>"]`; it ends with the token that completes one."""
     max_tokens: int = Field(1024, ge=1)
     """Longest response in tokens, the end token included."""
     seed: int = 0
@@ -111,6 +113,19 @@ class SamplingConfig(StrictModel):
         """Whether responses are drawn from the model's own distribution, which log-probabilities speak of."""
         narrowed = self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1
         return self.temperature == 1 and not narrowed
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_can_be_found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not 0 < len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
+                raise ValueError(f"stop has {text[:40]!r}; a text has 1 to {MAX_STOP_BYTES} bytes")
+        return value
 
     @model_validator(mode="after")
     def _stop_ids_are_ids(self) -> "SamplingConfig":

@@ -44,6 +44,16 @@ class ModelFingerprint(StrictModel):
         """Whether this model, found now, is the one that a file speaks of."""
         return stored.identity in (self.identity, self.earlier)
 
+    def known_as(self, stored: object) -> str:
+        """The identity under which a file that holds `stored` speaks of this model."""
+        return self.earlier if self.earlier is not None and stored == self.earlier else self.identity
+
+    def spelled_as(self, stored: "ModelFingerprint | None") -> "ModelFingerprint":
+        """This model under the hashes of a file that speaks of it; unchanged where the file does not."""
+        if stored is None or not self.is_same_as(stored):
+            return self
+        return self.model_copy(update={"identity": stored.identity, "config": stored.config})
+
 
 class Precision(StrictModel):
     """How the weights were run; a difference is reported, not refused."""

@@ -125,6 +125,21 @@ def text_names(path: Path) -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in (path / "texts").glob(f"*/{TEXT_MANIFEST}")))
 
 
+def text_shards(cache: Cache, name: str) -> tuple[Path, ...]:
+    """Files of a text column, relative to the cache folder: those that are there and of its settings.
+
+    Raises:
+        CacheError: there is no such column, or it speaks of other rollouts than the cache's.
+    """
+    fingerprint, folder = open_text(cache, name).fingerprint(), text_folder(cache.path, name)
+    markers = {shard: read_marker(folder, shard) for shard in cache.shards}
+    return tuple(
+        shard_path(text_folder(Path(), name), shard)
+        for shard, marker in markers.items()
+        if marker is not None and marker.fingerprint == fingerprint and shard_path(folder, shard).is_file()
+    )
+
+
 def create_text(cache: Cache, manifest: TextManifest) -> None:
     """Make the folder of a text column, or find it there made under the same settings.
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
+from lightopd.cache.contexts import open_text, text_folder, text_names, text_shards
 from lightopd.cache.fence import ReadOnlyFolder
 from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.cache.shards import shard_path
@@ -33,13 +34,22 @@ from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
 from lightopd.files import output_error, replaced_file
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
-from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of
+from lightopd.schemas.manifest import (
+    CACHE_MANIFEST,
+    SIGNAL_MANIFEST,
+    TEXT_MANIFEST,
+    CacheManifest,
+    SignalManifest,
+    TextManifest,
+)
+from lightopd.schemas.records import Rollout
+from lightopd.schemas.rewriting import BRANCHES, TEXTS
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.duckdb"
-VIEWS = ("rollouts", "tokens", "topk", "signals", "lineage")
+VIEWS = ("rollouts", "tokens", "topk", "signals", "texts", "branches", "lineage")
 READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
 """Statements that only read; a PIVOT is MULTI."""
 
@@ -106,12 +116,17 @@ def build_index(cache: Cache) -> Path:
     return path
 
 
-def refresh_index(cache: Cache) -> None:
-    """Build the index at the end of a stage, which is done without it: a failure is a warning."""
+def refresh_index(cache: Cache | Path) -> None:
+    """Build the index at the end of a stage, which is done without it: a failure is a warning.
+
+    Args:
+        cache: opened with all its signals, or the folder of one that was not.
+    """
+    path = cache if isinstance(cache, Path) else cache.path
     try:
-        build_index(cache)
+        build_index(open_cache(cache, incomplete=True) if isinstance(cache, Path) else cache)
     except (LightopdError, duckdb.Error) as error:
-        log.warning("%s; `lightopd index %s` builds it later", str(error).splitlines()[0], cache.path)
+        log.warning("%s; `lightopd index %s` builds it later", str(error).splitlines()[0], path)
 
 
 def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) -> Value:
@@ -184,7 +199,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
     ]
     place = "regexp_extract(filename, 'part-(\\d+)', 1)::INTEGER AS shard, file_row_number AS row_in_shard"
     name = "regexp_extract(filename, 'signals/([^/]+)/', 1) AS signal"
-    _raw_view(connection, "raw_rollouts", [f"{prefix}{file}" for file in rollouts], place, ROLLOUTS)
+    older = "".join(f", NULL::FLOAT[] AS {name}" for name in _newer_columns(cache))
+    _raw_view(connection, "raw_rollouts", [f"{prefix}{file}" for file in rollouts], place + older, ROLLOUTS)
     _raw_view(
         connection,
         "raw_signals",
@@ -192,6 +208,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
         f"{name}, {place}",
         SIGNALS,
     )
+    _text_views(connection, cache, prefix, place)
     _table(
         connection,
         "raw_manifests",
@@ -202,13 +219,38 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
     connection.execute((files("lightopd.schemas") / "sql" / "views.sql").read_text())
 
 
+def _newer_columns(cache: Cache) -> list[str]:
+    """Columns of rollouts that the cache's files are too old to have."""
+    there = schema_of(Rollout, cache.manifest.schema_version).names if cache.shards else ROLLOUTS.names
+    return [name for name in ROLLOUTS.names if name not in there]
+
+
+def _text_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str, place: str) -> None:
+    """`raw_texts` over all text columns, `raw_branches` over those of branched rollouts."""
+    files: dict[str, list[str]] = {"raw_texts": [], "raw_branches": []}
+    for name in text_names(cache.path):
+        paths = [f"{prefix}{file}" for file in text_shards(cache, name)]
+        files["raw_texts"] += paths
+        if open_text(cache, name).branches is not None:
+            files["raw_branches"] += paths
+    column = "regexp_extract(filename, 'texts/([^/]+)/', 1) AS name"
+    for view, schema in (("raw_texts", TEXTS), ("raw_branches", BRANCHES)):
+        _raw_view(connection, view, files[view], f"{column}, {place}", schema, "union_by_name = true")
+
+
 def _raw_view(
-    connection: duckdb.DuckDBPyConnection, name: str, paths: list[str], extra: str, schema: pa.Schema
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    paths: list[str],
+    extra: str,
+    schema: pa.Schema,
+    *options: str,
 ) -> None:
     """A view of the files' columns and where each row lies; without files, no rows of the same types."""
     if paths:
         names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-        source = f"read_parquet([{names}], filename = true, file_row_number = true)"
+        given = ", ".join(("filename = true", "file_row_number = true", *options))
+        source = f"read_parquet([{names}], {given})"
         connection.execute(
             f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM {source}"
         )
@@ -252,6 +294,9 @@ def _lineage_rows(path: Path) -> Iterator[dict[str, Any]]:
     for name in signal_names(path):
         file = signal_folder(path, name) / SIGNAL_MANIFEST
         yield from _manifest_rows(str(file.relative_to(path)), read_manifest(file, SignalManifest))
+    for name in text_names(path):
+        file = text_folder(path, name) / TEXT_MANIFEST
+        yield from _manifest_rows(str(file.relative_to(path)), read_manifest(file, TextManifest))
 
 
 def _manifest_rows(file: str, manifest: StrictModel) -> Iterator[dict[str, Any]]:

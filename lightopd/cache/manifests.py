@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
@@ -20,6 +20,7 @@ from lightopd.schemas.manifest import (
     SIGNAL_MANIFEST,
     TEXT_MANIFEST,
     CacheManifest,
+    ModelFingerprint,
     SignalManifest,
     TextManifest,
     compared_fields,
@@ -91,6 +92,31 @@ def schema_version_at(path: Path) -> int:
     if path.name == TEXT_MANIFEST:
         return read_manifest(path, TextManifest).schema_version
     return read_manifest(path, CacheManifest).schema_version
+
+
+def as_begun(manifest: Manifest, path: Path) -> Manifest:
+    """A contract with its models under the hashes by which the manifest at `path` knows them.
+
+    What was begun under an earlier spelling of configs is resumed under it, with the same rollout ids.
+
+    Raises:
+        CacheError: the manifest is broken.
+    """
+    if not path.exists():
+        return manifest
+    known: Manifest = _spelled_as(manifest, read_manifest(path, type(manifest)))
+    return known
+
+
+def _spelled_as(now: Any, begun: Any) -> Any:
+    if isinstance(now, ModelFingerprint):
+        return now.spelled_as(begun if isinstance(begun, ModelFingerprint) else None)
+    if not isinstance(now, BaseModel) or type(now) is not type(begun):
+        return now
+    names = type(now).model_fields
+    return now.model_copy(
+        update={name: _spelled_as(getattr(now, name), getattr(begun, name)) for name in names}
+    )
 
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:

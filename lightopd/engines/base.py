@@ -36,7 +36,8 @@ class Engine(Protocol):
             sampling: temperature, nucleus, longest response, seed; `n` is the caller's affair.
             keys: one stable string per entry. The random numbers of a row depend on (seed, key) only, so the
                 rows beside it change nothing beyond floating-point noise in the logits.
-            stop_ids: ids that end a response; the one drawn is kept.
+            stop_ids: ids that end a response; the one drawn is kept. `sampling.stop` has texts that end one
+                too, with the token that completes it.
 
         Raises:
             InputError: a prompt is empty, fills the context, or has ids outside the vocabulary.

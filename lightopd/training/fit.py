@@ -181,11 +181,11 @@ def _fit(
     check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
     check_origin(cache, needed)
-    recipe = recipe_of(cache, student, finetune, objective, needed)
+    found = newest_checkpoint(out / "checkpoints")
+    recipe = recipe_of(cache, student, finetune, objective, needed, found[1].recipe if found else {})
     if continue_from is not None:
         recipe["continue_from"] = optimizer_state_hash(continue_from, student)
     run = _Run(cache, student, out, finetune, objective, staleness, needed, recipe, accuracy)
-    found = newest_checkpoint(out / "checkpoints")
     if found is not None:
         check_same_run(*found, recipe)
     start = _start(*found, finetune) if found else start_after(continue_from)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from lightopd import __version__
-from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.manifests import as_begun, schema_version_at
 from lightopd.cache.tables import rollout_id
 from lightopd.engines.base import Engine
 from lightopd.engines.kinds import describe_engine, load_engine
@@ -107,7 +107,9 @@ def _plan(config: ImportConfig) -> _Plan:
         num_shards=-(-len(groups) // per_shard),
         engine=engine,
     )
-    return _Plan(config, tokenizer, groups, manifest, student.identity)
+    manifest = as_begun(manifest, config.cache / CACHE_MANIFEST)
+    assert manifest.sampler is not None, "given above"
+    return _Plan(config, tokenizer, groups, manifest, manifest.sampler.identity)
 
 
 def _sft(config: ImportConfig) -> SftLineage:

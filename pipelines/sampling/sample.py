@@ -15,7 +15,7 @@ import numpy as np
 
 from lightopd import __version__
 from lightopd.cache.index import query, refresh_index
-from lightopd.cache.manifests import schema_version_at
+from lightopd.cache.manifests import as_begun, schema_version_at
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table
@@ -110,13 +110,15 @@ def plan_sampling(job: SamplingJob, sampler: ModelFingerprint | None = None) -> 
         engine=engine,
         overrides=job.overrides,
     )
+    manifest = as_begun(manifest, job.cache / CACHE_MANIFEST)
+    assert manifest.sampler is not None, "given above"
     return SamplingPlan(
         job,
         prompts,
         prompt_ids,
         rendered.tokenizer,
         rendered.stops,
-        sampler,
+        manifest.sampler,
         manifest,
         (*rendered.notes, *flags),
     )

@@ -1,5 +1,6 @@
--- Views over a cache's Parquet files. They stand on two views and two tables that the index makes first:
+-- Views over a cache's Parquet files. They stand on four views and two tables that the index makes first:
 -- raw_rollouts and raw_signals (the columns of the files, plus shard, row_in_shard and signal),
+-- raw_texts and raw_branches (the same of text columns, plus shard, row_in_shard and name),
 -- raw_manifests (one row per signal) and raw_lineage (every field of every manifest).
 -- docs/cache.md describes each column. Log-probabilities and entropies are in nats.
 
@@ -18,6 +19,7 @@ SELECT
     answer,
     reward,
     list_avg(logprobs) AS mean_logprob_student,
+    list_avg(behavior_logprobs) AS mean_logprob_behavior,
     prompt_text,
     response_text,
     prompt_ids,
@@ -41,6 +43,7 @@ FROM (
         unnest(r.loss_mask) AS loss_mask,
         unnest(r.turns) AS turn,
         unnest(r.logprobs) AS logprob_student,
+        unnest(r.behavior_logprobs) AS logprob_behavior,
         unnest(r.entropies) AS entropy_student,
         unnest(s.logprobs) AS logprob_signal,
         unnest(s.tail_logprobs) AS logprob_tail,
@@ -65,6 +68,41 @@ FROM raw_signals;
 
 CREATE OR REPLACE VIEW signals AS
 SELECT * FROM raw_manifests;
+
+CREATE OR REPLACE VIEW texts AS
+SELECT
+    rollout_id,
+    name,
+    text,
+    value,
+    finish_reason,
+    prompt_ids AS shown_ids,
+    response_ids AS written_ids,
+    shard,
+    row_in_shard
+FROM raw_texts;
+
+CREATE OR REPLACE VIEW branches AS
+SELECT
+    rollout_id,
+    name,
+    branch,
+    places[branch + 1] AS pos,
+    chunk_counts[branch + 1] AS chunk_tokens,
+    forced_ids[branch + 1] AS forced_id,
+    draw,
+    scores[entry] AS score,
+    response_ids[
+        list_sum(list_slice(drawn_counts, 1, entry)) - drawn_counts[entry] + 1
+        : list_sum(list_slice(drawn_counts, 1, entry))
+    ] AS drawn_ids
+FROM (
+    SELECT
+        *,
+        (entry - 1) // (len(scores) // len(places)) AS branch,
+        (entry - 1) % (len(scores) // len(places)) AS draw
+    FROM (SELECT *, unnest(range(1, len(scores) + 1)) AS entry FROM raw_branches)
+);
 
 CREATE OR REPLACE VIEW lineage AS
 SELECT * FROM raw_lineage;

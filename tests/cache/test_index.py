@@ -78,6 +78,14 @@ def test_tokens_has_one_row_for_each_token_and_signal_with_the_exact_values(tmp_
             np.testing.assert_array_equal(found[column][order], content[order_wanted], err_msg=column)
 
 
+def test_the_distribution_that_sampled_has_columns_of_its_own(world):
+    """Rollouts at temperature 1 from all tokens: it is the student's own."""
+    found = query(world.cache, "SELECT logprob_behavior, logprob_student FROM tokens")
+    np.testing.assert_array_equal(*(column.to_numpy() for column in found.columns))
+    means = query(world.cache, "SELECT mean_logprob_behavior, mean_logprob_student FROM rollouts")
+    np.testing.assert_allclose(*(column.to_numpy() for column in means.columns))
+
+
 def test_tokens_of_a_cache_without_signals_have_no_signal_and_no_gap(tmp_path):
     make_cache(tmp_path, signals={})
     sql = "SELECT count(*) AS n, count(signal) AS s, count(gap) AS g FROM tokens"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lightopd.cache.index import VIEWS
 from lightopd.cli.inspection.shell import completions, is_whole, statements
 from lightopd.inspection.opened import open_cache
 
@@ -40,7 +41,7 @@ def test_a_script_of_commands_and_statements_runs_to_its_end(typed, tmp_path):
         f".out {file} csv\nselect 3 as three;\n.nothing\n.run nothing\nselect nothing;\n.schema nowhere\n"
         ".tables much\nselect 4 as four"
     )
-    assert out.splitlines()[:6] == ["rollouts", "tokens", "topk", "signals", "lineage", "metrics"]
+    assert out.splitlines()[: len(VIEWS) + 1] == [*VIEWS, "metrics"]
     assert "one  two" in out
     assert json.loads(out.splitlines()[-1]) == {"four": 4}
     assert f"1 rows written to {file}" in out

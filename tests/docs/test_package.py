@@ -34,6 +34,7 @@ ROOMS = [
     "cache",
     "kernels",
     "engines.base",
+    "engines.stop_strings",
     "engines.hf",
     "engines.vllm",
     "engines",
@@ -93,10 +94,21 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name == "lightopd" or name.startswith("lightopd.")}
 
 
-def test_the_package_list_names_every_folder_with_python_files():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    on_disk = {module_of(path.parent / "__init__.py") for path in SOURCES}
-    assert listed == on_disk
+def data_files(module: str, patterns: list[str]) -> set[Path]:
+    top = max((name for name in FOLDERS if f"{module}.".startswith(f"{name}.")), key=len)
+    folder = ROOT / FOLDERS[top] / module.removeprefix(top).lstrip(".").replace(".", "/")
+    return {path for pattern in patterns for path in folder.glob(pattern)}
+
+
+def test_the_package_list_names_every_folder_with_python_files_or_data():
+    """A folder of data that is not named is installed with a warning that it will not be for long."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed, data = set(settings["packages"]), settings["package-data"]
+    with_code = {module_of(path.parent / "__init__.py") for path in SOURCES}
+    assert listed == with_code | set(data)
+    files = {path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("*") if path.is_file()}
+    no_code = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert no_code == set().union(*(data_files(*each) for each in data.items()))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -49,6 +49,15 @@ def test_the_table_of_methods_is_what_the_recipes_say():
     assert generator().methods_page(text) == text, "python docs/generate.py"
 
 
+def test_the_guide_to_the_methods_names_every_recipe_in_words_and_no_other():
+    guide, _, _ = (ROOT / "docs" / "methods" / "README.md").read_text().partition("## All recipes")
+    recipes = {path.stem for path in (ROOT / "pipelines" / "recipes" / "methods").glob("*.yaml")}
+    named = set(re.findall(r"`([a-z0-9_]+)`", guide))
+    assert recipes <= named, f"docs/methods/README.md: say when to take {', '.join(sorted(recipes - named))}"
+    assert named - recipes <= {"precompute", "behavior_logprobs", "privacy", "overlap", "log_ratio_lost"}
+    assert len(guide.splitlines()) <= 90
+
+
 def test_what_the_pages_say_was_measured_is_what_the_results_say():
     for page, text in generator().method_pages().items():
         assert page.read_text() == text, f"{page.name}: python docs/generate.py"

@@ -127,5 +127,7 @@ def test_a_cache_that_knows_a_model_by_the_earlier_spelling_still_takes_it(world
     assert architecture(config) != spelled_out(config)
     found = fingerprint_model(ModelConfig(path=str(folder)))
     stored = found.model_copy(update={"identity": found.earlier})
+    assert found.known_as(found.earlier) == found.earlier
+    assert found.known_as("another") == found.known_as(None) == found.identity
     assert check_student(stored, found, (), "train") == ()
     assert "earlier" not in found.model_dump()

@@ -39,6 +39,14 @@ def test_its_rollouts_are_read_without_the_columns_that_came_later(old):
     assert columns.behavior_logprobs_N is columns.logprobs_N  # drawn at temperature 1 from all tokens
 
 
+def test_sql_shows_the_columns_that_came_later_as_null(old, lightopd):
+    views = "SELECT count(*) AS n, count(logprob_behavior) AS known FROM tokens"
+    code, out, _ = lightopd("sql", "cache", views, "--json")
+    assert code == 0
+    (row,) = json.loads(out)["rows"]
+    assert (row[0] > 0, row[1]) == (True, 0)
+
+
 def test_every_stage_finds_its_shards_done(old, lightopd):
     before = files(old / "cache")
     rollout = ["--student", "sft/student", "--prompts", "prompts.jsonl", "--set", "sampling.n=2"]

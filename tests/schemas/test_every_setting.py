@@ -31,6 +31,7 @@ OTHER_CACHE = {
         "top_k": "5",
         "min_p": "0.1",
         "stop_ids": "[4]",
+        "stop": "['1']",
         "max_tokens": "5",
         "seed": "3",
     },

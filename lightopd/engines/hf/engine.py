@@ -13,6 +13,7 @@ from lightopd.engines.hf import generate as hf_generate
 from lightopd.engines.hf import score as hf_score
 from lightopd.engines.hf.probe import check_engine
 from lightopd.engines.hf.shared_prompts import prompts_can_be_shared
+from lightopd.engines.stop_strings import StopStrings
 from lightopd.errors import EngineError
 from lightopd.models.attention import attention_of
 from lightopd.models.causal_attention import use_causal_attention
@@ -28,11 +29,11 @@ from lightopd.schemas.records import Ids, RolloutSignal, Sample
 class TransformersEngine:
     """Implements `Engine` with transformers; built by `load_hf_engine`."""
 
-    def __init__(self, loaded: LoadedModel, settings: HfEngine) -> None:
+    def __init__(self, loaded: LoadedModel, settings: HfEngine, stops: StopStrings) -> None:
         self.vocabulary_size = len(loaded.head.weight_VD)
         self.context_length = loaded.context_length
         self._loaded: LoadedModel | None = loaded
-        self._settings = settings
+        self._settings, self._stops = settings, stops
         self._share_prompts = prompts_can_be_shared(loaded)
 
     def generate(
@@ -42,7 +43,13 @@ class TransformersEngine:
         assert self._loaded is not None, "the engine is closed"
         check_prompts(prompts, keys, self.vocabulary_size, self.context_length)
         return hf_generate.generate(
-            self._loaded, prompts, sampling, keys, stop_ids, self._settings.generate_rollouts
+            self._loaded,
+            prompts,
+            sampling,
+            keys,
+            stop_ids,
+            self._settings.generate_rollouts,
+            new_reader=self._stops.readers(sampling),
         )
 
     def score(
@@ -95,7 +102,7 @@ def load_hf_engine(engine: HfEngine, model: ModelConfig) -> TransformersEngine:
     everything = LoadedModel(loaded, head, device, context_length_of(loaded))
     with _told_as_unfit(loaded):
         check_engine(everything)
-    return TransformersEngine(everything, engine)
+    return TransformersEngine(everything, engine, StopStrings(model))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from lightopd.engines.base import random_stream
 from lightopd.engines.hf.head_scores import largest
 from lightopd.engines.hf.kv_cache import new_cache
 from lightopd.engines.hf.memory import memory_advice
+from lightopd.engines.stop_strings import NewReader, StopReader
 from lightopd.errors import ConfigError, EngineError
 from lightopd.models.head import last_hidden
 from lightopd.models.load import LoadedModel
@@ -44,11 +45,21 @@ class Row:
     """Most tokens of the response."""
     uniforms: NDArray[np.float64]
     """One number in [0, 1) for each token; empty when nothing is drawn at random."""
+    reader: StopReader | None = None
+    """Looks for texts that end a response; None where only ids do."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     behavior_logprobs: list[float] = field(default_factory=list)
     is_stopped: bool = False
+
+    def append(self, token: int, logprob: float, entropy: float, behavior: float, *, is_stop: bool) -> None:
+        """Note a drawn token."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.entropies.append(entropy)
+        self.behavior_logprobs.append(behavior)
+        self.is_stopped = is_stop or (self.reader is not None and self.reader.is_end(token))
 
     @property
     def is_finished(self) -> bool:
@@ -85,17 +96,20 @@ def generate(
     stop_ids: Sequence[int],
     batch_rows: int,
     setting: str = "engine.generate_rollouts",
+    new_reader: NewReader | None = None,
 ) -> list[Sample]:
     """One response per prompt, in the order given.
 
     Args:
         batch_rows: responses drawn together; prompts of similar length share a batch.
         setting: what a user calls `batch_rows`, for the advice when memory is not enough.
+        new_reader: makes what looks for `sampling.stop` in a response.
 
     Raises:
         EngineError: NaN or +inf logits, or not enough memory for a batch.
     """
     check_penalty(sampling)
+    assert (new_reader is None) == (not sampling.stop), "texts that end a response need a reader"
     samples: dict[int, Sample] = {}
     order = sorted(
         range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index].tobytes(), index)
@@ -107,6 +121,8 @@ def generate(
                 _new_row(index, keys[index], len(prompts[index]), sampling, loaded.context_length)
                 for index in order[start : start + batch_rows]
             ]
+            for row in rows:
+                row.reader = new_reader(prompts[row.index]) if new_reader else None
             _draw_batch(loaded, [prompts[row.index] for row in rows], rows, sampling, stops)
             samples.update((row.index, row.sample()) for row in rows)
     return [samples[index] for index in range(len(prompts))]
@@ -232,11 +248,7 @@ def _draw_tokens(
         running, *(column.tolist() for column in columns), strict=True
     ):
         if not row.is_finished:
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            row.entropies.append(entropy)
-            row.behavior_logprobs.append(behavior)
-            row.is_stopped = is_stop
+            row.append(token, logprob, entropy, behavior, is_stop=is_stop)
     return drawn_B
 
 

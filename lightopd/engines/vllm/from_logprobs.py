@@ -91,6 +91,8 @@ def sample_of(
     limit: int,
     stop_ids: Collection[int],
     vocabulary_size: int,
+    *,
+    is_at_string: bool = False,
 ) -> Sample:
     """One drawn response, without entropies: vLLM does not tell them.
 
@@ -102,6 +104,7 @@ def sample_of(
         limit: tokens that were asked for.
         stop_ids: ids that end a response.
         vocabulary_size: V.
+        is_at_string: the last id completes a text that ends a response.
 
     Raises:
         EngineError: a log-probability is missing, NaN or above 0, an id lies outside the vocabulary, or the
@@ -113,7 +116,7 @@ def sample_of(
             f"{name} came back with {len(response_ids)} tokens and {len(drawn)} log-probabilities"
         )
     _check_entries(name, response_ids, response_ids[:, None], drawn[:, None], vocabulary_size)
-    ended = int(response_ids[-1]) in stop_ids
+    ended = is_at_string or int(response_ids[-1]) in stop_ids
     whole = ended if finish_reason == "stop" else finish_reason == "length" and len(response_ids) == limit
     if not whole:
         raise EngineError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightopd.engines.stop_strings import StopReader, StopStrings
 from lightopd.engines.vllm import settings as vllm_settings
 from lightopd.engines.vllm.concurrency import LoopThread
 from lightopd.engines.vllm.requests import Drawn, RequestEngine, Result, ids_of
@@ -25,8 +26,10 @@ ENTRY_BYTES = 96
 class VllmInProcess(RequestEngine):
     """Implements `Engine` with vLLM; built by `load_vllm_engine`."""
 
-    def __init__(self, loop: LoopThread, client: Any, adapter: Any, limits: ModelLimits) -> None:
-        super().__init__(loop, limits, ENTRY_BYTES, is_processed=True)
+    def __init__(
+        self, loop: LoopThread, client: Any, adapter: Any, limits: ModelLimits, stops: StopStrings
+    ) -> None:
+        super().__init__(loop, limits, ENTRY_BYTES, is_processed=True, stops=stops)
         self._client: Any = client
         self._adapter = adapter
         self._num_requests = 0
@@ -35,11 +38,29 @@ class VllmInProcess(RequestEngine):
         self, name: str, prompt_ids: Ids, sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]
     ) -> Drawn:
         params = vllm_settings.sampling_params(sampling, limit, seed, stop_ids)
+        if (new_reader := self._stops.readers(sampling)) is not None:
+            return await self._drawn_until(name, prompt_ids, params, new_reader(prompt_ids))
         output = (await self._reply(prompt_ids, params)).outputs[0]
         flat = output.logprobs
         if flat is None or list(flat.token_ids) != list(output.token_ids):
             raise EngineError(f"{name} came back without the log-probabilities of its tokens")
         return Drawn(output.token_ids, flat.logprobs, output.finish_reason)
+
+    async def _drawn_until(self, name: str, prompt_ids: Ids, params: Any, reader: StopReader) -> Drawn:
+        """A response that is read while it is drawn; its request ends where a string is complete."""
+        ids: list[int] = []
+        logprobs: list[float] = []
+        async with contextlib.aclosing(self._replies(prompt_ids, params)) as replies:
+            async for reply in replies:
+                output = reply.outputs[0]
+                new = list(output.token_ids)
+                if new and (output.logprobs is None or list(output.logprobs.token_ids) != new):
+                    raise EngineError(f"{name} came back without the log-probabilities of its tokens")
+                ids += new
+                logprobs += output.logprobs.logprobs if new else []
+                if any(reader.is_end(token) for token in new) or output.finish_reason:
+                    return Drawn(ids, logprobs, output.finish_reason)
+        raise EngineError("vLLM ended a request without a reply; run the command again")
 
     async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
         reply = await self._reply(ids_of(sequence), vllm_settings.scoring_params(top_k))
@@ -62,15 +83,17 @@ class VllmInProcess(RequestEngine):
 
     async def _reply(self, ids: Ids, params: Any) -> Any:
         """vLLM's finished reply to one request."""
-        assert self._client is not None, "the engine is closed"
-        self._num_requests += 1
-        asked = {"type": "token", "prompt_token_ids": ids.tolist()}
-        name = str(self._num_requests)
-        stream = self._client.generate(asked, params, name, lora_request=self._adapter)
-        replies = [reply async for reply in stream if reply.finished]
+        replies = [reply async for reply in self._replies(ids, params) if reply.finished]
         if not replies:
             raise EngineError("vLLM ended a request without a reply; run the command again")
         return replies[-1]
+
+    def _replies(self, ids: Ids, params: Any) -> Any:
+        """vLLM's replies to one request, as they come."""
+        assert self._client is not None, "the engine is closed"
+        self._num_requests += 1
+        asked = {"type": "token", "prompt_token_ids": ids.tolist()}
+        return self._client.generate(asked, params, str(self._num_requests), lora_request=self._adapter)
 
 
 def load_vllm_engine(engine: VllmEngine, model: ModelConfig) -> VllmInProcess:
@@ -89,7 +112,8 @@ def load_vllm_engine(engine: VllmEngine, model: ModelConfig) -> VllmInProcess:
     try:
         with _told_as_engine_errors(f"loading {model.path}"):
             client = loop.run(vllm_settings.start(arguments))
-            return VllmInProcess(loop, client, vllm_settings.adapter_request(model), limits)
+            adapter = vllm_settings.adapter_request(model)
+            return VllmInProcess(loop, client, adapter, limits, StopStrings(model))
     except BaseException:  # Ctrl-C too: the thread would keep the process alive
         loop.close()
         raise

@@ -12,6 +12,7 @@ import numpy as np
 
 from lightopd.engines.base import check_prompts, check_sequences, row_seed
 from lightopd.engines.hf.score import empty_scores
+from lightopd.engines.stop_strings import StopReader, StopStrings
 from lightopd.engines.vllm.concurrency import LoopThread, run_all
 from lightopd.engines.vllm.from_logprobs import sample_of, scores_of
 from lightopd.engines.vllm.settings import check_sampling
@@ -32,6 +33,15 @@ class Drawn(NamedTuple):
     ids: Sequence[int]
     logprobs: Sequence[float]
     finish_reason: str | None
+    is_at_string: bool = False
+    """Whether it ends with the token that completes one of `sampling.stop`."""
+
+    def cut(self, reader: StopReader | None) -> "Drawn":
+        """The response up to the first token that completes a string; itself where none does."""
+        for place, token in enumerate(self.ids if reader else ()):
+            if reader and reader.is_end(token):
+                return Drawn(self.ids[: place + 1], self.logprobs[: place + 1], "stop", True)
+        return self
 
 
 class RequestEngine(ABC):
@@ -43,6 +53,7 @@ class RequestEngine(ABC):
         entry_bytes: memory of one log-probability in a reply.
         is_processed: log-probabilities of drawn tokens are those after temperature and truncation.
         most: requests at once; None for no limit but that of memory.
+        stops: finds `sampling.stop` in responses.
     """
 
     def __init__(
@@ -52,9 +63,10 @@ class RequestEngine(ABC):
         entry_bytes: int,
         *,
         is_processed: bool,
+        stops: StopStrings,
         most: int | None = None,
     ) -> None:
-        self._is_processed = is_processed
+        self._is_processed, self._stops = is_processed, stops
         self.vocabulary_size, self.context_length = limits.vocabulary_size, limits.context_length
         self._loop, self._entry_bytes, self._most = loop, entry_bytes, most
 
@@ -76,11 +88,15 @@ class RequestEngine(ABC):
         check_sampling(sampling)
         limits = [min(sampling.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
         stops = sorted(set(map(int, stop_ids)))
+        new_reader = self._stops.readers(sampling)
 
         async def draw(index: int) -> Sample:
             name, limit, seed = f"rollout {keys[index]}", limits[index], row_seed(sampling.seed, keys[index])
             drawn = await self._draw(name, prompts[index], sampling, limit, seed, stops)
-            sample = sample_of(name, *drawn, limit, stops, self.vocabulary_size)
+            drawn = drawn.cut(new_reader(prompts[index]) if new_reader else None)
+            sample = sample_of(
+                name, *drawn[:3], limit, stops, self.vocabulary_size, is_at_string=drawn.is_at_string
+            )
             return await self._told_both(name, prompts[index], sample, sampling)
 
         lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]

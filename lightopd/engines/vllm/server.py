@@ -6,6 +6,7 @@ R = response tokens, K = top-k, M = K + 1 entries of a position (its own token, 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightopd.engines.stop_strings import StopStrings
 from lightopd.engines.vllm.concurrency import LoopThread
 from lightopd.engines.vllm.requests import Drawn, RequestEngine, ids_of
 from lightopd.engines.vllm.server_http import ServerPool
@@ -25,9 +26,13 @@ ENTRY_BYTES = 512
 class ServerClient(RequestEngine):
     """Implements `Engine` with vLLM servers; built by `load_server_engine`."""
 
-    def __init__(self, loop: LoopThread, pool: ServerPool, engine: ServerEngine, served: Served) -> None:
+    def __init__(
+        self, loop: LoopThread, pool: ServerPool, engine: ServerEngine, served: Served, stops: StopStrings
+    ) -> None:
         most = engine.concurrency * len(engine.urls)
-        super().__init__(loop, served.limits, ENTRY_BYTES, is_processed=served.is_processed, most=most)
+        super().__init__(
+            loop, served.limits, ENTRY_BYTES, is_processed=served.is_processed, stops=stops, most=most
+        )
         self._pool = pool
         self._name = served.name
         self._checked_top_k = 0
@@ -56,7 +61,7 @@ class ServerClient(RequestEngine):
     ) -> Drawn:
         choice = await self._complete(name, prompt_ids, _drawing(sampling, limit, seed, stop_ids))
         logprobs = choice.logprobs.token_logprobs if choice.logprobs is not None else []
-        return Drawn(choice.token_ids, logprobs, choice.finish_reason)
+        return Drawn(choice.token_ids, logprobs, choice.finish_reason, choice.stop_reason in sampling.stop)
 
     async def _score(self, name: str, sequence: records.Sequence, top_k: int) -> tuple[Ids, Floats]:
         choice = await self._complete(name, ids_of(sequence), _scoring(top_k))
@@ -85,7 +90,7 @@ def load_server_engine(engine: ServerEngine, model: ModelConfig) -> ServerClient
     loop, pool = LoopThread(), ServerPool(engine)
     try:
         served = loop.run(probe(pool, engine, model))
-        return ServerClient(loop, pool, engine, served)
+        return ServerClient(loop, pool, engine, served, StopStrings(model))
     except BaseException:  # Ctrl-C too: the thread would keep the process alive
         loop.run(pool.close())
         loop.close()
@@ -122,6 +127,9 @@ def _drawing(sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int
         "frequency_penalty": 0.0,
         "seed": seed,
         "stop_token_ids": stop_ids,
+        "stop": list(sampling.stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
         "ignore_eos": True,
         "logprobs": 0,
         "return_token_ids": True,

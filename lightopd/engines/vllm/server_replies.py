@@ -83,6 +83,7 @@ class Choice(Reply):
     prompt_token_ids: list[TokenId] | None = None
     token_ids: list[TokenId] = []
     finish_reason: str | None = Field(None, max_length=100)
+    stop_reason: int | str | None = None
     logprobs: DrawnLogprobs | None = None
     prompt_logprobs: list[dict[TokenIdKey, Entry] | None] | None = None
 

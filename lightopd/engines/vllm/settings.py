@@ -178,7 +178,11 @@ def scoring_params(top_k: int) -> Any:
 
 
 def sampling_params(sampling: SamplingConfig, limit: int, seed: int, stop_ids: list[int]) -> Any:
-    """Parameters of one rollout; only the given ids end it."""
+    """Parameters of one rollout; only the given ids end it.
+
+    Where texts end one too, tokens come as they are drawn: whoever reads them finds the text and ends the
+    request, for this vLLM has no tokenizer.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -195,7 +199,7 @@ def sampling_params(sampling: SamplingConfig, limit: int, seed: int, stop_ids: l
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if sampling.stop else RequestOutputKind.FINAL_ONLY,
     )
 
 

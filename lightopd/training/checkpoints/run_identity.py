@@ -1,6 +1,7 @@
 """What decides the trained weights, so that a run is resumed only under the settings it began with."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import JsonValue
@@ -40,16 +41,25 @@ rounding at most (`steps` counts under a schedule that depends on it)."""
 
 
 def recipe_of(
-    cache: Cache, student: ModelConfig, finetune: FinetuneConfig, objective: ObjectiveConfig, needed: Needs
+    cache: Cache,
+    student: ModelConfig,
+    finetune: FinetuneConfig,
+    objective: ObjectiveConfig,
+    needed: Needs,
+    begun: Mapping[str, JsonValue] = MappingProxyType({}),
 ) -> dict[str, JsonValue]:
-    """Everything that decides the trained weights, by dotted name."""
+    """Everything that decides the trained weights, by dotted name.
+
+    Args:
+        begun: the recipe of a run that is resumed: it may know the student by an earlier spelling.
+    """
     free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks, *needed.shown)
     if finetune.optimizer.schedule != "constant":
         free.remove("steps")
     settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))
     return {
         "cache": content_id(cache, needed.signals),
-        "student": fingerprint_model(student).identity,
+        "student": fingerprint_model(student).known_as(begun.get("student")),
         **({"texts": canonical_hash(text_contents(cache, texts))} if texts else {}),
         **{f"answers.{path}": content_id(open_cache(path, signals=()), ()) for path in needed.answers},
         **{name: value for name, value in settings.items() if name not in free},

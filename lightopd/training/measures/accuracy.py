@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lightopd.engines.base import check_prompts
 from lightopd.engines.hf.generate import generate
+from lightopd.engines.stop_strings import readers_of
 from lightopd.errors import InputError
 from lightopd.models.head import head_of
 from lightopd.models.load import LoadedModel, context_length_of
@@ -98,6 +99,7 @@ class AccuracyMeter:
             self.rendered.stops,
             self.config.generate_rollouts,
             "accuracy.generate_rollouts",
+            readers_of(self.rendered.tokenizer, self.config.sampling),
         )
         rewards_PS = torch.zeros(num_prompts, num_samples)
         for (p, s), sample in zip(rows, samples, strict=True):

@@ -13,7 +13,7 @@ import torch
 from cache_cases import table_to_scores
 from engine_cases import random_sequences, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import write_prompts
+from tiny_models import tokenizer, write_prompts
 from vllm_cases import RealServer, save_vllm_model, shared_engine, shared_server
 
 from lightopd.cache.manifests import signal_folder
@@ -22,11 +22,13 @@ from lightopd.cache.store import open_cache
 from lightopd.config import load_stage
 from lightopd.engines.kinds import describe_engine, load_engine
 from lightopd.engines.noise import measure_noise
+from lightopd.engines.stop_strings import StopReader
 from lightopd.engines.vllm.in_process import load_vllm_engine
 from lightopd.engines.vllm.server import load_server_engine
 from lightopd.errors import ConfigError, EngineError
 from lightopd.pipelines import precompute, rollout
 from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig, ServerEngine, VllmEngine
+from lightopd.schemas.records import Sequence
 
 pytestmark = pytest.mark.vllm
 
@@ -100,6 +102,35 @@ def test_vllm_draws_from_the_models_distribution(engine, reference):
     expected[scores.topk_ids] = np.exp(scores.topk_logprobs)
     deviation = np.sqrt(expected * (1 - expected) / count)
     assert (np.abs(drawn / count - expected) <= 5 * deviation + 1 / count).all()
+
+
+def assert_ends_at_texts(engine, reference):
+    prompts = [np.array([3 + row, 40, 7], np.int32) for row in range(12)]
+    keys, sampling = [str(row) for row in range(12)], SamplingConfig(max_tokens=40, stop=("1", "=", "+2"))
+    samples = engine.generate(prompts, sampling, keys, [2])
+    at_texts = 0
+    for prompt, sample in zip(prompts, samples, strict=True):
+        reader = StopReader(tokenizer(), sampling.stop, prompt)
+        ends = [reader.is_end(token) for token in sample.response_ids]
+        assert not any(ends[:-1])
+        assert sample.finish_reason == ("stop" if ends[-1] or sample.response_ids[-1] == 2 else "length")
+        at_texts += ends[-1]
+    assert at_texts > 1
+    sequences = [Sequence(p, s.response_ids) for p, s in zip(prompts, samples, strict=True)]
+    for sample, scores in zip(samples, reference.score(sequences, 0), strict=True):
+        np.testing.assert_allclose(sample.logprobs, scores.logprobs, rtol=0, atol=1e-4)
+
+
+def test_texts_end_a_response_in_process(engine, reference):
+    assert_ends_at_texts(engine, reference)
+
+
+def test_texts_end_a_response_of_a_server(folder, model, reference):
+    client = load_server_engine(ServerEngine(urls=[shared_server(folder).url]), model)
+    try:
+        assert_ends_at_texts(client, reference)
+    finally:
+        client.close()
 
 
 def test_the_description_names_vllm_and_the_precision(model):

@@ -88,6 +88,27 @@ def test_every_sampling_setting_is_sent_so_that_no_default_of_the_server_counts(
     assert not body["add_special_tokens"]
 
 
+@pytest.mark.parametrize("options", [{}, {"stops_late": 1}, {"ignores_stop": True}, {"processed": True}])
+def test_a_response_ends_with_the_token_that_completes_a_text_whatever_the_server_sends_behind_it(
+    serve, connect, options
+):
+    server = serve(**options)
+    engine, prompts = connect(server), [np.array([3 + row], np.int32) for row in range(10)]
+    keys = [f"p{i}" for i in range(len(prompts))]
+    plain = engine.generate(prompts, SamplingConfig(max_tokens=40), keys, [])
+    sampling = SamplingConfig(max_tokens=40, stop=("1", "="))
+    found = engine.generate(prompts, sampling, keys, [])
+    assert server.bodies[-1]["stop"] == ["1", "="]
+    assert server.bodies[-1]["include_stop_str_in_output"]
+    ones = set(tokenizer().convert_tokens_to_ids(["1", "="]))
+    ends = [next((i + 1 for i, token in enumerate(one.response_ids) if token in ones), None) for one in plain]
+    assert any(ends)
+    for before, after, end in zip(plain, found, ends, strict=True):
+        assert after.response_ids.tolist() == before.response_ids[:end].tolist()
+        np.testing.assert_array_equal(after.logprobs, before.logprobs[:end])
+        assert after.finish_reason == ("length" if end is None else "stop")
+
+
 def test_a_server_that_tokenises_anew_is_refused(serve, connect):
     with pytest.raises(EngineError, match="tokenises anew"):
         connect(serve(tokenises_anew=True))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightopd.cache.contexts import read_texts, scored_chunks
+from lightopd.cache.index import query
 from lightopd.cache.reader import read_columns
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
@@ -159,6 +160,37 @@ def test_prompts_without_a_verifier_cannot_grade(world, cache, tmp_path):
     plain.write_text(lines)
     with pytest.raises(InputError, match="score: reward grades by the prompts' verifier"):
         run(world, cache, "branches.score=reward", prompts=plain)
+
+
+def test_sql_shows_texts_and_every_continuation_with_its_ids_and_score(world, cache):
+    run(world, cache, "sampling.n=2", "branches.places=2")
+    run(world, cache, name="plain", gives="text")
+    shown = query(cache, "SELECT * FROM texts WHERE name = 'plain' ORDER BY shard, row_in_shard").to_pylist()
+    assert [row["text"] for row in shown] == [text["text"] for text, _ in rows_of(cache, "plain")]
+    assert [row["written_ids"] for row in shown] == [t["response_ids"] for t, _ in rows_of(cache, "plain")]
+    found = query(cache, "SELECT * FROM branches ORDER BY rollout_id, branch, draw").to_pylist()
+    wanted = []
+    for text, _ in sorted(rows_of(cache), key=lambda pair: pair[0]["rollout_id"]):
+        ends = np.cumsum(text["drawn_counts"])
+        for entry, (score, end, count) in enumerate(
+            zip(text["scores"], ends, text["drawn_counts"], strict=True)
+        ):
+            wanted.append(
+                {
+                    "rollout_id": text["rollout_id"],
+                    "name": "continuations",
+                    "branch": entry // 2,
+                    "pos": text["places"][entry // 2],
+                    "chunk_tokens": text["chunk_counts"][entry // 2],
+                    "forced_id": None,
+                    "draw": entry % 2,
+                    "score": score,
+                    "drawn_ids": text["response_ids"][end - count : end],
+                }
+            )
+    assert found == wanted
+    lineage = query(cache, "SELECT value FROM lineage WHERE file LIKE 'texts/plain/%' AND key = 'role'")
+    assert lineage.column("value").to_pylist() == ["teacher"]
 
 
 def test_a_text_that_is_no_branch_is_refused_where_chunks_are_read(world, cache):

@@ -14,6 +14,7 @@ from tiny_models import tokenizer
 
 from lightopd.engines.base import Engine
 from lightopd.engines.hf.engine import TransformersEngine, load_hf_engine
+from lightopd.engines.stop_strings import StopStrings
 from lightopd.engines.vllm.server import load_server_engine
 from lightopd.models.head import head_of
 from lightopd.models.load import LoadedModel, context_length_of
@@ -76,6 +77,7 @@ def hf_engine(model: hf.PreTrainedModel, **settings: int) -> TransformersEngine:
     return TransformersEngine(
         loaded_model(model),
         HfEngine(device="cpu", **settings),
+        StopStrings(ModelConfig(path="in memory")),
     )
 
 

@@ -27,6 +27,8 @@ class FakeServer:
         processed: reports log-probabilities after temperature and truncation.
         broken_logprobs: reports others than those of the model, after whatever.
         tokenises_anew: changes the prompt's ids.
+        ignores_stop: does not look for texts that end a response.
+        stops_late: tokens that it returns behind such a text.
         max_tokens: most tokens of a response, whatever is asked for.
         statuses: of the first completions, before any is answered.
         api_key: asked for in every request.
@@ -140,15 +142,29 @@ class FakeServer:
         logprobs = sample.behavior_logprobs if self.options.get("processed") else sample.logprobs
         if self.options.get("broken_logprobs"):
             logprobs = logprobs - 3
+        drawn, finish_reason, stop_reason = self._stopped(sample, body)
+        logprobs = logprobs[: len(drawn)]
         choice = {
             "prompt_token_ids": ids.tolist(),
-            "token_ids": sample.response_ids.tolist(),
-            "finish_reason": sample.finish_reason,
+            "token_ids": drawn,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
             "logprobs": {"token_logprobs": [float(value) for value in logprobs]},
         }
         if body.get("prompt_logprobs") is not None:
             choice["prompt_logprobs"] = self._prompt_logprobs(ids, body["prompt_logprobs"])
         return choice
+
+    def _stopped(self, sample, body):
+        """Ids up to the first that completes a text of `stop`, unless told to look past them."""
+        ids = sample.response_ids.tolist()
+        for end in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:end])
+            for string in body.get("stop", ()):
+                if string in text and not self.options.get("ignores_stop"):
+                    late = self.options.get("stops_late", 0)
+                    return ids[: end + late], "stop", string
+        return ids, sample.finish_reason, None
 
     def _prompt_logprobs(self, ids, top_k):
         top_k = min(top_k, self.options.get("clip_logprobs", top_k))
