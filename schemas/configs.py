@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import SamplingConfig as SamplingConfig
@@ -34,8 +35,6 @@ Allowed = Literal[
     "special-ids-mismatch",
     "template-mismatch",
 ]
-MAX_STOP_BYTES = 1000
-"""Longest text that ends a response: it is looked for at every token."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -227,6 +226,9 @@ class PrecomputeConfig(StageConfig):
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
     topk_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    shape_tokens: int | None = Field(None, ge=0)
+    """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
+    or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
     max_noise_nats: float = Field(0.05, gt=0)
@@ -245,6 +247,16 @@ class PrecomputeConfig(StageConfig):
             )
         if self.min_probability or self.support_signal == self.signal:
             raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
+
+    @model_validator(mode="after")
+    def _shape_can_be_made(self) -> "PrecomputeConfig":
+        if self.shape_tokens and self.shape_tokens < MIN_SHAPE_TOKENS:
+            raise ValueError(f"shape_tokens: {self.shape_tokens} is too few; give {MIN_SHAPE_TOKENS} or more")
+        if self.shape_tokens and (self.engine.kind != "hf" or not self.top_k or self.support != "teacher"):
+            raise ValueError(
+                "shape_tokens needs engine hf, which sees whole tails, a top_k, support: teacher"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What runs a model (transformers or vLLM in this process, or a vLLM server elsewhere), and how it samples."""
+"""What runs a model, and how it draws: transformers or vLLM in this process, or a vLLM server elsewhere."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -6,6 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+
+MAX_STOP_BYTES = 1000
+"""Longest text that ends a response: it is looked for at every token."""
+MIN_SHAPE_TOKENS = 256
+"""Fewer distributions have a mean that says more of them than of the model."""
 
 
 class HfEngine(StrictModel):
@@ -87,17 +92,6 @@ class ServerEngine(StrictModel):
         return plain
 
 
-def _kind_is_hf_unless_given(value: Any) -> Any:
-    return {"kind": "hf", **value} if isinstance(value, dict) and "kind" not in value else value
-
-
-EngineConfig = Annotated[
-    HfEngine | VllmEngine | ServerEngine,
-    Field(discriminator="kind"),
-    BeforeValidator(_kind_is_hf_unless_given),
-]
-
-
 class SamplingConfig(StrictModel):
     """The sampling contract; it is stored with the rollouts."""
 
@@ -146,3 +140,14 @@ class SamplingConfig(StrictModel):
         if any(token < 0 for token in self.stop_ids):
             raise ValueError(f"stop_ids has {min(self.stop_ids)}; an id is 0 or more")
         return self
+
+
+def _kind_is_hf_unless_given(value: Any) -> Any:
+    return {"kind": "hf", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+EngineConfig = Annotated[
+    HfEngine | VllmEngine | ServerEngine,
+    Field(discriminator="kind"),
+    BeforeValidator(_kind_is_hf_unless_given),
+]

@@ -27,6 +27,7 @@ from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
+from lightopd.objectives.preparation.tails import cached_tails
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -221,12 +222,12 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     held_out = _hold_out(run, selected, store)
     record = record_of(run.out, run.finetune, selected.trained.groups_P, start.step)
     module = StudentModule(
-        _load_student(run, start.checkpoint if start.step else None, selected),
+        student := _load_student(run, start.checkpoint if start.step else None, selected),
         run.objective,
         run.needed,
         run.finetune,
-        # Under other prompts than those it sampled with, a student's drift from them means nothing.
-        limits=None if run.needed.shown else run.limits,
+        tails=cached_tails(run.cache, run.needed, student),
+        limits=None if run.needed.shown else run.limits,  # drift under other prompts means nothing
         held_out=held_out,
         accuracy=run.accuracy,
         start=start,
@@ -235,8 +236,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     _make_room(run.out, start.step)
     index = selected.trained
     repeated = few_rollouts(run.finetune.batch_sequences, len(index.row_P))
-    remarks = [*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated]
-    _say(remarks, selected.notes)
+    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated], selected.notes)
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step, record.key if record else None)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
