@@ -242,20 +242,6 @@ def dp_opd(world: World, student_NV: Tensor) -> Tensor:
     return torch.stack(sums).mean()
 
 
-def vpd_teacher(world: World, student_NV: Tensor) -> Tensor:
-    """-E+ log sigmoid(rho - delta) - E- log sigmoid(delta - rho), rho = 0.1 log(q / s0) of the response."""
-    gap_NV = student_NV - world.tables["rollout_student"]
-    rho = [
-        0.1 * torch.stack([sampled(world, gap_NV, n) for n in world.tokens(r)]).sum()
-        for r in range(world.size)
-    ]
-    right = [rho[r] for r in range(world.size) if world.rewards[r] >= 0.5]
-    wrong = [rho[r] for r in range(world.size) if world.rewards[r] < 0.5]
-    delta = ((torch.stack(right).mean() + torch.stack(wrong).mean()) / 2).detach()
-    of_right = torch.stack([-torch.sigmoid(one - delta).log() for one in right]).mean()
-    return of_right + torch.stack([-torch.sigmoid(delta - one).log() for one in wrong]).mean()
-
-
 def zppo(world: World, student_NV: Tensor) -> Tensor:
     """GRPO's clipped surrogate alone."""
     reward = group_advantage(world)
@@ -386,7 +372,6 @@ REFERENCES: dict[str, Reference] = {
     "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
     "caopd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
     "vpd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
-    "vpd_teacher": Reference(vpd_teacher, moves="outcomes"),
     "dp_opd": Reference(dp_opd),
     "zppo": Reference(zppo, moves="reward", is_surrogate=True),
     "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),
