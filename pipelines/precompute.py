@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import (
@@ -26,9 +27,10 @@ from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.shards import valid_shard, write_shard
+from lightopd.cache.signals.tail_shape import frozen_shape, read_shape, write_shape
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, keep_ids_below
+from lightopd.engines.base import Engine, SeesWholeTails, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -46,16 +48,26 @@ from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.shared.sequences import read_prompts, read_sequences, response_lengths
+from lightopd.pipelines.shared.sequences import (
+    first_sequences,
+    num_response_tokens,
+    read_prompts,
+    read_sequences,
+    response_lengths,
+)
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
-from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS
+from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest, TailShape
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
+
+SHAPE_TOKENS = 2048
+"""Response tokens for the shape of the tail, where `shape_tokens` is left out."""
 
 
 def run(
@@ -176,7 +188,11 @@ def _score(
 ) -> float | None:
     """Score what is missing; response tokens per second, writing included, or None when nothing was."""
     folder = signal_folder(cache.path, config.signal)
-    fingerprint, total = manifest.fingerprint(), cache.manifest.num_shards
+    total = cache.manifest.num_shards
+    is_begun, frozen = frozen_shape(folder, total)
+    if is_begun:
+        manifest = manifest.model_copy(update={"tail_shape": _kept_shape(config, cache, frozen, contexts)})
+    fingerprint = manifest.fingerprint()
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
     missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
@@ -184,12 +200,18 @@ def _score(
         log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
+    if frozen is not None:
+        read_shape(folder, frozen, cache.manifest.vocabulary_size)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
         engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
+        if not is_begun:
+            manifest = manifest.model_copy(
+                update={"tail_shape": _make_shape(config, cache, engine, contexts)}
+            )
         create_signal(cache, manifest.model_copy(update=measured))
         if contexts is not None:
             write_contexts(folder, contexts, load_tokenizer(config.teacher))
@@ -221,6 +243,47 @@ def _measured(
         found["cross_check"] = compare(reference, scored)
         refuse_noise(found["cross_check"], limit, "this engine and transformers in float32", dtype)
     return found
+
+
+def _kept_shape(
+    config: PrecomputeConfig, cache: Cache, frozen: TailShape | None, contexts: Contexts | None
+) -> TailShape | None:
+    """The shape that the signal began with, or, where another is requested, one that does not fit it."""
+    if config.shape_tokens is None:
+        return frozen
+    if config.shape_tokens == 0:
+        return None
+    tokens = num_response_tokens(first_sequences(cache, config.shape_tokens, contexts))
+    return TailShape(sha256=frozen.sha256 if frozen else "none yet", tokens=tokens)
+
+
+def _make_shape(
+    config: PrecomputeConfig, cache: Cache, engine: Engine, contexts: Contexts | None
+) -> TailShape | None:
+    """Score the first rollouts for the shape of their tails and store it; None where there is to be none.
+
+    Raises:
+        ConfigError: it was requested, and the cache has too few tokens or the engine sees no tails.
+    """
+    is_possible = config.top_k > 0 and config.support == "teacher" and isinstance(engine, SeesWholeTails)
+    if config.shape_tokens == 0 or (config.shape_tokens is None and not is_possible):
+        return None
+    sample = first_sequences(cache, config.shape_tokens or SHAPE_TOKENS, contexts)
+    tokens = num_response_tokens(sample)
+    if tokens < MIN_SHAPE_TOKENS or not isinstance(engine, SeesWholeTails):
+        if config.shape_tokens is None:
+            return None
+        raise ConfigError(
+            f"shape_tokens: {cache.path} has {tokens} response tokens, the shape of a tail needs "
+            f"{MIN_SHAPE_TOKENS} or more, and engine hf; sample more rollouts, or set shape_tokens: 0"
+        )
+    with doing(f"precompute: the shape of the tail, from {tokens:,} tokens"):
+        sums_V = engine.sum_tails(sample, config.top_k, config.min_probability)
+    width = cache.manifest.vocabulary_size
+    sums_V = np.pad(sums_V[:width], (0, max(0, width - len(sums_V))))
+    if not sums_V.any() and config.shape_tokens is None:
+        return None  # every token of the vocabulary is kept
+    return write_shape(signal_folder(cache.path, config.signal), sums_V, tokens)
 
 
 def _score_shard(
@@ -259,6 +322,7 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
         "response_tokens": tokens,
         "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
         **gap_figures(cache, config.signal),
+        **_shape_figures(signal.manifest),
         "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
         "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
         **_cross_check_figures(signal.manifest.cross_check),
@@ -279,6 +343,10 @@ def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, 
     return Report(
         "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
     )
+
+
+def _shape_figures(manifest: SignalManifest) -> dict[str, int]:
+    return {} if manifest.tail_shape is None else {"tail_shape_tokens": manifest.tail_shape.tokens}
 
 
 def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:

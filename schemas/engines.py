@@ -1,11 +1,16 @@
-"""What runs a model: transformers in this process, vLLM in this process, or a vLLM server elsewhere."""
+"""What runs a model, and how it draws: transformers or vLLM in this process, or a vLLM server elsewhere."""
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
+
+MAX_STOP_BYTES = 1000
+"""Longest text that ends a response: it is looked for at every token."""
+MIN_SHAPE_TOKENS = 256
+"""Fewer distributions have a mean that says more of them than of the model."""
 
 
 class HfEngine(StrictModel):
@@ -85,6 +90,56 @@ class ServerEngine(StrictModel):
         if len(set(plain)) < len(plain):
             raise ValueError("an address is given twice")
         return plain
+
+
+class SamplingConfig(StrictModel):
+    """The sampling contract; it is stored with the rollouts."""
+
+    n: int = Field(1, ge=1, le=1_000_000)
+    """Rollouts per prompt."""
+    temperature: float = Field(1.0, ge=0.0)
+    """Sampling temperature; 0 takes the most likely token. Stored log-probabilities are always at 1."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus: sample from the smallest set of tokens whose probability reaches this."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many most likely tokens; 0 from all."""
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    """Leave out tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: float = Field(1.0, gt=0.0, le=2.0)
+    """Divides the logits of tokens that occurred already; engines vllm and server only."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a response beside the model's own end tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, such as `["</answer>"]`; it ends with the token that completes one."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest response in tokens, the end token included."""
+    seed: int = 0
+    """Every rollout draws from its own stream, made from this seed, the prompt and the sample index."""
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether responses are drawn from the model's own distribution, which log-probabilities speak of."""
+        narrowed = self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1
+        return self.temperature == 1 and not narrowed
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_can_be_found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not 0 < len(text.encode("utf-8", "replace")) <= MAX_STOP_BYTES:
+                raise ValueError(f"stop has {text[:40]!r}; a text has 1 to {MAX_STOP_BYTES} bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _stop_ids_are_ids(self) -> "SamplingConfig":
+        if any(token < 0 for token in self.stop_ids):
+            raise ValueError(f"stop_ids has {min(self.stop_ids)}; an id is 0 or more")
+        return self
 
 
 def _kind_is_hf_unless_given(value: Any) -> Any:

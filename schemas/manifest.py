@@ -208,6 +208,15 @@ class CacheManifest(StrictModel):
         return _fingerprint(self)
 
 
+class TailShape(StrictModel):
+    """The mean of a model's probabilities outside what a signal keeps, in a file beside its shards."""
+
+    sha256: str
+    """SHA-256 of `tail_shape.safetensors`."""
+    tokens: int = Field(ge=1)
+    """Response tokens it was made from: the cache's first rollouts."""
+
+
 class SignalManifest(StrictModel):
     """`signals/<name>/signal.json`: one model's scores over the rollouts."""
 
@@ -243,6 +252,8 @@ class SignalManifest(StrictModel):
     """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
+    tail_shape: TailShape | None = None
+    """How the mass outside the kept tokens lies, on average; None where it was not made."""
     engine: EngineRecord | None
     """What ran it."""
     noise: NoiseFloor | None = None

@@ -22,6 +22,7 @@ from lightopd.cache.manifests import (
 )
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
+from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape
 from lightopd.cache.store import open_cache, row_count_fault, streams_of
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
@@ -74,6 +75,7 @@ def verify(path: Path) -> list[Finding]:
     signals, findings = _signal_manifests(path)
     findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
     findings += [finding for signal in signals for finding in _context_findings(path, signal)]
+    findings += [finding for signal in signals for finding in _shape_findings(path, manifest, signal)]
     findings += _text_findings(path)
     findings += _stray_shards(path, manifest, signals)
     findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
@@ -137,6 +139,18 @@ def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
         read_contexts(folder, signal.context)
     except CacheError as error:
         yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
+
+
+def _shape_findings(path: Path, manifest: CacheManifest, signal: SignalManifest) -> Iterator[Finding]:
+    if signal.tail_shape is None:
+        return
+    folder = signal_folder(path, signal.name)
+    file = folder / TAIL_SHAPE
+    try:
+        read_shape(folder, signal.tail_shape, manifest.vocabulary_size)
+    except CacheError as error:
+        what = str(error).removeprefix(str(file)).lstrip(": ")
+        yield Finding(str(file.relative_to(path)), None, what)
 
 
 def _text_findings(path: Path) -> Iterator[Finding]:

@@ -5,9 +5,10 @@ B = sequences or prompts, R = response tokens of one of them, V = vocabulary; na
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightopd.errors import InputError
 from lightopd.schemas import records
@@ -16,6 +17,17 @@ from lightopd.schemas.records import Ids, RolloutSignal, Sample
 
 Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
+
+
+@runtime_checkable
+class SeesWholeTails(Protocol):
+    """What an engine also does that has every probability of a position at hand."""
+
+    def sum_tails(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> NDArray[np.float64]:
+        """The probabilities outside what `Engine.score` keeps, added up over all response tokens, [V]."""
+        ...
 
 
 class Engine(Protocol):

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lightopd.cache.index import VIEWS
+from lightopd.cache.signals.tail_shape import shape_of
 from lightopd.cache.store import Cache
 from lightopd.cache.store import open_cache as open_folder
 from lightopd.errors import ConfigError
@@ -119,6 +122,14 @@ class OpenedCache:
         from lightopd.inspection.batches import cache_batches
 
         return cache_batches(self.path, rollouts, signals)
+
+    def tail_shape(self, signal: str) -> NDArray[np.float32] | None:
+        """How the mass outside a signal's top-k lies on average, [V], summing to one; None where it has none.
+
+        Raises:
+            CacheError: there is no such signal, or its file is damaged.
+        """
+        return shape_of(self.cache, signal)
 
     def report(self, out: Path | str | None = None, **settings: Any) -> Path:
         """Write the report, one HTML file; see `lightopd.inspection.report.build.ReportSettings`."""

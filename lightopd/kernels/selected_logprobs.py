@@ -39,7 +39,7 @@ class TokenLogprobs:
     tail_logprobs_NS: Tensor
     """Log of the mass outside each set. Differentiable; minus infinity and zero gradient if there is none."""
     logsumexp_N: Tensor
-    """Normaliser of the logits after softcap and temperature. Detached."""
+    """Normaliser of the logits after softcap and temperature. Differentiable."""
     entropy_N: Tensor
     """Entropy of the full distribution, 0 to log V. Detached."""
     topk_ids_NK: Tensor | None
@@ -96,7 +96,7 @@ def selected_logprobs(
         _check_ids(ids_NM, num_vocab=head_VD.shape[0])
     _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
     inputs = Inputs(hidden_ND, head_VD, bias_V)
-    walk = _plan(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
+    walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
     requested = _distinct(ids_NM, member_NSM)
     outputs = _SelectedLogprobs.apply(*inputs, walk, requested, own_top_k)  # type: ignore[no-untyped-call]
     logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK = cast(tuple[Tensor, ...], outputs)
@@ -151,12 +151,14 @@ class _SelectedLogprobs(torch.autograd.Function):
         top_NK = sums.top_logits_NK - peak_N[:, None] - shares.log_total_N[:, None]
         ctx.walk = walk
         ctx.save_for_backward(*inputs, *requested, sums.max_N, *shares)
-        ctx.mark_non_differentiable(logsumexp_N, entropy_N, sums.top_ids_NK, top_NK)
+        ctx.mark_non_differentiable(entropy_N, sums.top_ids_NK, top_NK)
         return logprobs_NM, tail_NS, logsumexp_N, entropy_N, sums.top_ids_NK, top_NK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, grad_logsumexp_N: Tensor, *_: Tensor
+    ) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         inputs, requested, max_N, shares = (
             Inputs(*saved[:3]),
@@ -165,7 +167,8 @@ class _SelectedLogprobs(torch.autograd.Function):
             _Shares(*saved[8:]),
         )
         with torch.autocast(max_N.device.type, enabled=False):
-            gradient = _logit_gradient(grad_logprobs_NM, grad_tail_NS, requested, max_N, shares)
+            given = (grad_logprobs_NM, grad_tail_NS, grad_logsumexp_N)
+            gradient = _logit_gradient(*given, requested, max_N, shares)
             gradients = propagate(inputs, requested.ids_NU, ctx.walk, gradient, ctx.needs_input_grad[:3])
         return (*gradients, None, None, None)
 
@@ -211,18 +214,23 @@ def _entropy(sums: VocabularySums, shares: _Shares) -> Tensor:
 
 
 def _logit_gradient(
-    grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, requested: _Requested, max_N: Tensor, shares: _Shares
+    grad_logprobs_NM: Tensor,
+    grad_tail_NS: Tensor,
+    grad_logsumexp_N: Tensor,
+    requested: _Requested,
+    max_N: Tensor,
+    shares: _Shares,
 ) -> LogitGradient:
     """Backward of the closed forms.
 
-    With g and t the gradients by log-probabilities and tails, and G their sum: g_v - G p_v, plus
-    t_s * p_v / tail_s for every set s that v is outside of.
+    With g, t and n the gradients by log-probabilities, tails and normaliser, and G the sum of g and t less n:
+    g_v - G p_v, plus t_s * p_v / tail_s for every set s that v is outside of.
     """
     grad_NM = grad_logprobs_NM.masked_fill(requested.is_padding_NM, 0.0)
     has_tail_NS = shares.log_outside_NS > -torch.inf
     tail_NS = torch.where(has_tail_NS, grad_tail_NS, 0.0)
     outside_NS = torch.where(has_tail_NS, shares.log_outside_NS, 0.0)
-    total_N = grad_NM.sum(1) + tail_NS.sum(1)
+    total_N = grad_NM.sum(1) + tail_NS.sum(1) - grad_logsumexp_N
     scale_N = (tail_NS * (shares.others_max_N[:, None] - outside_NS).exp()).sum(1)
     scale_N -= total_N * (shares.others_max_N - shares.log_total_N).exp()
     share_NSU = (shares.requested_NU[:, None] - outside_NS[:, :, None]).masked_fill(
@@ -233,7 +241,7 @@ def _logit_gradient(
     return LogitGradient(max_N, scale_N, requested_NU.scatter_add_(1, requested.slot_NM, grad_NM))
 
 
-def _plan(
+def plan_walk(
     inputs: Inputs,
     softcap: float | None,
     temperature: float,
@@ -241,6 +249,11 @@ def _plan(
     tile_vocab: int | None,
     fused: bool | None,
 ) -> Walk:
+    """Form of the logits, and the sizes of the pieces for this device.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
     is_cuda = inputs.hidden_ND.is_cuda
     default_chunk, default_tile = CUDA_TILE if is_cuda else CPU_TILE
     if is_cuda and len(inputs.hidden_ND) <= FEW_POSITIONS:

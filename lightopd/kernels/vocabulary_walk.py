@@ -12,7 +12,7 @@ What is done with one tile stands twice, in `plain_tiles` and, for a GPU, in `fu
 # U = slots for the distinct ids requested at a position (as many slots as ids requested)
 # C = positions in one chunk, T = tokens in one tile
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from lightopd.kernels.tile_types import FLOOR, Gradients, Inputs, LogitGradient,
 
 ROUNDED_AT_ONCE = 1 << 21
 """Sums that are rounded together."""
+
+TileGradient = Callable[[Tensor, Tensor | None, slice, slice], Tensor]
+"""From the products of a tile, the bias of its tokens, its rows and its tokens: the gradient [C, T]."""
 
 
 def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
@@ -65,19 +68,49 @@ def propagate(
     Sums over positions and over the vocabulary are kept in `walk.dtype` and rounded once, at the end.
     """
     ids_NU = ids_NU.contiguous()
+
+    def gradient_of(products_CT: Tensor, bias_T: Tensor | None, rows: slice, tile: slice) -> Tensor:
+        part = LogitGradient(*(field[rows] for field in gradient))
+        return _gradient(products_CT, bias_T, part, ids_NU[rows], tile.start, walk)
+
+    return propagate_tiles(inputs, walk, wanted, gradient_of)
+
+
+def visit_tiles(inputs: Inputs, walk: Walk, visit: Callable[[Tensor, slice, slice], None]) -> None:
+    """Show each tile of finished logits [C, T], with its rows and its tokens; it may be overwritten."""
+    buffer = _tile_buffer(inputs, walk)
+    with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
+        for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
+            weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
+            for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens):
+                products_CT = _products(inputs.hidden_ND[rows], weight_TD, walk, buffer)
+                plain_tiles.finish_logits(products_CT, bias_T, walk)
+                visit(products_CT, rows, tile)
+
+
+def propagate_tiles(
+    inputs: Inputs, walk: Walk, wanted: tuple[bool, bool, bool], gradient_of: TileGradient
+) -> Gradients:
+    """`propagate` for any gradient by hidden @ weight.T + bias that is known tile by tile.
+
+    Args:
+        inputs: any float dtypes.
+        walk: form of the logits and size of the pieces.
+        wanted: whether hidden, weight and bias need a gradient.
+        gradient_of: makes a tile's gradient [C, T] of its products, which may be overwritten.
+    """
     totals = _empty_gradients(inputs, walk, wanted)
     buffer = _tile_buffer(inputs, walk)
     chunks = [
-        (rows, inputs.hidden_ND[rows], ids_NU[rows], LogitGradient(*(field[rows] for field in gradient)))
-        for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
+        (rows, inputs.hidden_ND[rows]) for rows in _slices(inputs.hidden_ND.shape[0], walk.chunk_tokens)
     ]
     with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
         for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
             weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
             sums = _tile_sums(totals, tile, walk)
-            for rows, hidden_CD, ids_CU, part in chunks:
+            for rows, hidden_CD in chunks:
                 products_CT = _products(hidden_CD, weight_TD, walk, buffer)
-                grad_CT = _gradient(products_CT, bias_T, part, ids_CU, tile.start, walk)
+                grad_CT = gradient_of(products_CT, bias_T, rows, tile)
                 _add_products(sums, grad_CT, hidden_CD, weight_TD, rows, walk)
             _store_tile(totals, sums, tile)
             del sums  # before the next tile's are made

@@ -6,20 +6,27 @@ The trainer's own path never holds [tokens, vocabulary]; this one does, and give
 # N = response tokens of all rollouts end to end, V = student vocabulary, K = widest support; nats
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightopd.errors import ConfigError
 from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.base.whole_vocabulary import SpreadTail, outside_in_full, spread_tails
 from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
 from lightopd.objectives.requirements import needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 
 def loss_from_logits(
-    objective: ObjectiveConfig | Mapping[str, Any], batch: RolloutBatch, logits_NV: Tensor
+    objective: ObjectiveConfig | Mapping[str, Any],
+    batch: RolloutBatch,
+    logits_NV: Tensor,
+    shapes: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Loss:
     """The loss of a batch under the student's logits; `.value` has a gradient.
 
@@ -27,6 +34,7 @@ def loss_from_logits(
         objective: as `objective:` in a config, such as {"target": {"kind": "log_ratio"}}.
         batch: cached side, from `open_cache(...).batches()`.
         logits_NV: raw logits that predict each response token, any float dtype; promoted to float32.
+        shapes: by signal, from `open_cache(...).tail_shape(NAME)`; read where a term's tail is shaped.
 
     Raises:
         ConfigError: the objective needs the whole cache or a state between steps, or a signal that the
@@ -46,6 +54,10 @@ def loss_from_logits(
         there = ", ".join(batch.signals) or "none"
         raise ConfigError(f"the objective reads signal {lacking[0]!r}; the batch holds: {there}")
     student = student_tokens(batch, logits_NV, wanted.supports)
+    if wanted.tails:
+        tails = spread_tails(wanted.tails, shapes or {}, logits_NV.shape[1])
+        outside_N = {tail.what.term: _outside(tail, batch, student, logits_NV) for tail in tails}
+        student = replace(student, outside_N=outside_N)
     with torch.no_grad():
         step_sums = collect_step_sums(config, batch, student) if wanted.step_sums else None
     return compute_loss(config, batch, student, step_sums)
@@ -78,6 +90,12 @@ def student_tokens(
         topk_logprobs_NK={name: pair[0] for name, pair in on_supports.items()},
         tail_logprobs_N={name: pair[1] for name, pair in on_supports.items()},
     )
+
+
+def _outside(tail: SpreadTail, batch: RolloutBatch, student: StudentTokens, logits_NV: Tensor) -> Tensor:
+    name = tail.what.signal
+    student_NM = torch.cat([student.topk_logprobs_NK[name], student.tail_logprobs_N[name][:, None]], dim=1)
+    return outside_in_full(tail, batch.signals[name], student_NM, logits_NV.float().log_softmax(dim=-1))
 
 
 def _on_support(logprobs_NV: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
+from lightopd.objectives.preparation.tails import cached_tails
 from lightopd.objectives.requirements import needs
 from lightopd.objectives.state import ObjectiveState
 from lightopd.ranks import is_first_rank, is_main, is_worker
@@ -221,10 +222,11 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     held_out = _hold_out(run, selected, store)
     record = record_of(run.out, run.finetune, selected.trained.groups_P, start.step)
     module = StudentModule(
-        _load_student(run, start.checkpoint if start.step else None, selected),
+        student := _load_student(run, start.checkpoint if start.step else None, selected),
         run.objective,
         run.needed,
         run.finetune,
+        tails=cached_tails(run.cache, run.needed, student),
         limits=run.limits,
         held_out=held_out,
         accuracy=run.accuracy,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lightopd.errors import LightopdError, TrainingError
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.whole_vocabulary import SpreadTail
 from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState, advance, reads_entropy, visible_tokens
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
@@ -89,7 +90,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in its own number format and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        needed: what it needs.
+        needed: what it needs; `tails` are its tails with their shapes.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
@@ -105,6 +106,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         needed: Needs,
         finetune: FinetuneConfig,
         *,
+        tails: Sequence[SpreadTail] = (),
         limits: StalenessLimits | None = None,
         held_out: HeldOut | None = None,
         accuracy: AccuracyMeter | None = None,
@@ -115,7 +117,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.needed = needed
+        self.needed, self.tails = needed, tails
         self.finetune = finetune
         self.held_out = held_out
         self.accuracy = accuracy
@@ -256,9 +258,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
         """What the student says, and its routers' logits where the loss reads them."""
-        if self.finetune.router_loss is not None:
-            return routed_tokens(self.student, batch, self.needed.supports)
-        return student_tokens(self.student, batch, self.needed.supports), ()
+        read = (self.student, batch, self.needed.supports, self.tails)
+        return routed_tokens(*read) if self.finetune.router_loss is not None else (student_tokens(*read), ())
 
     def _backward(
         self, rows: HostBatch, step_sums: MetricSums, load: StepLoad | None, *, is_last: bool

@@ -1,5 +1,7 @@
 """Cached rollouts as the sequences that an engine scores."""
 
+from collections.abc import Iterable
+
 import pyarrow.compute as pc
 
 from lightopd.cache.contexts import Contexts
@@ -31,6 +33,28 @@ def read_sequences(
     rows = zip(prompts, responses, supports, strict=True)
     sequences = [Sequence(p, r, s) for p, r, s in rows if p is not None and r is not None]
     return table.column("rollout_id").to_pylist(), sequences
+
+
+def first_sequences(cache: Cache, tokens: int, contexts: Contexts | None = None) -> list[Sequence]:
+    """The first rollouts, as many as have so many response tokens together, or all that there are.
+
+    Raises:
+        CacheError: a shard cannot be read.
+    """
+    found: list[Sequence] = []
+    left = tokens
+    for shard in cache.shards:
+        for sequence in read_sequences(cache, shard, contexts)[1]:
+            if left <= 0:
+                return found
+            found.append(sequence)
+            left -= len(sequence.response_ids)
+    return found
+
+
+def num_response_tokens(sequences: Iterable[Sequence]) -> int:
+    """Response tokens of sequences together."""
+    return sum(len(sequence.response_ids) for sequence in sequences)
 
 
 def read_supports(cache: Cache, shard: int, signal: str) -> list[Support]:

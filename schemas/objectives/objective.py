@@ -132,6 +132,9 @@ class TermConfig(GrownConfig):
     def _parts_fit_each_other(self) -> "TermConfig":
         if isinstance(self.target, DivergenceTarget) and self.target.residual and self.extrapolate:
             raise ValueError("residual needs a teacher that is a distribution: leave extrapolate out")
+        has_shape = isinstance(self.target, DivergenceTarget) and self.target.tail != "bucket"
+        if has_shape and (self.extrapolate or self.router):
+            raise ValueError("a tail other than bucket is of one signal: leave extrapolate and router out")
         by_strength = any(isinstance(weight, InverseStrengthWeight) for weight in self.token_weights)
         if by_strength and not isinstance(self.extrapolate, DistanceExtrapolation):
             raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")

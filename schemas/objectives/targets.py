@@ -194,7 +194,7 @@ class Residual(StrictModel):
 class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
-    later: ClassVar[tuple[str, ...]] = ("residual",)
+    later: ClassVar[tuple[str, ...]] = ("residual", "tail")
     kind: Literal["divergence"]
     """A differentiable loss at every position."""
     divergence: Literal[
@@ -206,6 +206,9 @@ class DivergenceTarget(TargetConfig):
     support: Literal["tail", "renormalised", "stop_gradient", "truncated"] = "tail"
     """`tail` adds one outcome for all other tokens; `renormalised` scales both to sum to one on the support;
     `stop_gradient` (reverse_kl only) is sum s sg[log s - log T]; `truncated` is refused."""
+    tail: Literal["bucket", "uniform", "shaped"] = "bucket"
+    """What the teacher is outside its top-k: `bucket` compares the mass alone, a lower bound; the others
+    spread it, evenly or by the signal's shape, and compare over the whole vocabulary."""
     temperature: float = Field(1.0, gt=0)
     """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
     element_clip: float | None = Field(None, gt=0)
@@ -234,6 +237,10 @@ class DivergenceTarget(TargetConfig):
             self.divergence not in ("forward_kl", "reverse_kl") or self.support != "tail" or self.element_clip
         ):
             raise ValueError("residual needs reverse_kl or forward_kl with support: tail and no element_clip")
+        if self.tail != "bucket" and (self.support != "tail" or self.residual):
+            raise ValueError(
+                f"tail: {self.tail} compares over the whole vocabulary: it needs support: tail, no residual"
+            )
         if self.temperature != 1 and self.support != "renormalised":
             raise ValueError(
                 "temperature needs support: renormalised; a tail of tempered tokens is not in the cache"

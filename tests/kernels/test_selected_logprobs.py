@@ -194,12 +194,13 @@ def test_own_top_k_is_the_top_k_of_the_full_distribution(own_top_k, tile_vocab):
     torch.testing.assert_close(selected.topk_logprobs_NK.double(), wanted.values, rtol=1e-6, atol=1e-6)
 
 
-def test_sums_are_detached_and_own_top_k_only_on_request():
+def test_the_entropy_is_detached_and_own_top_k_only_on_request():
     case = make_case(seed=13)
     case.hidden_ND.requires_grad_()
     selected = kernel_selected(case, own_top_k=2)
-    assert all(value.requires_grad for value in (selected.logprobs_NM, selected.tail_logprobs_NS))
-    for value in (selected.logsumexp_N, selected.entropy_N, selected.topk_ids_NK, selected.topk_logprobs_NK):
+    live = (selected.logprobs_NM, selected.tail_logprobs_NS, selected.logsumexp_N)
+    assert all(value.requires_grad for value in live)
+    for value in (selected.entropy_N, selected.topk_ids_NK, selected.topk_logprobs_NK):
         assert not value.requires_grad
     assert kernel_selected(case).topk_ids_NK is None
     assert kernel_selected(case).topk_logprobs_NK is None

@@ -5,7 +5,9 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lightopd.engines.base import check_prompts, check_sequences
@@ -58,10 +60,19 @@ class TransformersEngine:
         """Score responses; see `Engine.score`."""
         assert self._loaded is not None, "the engine is closed"
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
-        settings = hf_score.ScoreSettings(
-            top_k, min_probability, self._settings.batch_tokens, self._share_prompts
-        )
-        return hf_score.score(self._loaded, sequences, settings)
+        return hf_score.score(self._loaded, sequences, self._score_settings(top_k, min_probability))
+
+    def sum_tails(
+        self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
+    ) -> NDArray[np.float64]:
+        """Probabilities outside what is kept; see `SeesWholeTails.sum_tails`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
+        return hf_score.sum_tails(self._loaded, sequences, self._score_settings(top_k, min_probability))
+
+    def _score_settings(self, top_k: int, min_probability: float) -> hf_score.ScoreSettings:
+        batch_tokens = self._settings.batch_tokens
+        return hf_score.ScoreSettings(top_k, min_probability, batch_tokens, self._share_prompts)
 
     def close(self) -> None:
         """Free the model's memory, on the device too."""

@@ -158,6 +158,17 @@ def _log_sum_exp(logits_CV: Tensor, max_C1: Tensor, max_ids_C1: Tensor) -> Tenso
     return torch.where(max_C1 == -math.inf, max_C1, max_C1 - log_share_C1)
 
 
+def tail_sums(head: Head, hidden_ND: Tensor, top_k: int, min_probability: float) -> Tensor:
+    """Probabilities of the tokens that `score_positions` leaves out, added up over positions, float64 [V]."""
+    total_V = torch.zeros(len(head.weight_VD), dtype=torch.float64, device=hidden_ND.device)
+    for _, logits_CV in logit_slices(head, hidden_ND):
+        shares_CV = logits_CV.softmax(1)
+        kept_CK, ids_CK = largest(shares_CV, min(top_k, shares_CV.shape[1]))
+        shares_CV.scatter_(1, ids_CK, torch.where(kept_CK < min_probability, kept_CK, 0.0))
+        total_V += shares_CV.sum(0, dtype=torch.float64)
+    return total_V
+
+
 def support_ids(supports: list[Support], device: torch.device) -> Tensor:
     """Support of positions laid end to end, int64 [N, S], padded with -1."""
     counts_N = np.concatenate([support.counts for support in supports])

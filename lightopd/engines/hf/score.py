@@ -18,6 +18,7 @@ from lightopd.engines.hf.head_scores import (
     score_positions,
     score_support,
     support_ids,
+    tail_sums,
 )
 from lightopd.engines.hf.hidden_states import num_inputs, plain_hidden, to_device
 from lightopd.engines.hf.memory import fitting_tokens, free_bytes, memory_advice
@@ -50,10 +51,7 @@ def score(
     Raises:
         EngineError: NaN or +inf logits, or not enough memory for a batch.
     """
-    free = free_bytes(loaded.device)
-    if free is not None:
-        fitting = fitting_tokens(loaded.model, free)
-        settings = replace(settings, batch_tokens=min(settings.batch_tokens, fitting))
+    settings = _fitting(loaded, settings)
     results = [empty_scores()] * len(sequences)
     filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
     done, total = 0, sum(len(sequences[index].response_ids) for index in filled)
@@ -65,6 +63,33 @@ def score(
             done += sum(len(sequences[index].response_ids) for index in indices)
             so_far(f"{done:,} of {total:,} response tokens")
     return results
+
+
+@torch.inference_mode()
+def sum_tails(
+    loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
+) -> NDArray[np.float64]:
+    """Probabilities outside what `score` keeps, added up over all response tokens, [V].
+
+    Raises:
+        EngineError: not enough memory for a batch.
+    """
+    settings = _fitting(loaded, settings)
+    filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    total_V = torch.zeros(len(loaded.head.weight_VD), dtype=torch.float64, device=loaded.device)
+    with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
+        for _, hidden_ND in _batches(loaded, sequences, filled, settings):
+            total_V += tail_sums(loaded.head, hidden_ND, settings.top_k, settings.min_probability)
+    sums_V: NDArray[np.float64] = total_V.cpu().numpy()
+    return sums_V
+
+
+def _fitting(loaded: LoadedModel, settings: ScoreSettings) -> ScoreSettings:
+    """Settings whose batches fit into the device's free memory."""
+    free = free_bytes(loaded.device)
+    if free is None:
+        return settings
+    return replace(settings, batch_tokens=min(settings.batch_tokens, fitting_tokens(loaded.model, free)))
 
 
 def _scored(

@@ -91,3 +91,6 @@ class StudentTokens:
     """float32, on the support of each signal that was asked for; differentiable; 0 at padding."""
     tail_logprobs_N: dict[str, Tensor]
     """float32, log of the student's probability outside each support; differentiable."""
+    outside_N: dict[str, Tensor] = field(default_factory=dict)
+    """float32, by the name of a term whose tail is not one outcome: what the vocabulary outside the support
+    adds to its divergence; differentiable."""

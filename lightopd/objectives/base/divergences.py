@@ -32,11 +32,19 @@ def token_divergence(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
         outcomes = renormalised(outcomes, config.temperature)
     else:
         outcomes = normalised_teacher(outcomes)
+    return outcome_terms(config, outcomes).sum(-1) * config.temperature**2
+
+
+def support_divergence(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
+    """The part of D that lies on the support, [N]; what lies outside is compared token by token."""
+    return outcome_terms(config, normalised_teacher(outcomes))[:, :-1].sum(-1)
+
+
+def outcome_terms(config: DivergenceTarget, outcomes: Outcomes) -> Tensor:
+    """What each outcome adds to D, in the shape of the outcomes; their mask is not read."""
     kl = _kl_terms if config.element_clip is None else _plain_kl_terms
     terms_NM = _DIVERGENCES[config.divergence](kl, outcomes, config.parameter)
-    if config.element_clip is not None:
-        terms_NM = terms_NM.clamp(0, config.element_clip)
-    return terms_NM.sum(-1) * config.temperature**2
+    return terms_NM if config.element_clip is None else terms_NM.clamp(0, config.element_clip)
 
 
 def finite(logprobs: Tensor) -> Tensor:

@@ -12,6 +12,19 @@ from torch import Tensor
 
 from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
 from lightopd.schemas.objectives.objective import TermConfig
+from lightopd.schemas.objectives.targets import DivergenceTarget
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTail:
+    """A term that compares teacher and student outside the support, token by token."""
+
+    term: str
+    """Name of the term."""
+    signal: str
+    """Whose support and tail it is."""
+    target: DivergenceTarget
+    """What is summed; its `tail` is not `bucket`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class Needs:
     """All rollouts of a prompt must lie in one micro-batch."""
     ratio: bool = False
     """The student at rollout stands for the policy that sampled, in an importance ratio."""
+    tails: tuple[WholeTail, ...] = ()
+    """What is summed over the vocabulary outside a support, where the tail is not one outcome."""
     state: bool = False
     """The objective has a state that `advance` moves after each step and that checkpoints hold."""
     texts: tuple[str, ...] = ()

@@ -43,7 +43,7 @@ def _needs_support(term: TermConfig) -> Needs:
 def build_teacher(term: TermConfig, batch: RolloutBatch, student: StudentTokens, needs: Needs) -> Teacher:
     """A term's teacher over the micro-batch; `needs` are those of all the term's parts."""
     signal, student_NM = _route(term, batch, student, bool(needs.supports))
-    outcomes = None if student_NM is None else _outcomes(signal, student_NM)
+    outcomes = None if student_NM is None else pair_outcomes(signal, student_NM)
     teacher = Teacher(signal.logprobs_N, signal.topk_ids_NK, signal.topk_logprobs_NK, outcomes, None)
     if term.extrapolate is None:
         return teacher
@@ -92,7 +92,7 @@ def _student_outcomes(student: StudentTokens, name: str, width: int) -> Tensor:
     return torch.cat([topk_NK, student.tail_logprobs_N[name][:, None]], dim=1)
 
 
-def _outcomes(signal: SignalBatch, student_NM: Tensor) -> Outcomes:
+def pair_outcomes(signal: SignalBatch, student_NM: Tensor) -> Outcomes:
     """Pairs the teacher's support and tail with the student's.
 
     A tail exists where the student has one: a teacher tail that float32 has lost stands at `FLOOR`.

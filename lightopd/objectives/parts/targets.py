@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import huber_loss, logsigmoid
 
 from lightopd.errors import ConfigError
-from lightopd.objectives.base.divergences import normalised_teacher, token_divergence
-from lightopd.objectives.base.part import RATIO, Needs, Scene
+from lightopd.objectives.base.divergences import normalised_teacher, support_divergence, token_divergence
+from lightopd.objectives.base.part import RATIO, Needs, Scene, WholeTail
 from lightopd.objectives.base.segments import rollout_sums
 from lightopd.objectives.base.teacher import needs_support, needs_teacher
 from lightopd.schemas.objectives.objective import TermConfig
@@ -74,7 +74,9 @@ def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
 
 
 def divergence(config: DivergenceTarget, scene: Scene) -> Tensor:
-    """Divergence between teacher and student over the support, [N]."""
+    """Divergence between teacher and student over the support and its tail, or the whole vocabulary, [N]."""
+    if config.tail != "bucket":
+        return support_divergence(config, scene.outcomes()) + scene.student.outside_N[scene.term.name]
     loss_N = token_divergence(config, scene.outcomes())
     return loss_N if config.residual is None else loss_N + _residual(config, config.residual, scene)
 
@@ -106,8 +108,11 @@ def _residual(config: DivergenceTarget, residual: Residual, scene: Scene) -> Ten
 
 
 def needs_divergence(config: DivergenceTarget, term: TermConfig) -> Needs:
-    """Teacher and student on the support; who sampled, for a residual."""
-    return needs_support(config, term) | (Needs() if config.residual is None else RATIO)
+    """Teacher and student on the support; who sampled, for a residual; the tail, where it is spread out."""
+    needs = needs_support(config, term) | (Needs() if config.residual is None else RATIO)
+    if config.tail == "bucket":
+        return needs
+    return needs | Needs(tails=(WholeTail(term.name, term.signal, config),))
 
 
 def preference(config: PreferenceTarget, scene: Scene) -> Tensor:

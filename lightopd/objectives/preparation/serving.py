@@ -39,6 +39,8 @@ class CacheFacts:
     """Columns that not every cache has, and this one has."""
     texts: frozenset[str] = frozenset()
     """Names of its text columns."""
+    shapes: frozenset[str] = frozenset()
+    """Signals that have a shape of their tail."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
     is_teacher_known: bool = True
@@ -67,8 +69,9 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
     if wanted.answers and all((path / "lightopd.json").is_file() for path in wanted.answers):
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
+    shapes = frozenset(n for n, signal in cache.signals.items() if signal.manifest.tail_shape is not None)
     is_teacher_known = cache.manifest.sft.proof != "unknown"
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, remarks, is_teacher_known)
+    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks, is_teacher_known)
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -173,6 +176,12 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     """What the cache lacks, one line each with the command that adds it; empty when it can serve."""
     wanted = needs(config)
     lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
+    lines += [
+        f"signal {tail.signal} has no shape of its tail; score it under another name with engine hf "
+        f"(lightopd precompute --set shape_tokens=2048), or set tail: uniform or bucket"
+        for tail in wanted.tails
+        if tail.target.tail == "shaped" and tail.signal in facts.signals and tail.signal not in facts.shapes
+    ]
     lines += [
         f"no text {name}; add it: lightopd rewrite --cache {facts.path} --model TEACHER --prompts PROMPTS "
         rf"--template confidence --name {name} --set value='(\d+)'"

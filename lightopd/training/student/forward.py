@@ -4,6 +4,7 @@
 # K = widest support of a signal, M = ids requested per position, S = supports
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
 from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
+from lightopd.objectives.base.whole_vocabulary import LiveSide, SpreadTail, outside_support
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
 from lightopd.training.student.drift import drift_sums
@@ -21,18 +23,20 @@ from lightopd.training.student.packed_rows import decoder_inputs
 from lightopd.training.student.router_loss import Routers
 
 
-def student_tokens(student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
+def student_tokens(
+    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str], tails: Sequence[SpreadTail] = ()
+) -> StudentTokens:
     """What the student says now about every response token, with gradients."""
     output = output_of(student, use_cache=False, **decoder_inputs(student, batch))
-    return _read(student, output, batch, supports)
+    return _read(student, output, batch, supports, tails)
 
 
 def routed_tokens(
-    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str]
+    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str], tails: Sequence[SpreadTail] = ()
 ) -> tuple[StudentTokens, Routers]:
     """`student_tokens`, and the logits of the routers that the tokens passed."""
     output = _routed_output(student, batch)
-    return _read(student, output, batch, supports), output.router_logits
+    return _read(student, output, batch, supports, tails), output.router_logits
 
 
 def routers_of(student: PreTrainedModel, batch: Microbatch) -> Routers:
@@ -45,27 +49,41 @@ def _routed_output(student: PreTrainedModel, batch: Microbatch) -> Any:
     return output_of(student, use_cache=False, output_router_logits=True, **decoder_inputs(student, batch))
 
 
-def _read(student: PreTrainedModel, output: Any, batch: Microbatch, supports: Sequence[str]) -> StudentTokens:
+def _read(
+    student: PreTrainedModel,
+    output: Any,
+    batch: Microbatch,
+    supports: Sequence[str],
+    tails: Sequence[SpreadTail],
+) -> StudentTokens:
     hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
-    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports)
+    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports, tails)
 
 
 def evaluate_tokens(
-    hidden_ND: Tensor, head: Head, rollouts: RolloutBatch, supports: Sequence[str]
+    hidden_ND: Tensor,
+    head: Head,
+    rollouts: RolloutBatch,
+    supports: Sequence[str],
+    tails: Sequence[SpreadTail] = (),
 ) -> StudentTokens:
-    """Log-probabilities of sampled tokens and of the supports' tokens, and the mass outside each support.
+    """Log-probabilities of sampled tokens and of the supports' tokens, and what lies outside each support.
 
     Args:
         hidden_ND: last hidden state before each response token, any float dtype.
         head: the student's output layer.
         rollouts: the cached side.
         supports: names of the signals whose top-k is read.
+        tails: what is compared token by token outside a support; each is of a signal in `supports`.
     """
     blocks = [rollouts.ids_N[:, None], *(rollouts.signals[name].topk_ids_NK for name in supports)]
     widths = [block.shape[1] for block in blocks]
     ids_NM = torch.cat(blocks, dim=1)
+    hidden_ND, weight_VD = _in_compute_format(hidden_ND, head.weight_VD)
+    head = replace(head, weight_VD=weight_VD)
     selected = selected_logprobs(
-        *_in_compute_format(hidden_ND, head.weight_VD),
+        hidden_ND,
+        head.weight_VD,
         ids_NM,
         member_NSM=_members(ids_NM, widths),
         bias_V=head.bias_V,
@@ -73,11 +91,20 @@ def evaluate_tokens(
         temperature=head.temperature,
     )
     sampled_N1, *on_supports = torch.split(selected.logprobs_NM, widths, dim=1)
+    topk_NK = dict(zip(supports, on_supports, strict=True))
+    tail_N = dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True))
+    outside_N = {}
+    for tail in tails:
+        name = tail.what.signal
+        student_NM = torch.cat([topk_NK[name], tail_N[name][:, None]], dim=1)
+        live = LiveSide(hidden_ND, head, selected.logsumexp_N, student_NM)
+        outside_N[tail.what.term] = outside_support(tail, rollouts.signals[name], live)
     return StudentTokens(
         logprobs_N=sampled_N1.squeeze(1),
         entropies_N=selected.entropy_N,
-        topk_logprobs_NK=dict(zip(supports, on_supports, strict=True)),
-        tail_logprobs_N=dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True)),
+        topk_logprobs_NK=topk_NK,
+        tail_logprobs_N=tail_N,
+        outside_N=outside_N,
     )
 
 
