@@ -68,6 +68,10 @@ def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: Stu
     found: MetricSums = {}
     for term in config.terms:
         scene = _look(term, batch, student)
+        of_target = PARTS[type(term.target)].step_sums
+        if of_target is not None:
+            named = of_target(term.target, scene)
+            found |= {f"{term.name}/{name}": pair for name, pair in named.items()}
         for weight in term.rollout_weights:
             part = PARTS[type(weight)]
             if part.step_sums is not None:
@@ -75,11 +79,13 @@ def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: Stu
     return found
 
 
-def _look(term: TermConfig, batch: RolloutBatch, student: StudentTokens) -> Scene:
+def _look(
+    term: TermConfig, batch: RolloutBatch, student: StudentTokens, step_sums: MetricSums | None = None
+) -> Scene:
     wanted = term_needs(term)
     has_teacher = set(teacher_names(term)) <= set(wanted.signals)
     teacher = build_teacher(term, batch, student, wanted) if has_teacher else None
-    return Scene(term, batch, student, teacher)
+    return Scene(term, batch, student, teacher, step_sums or {})
 
 
 def _term_loss(
@@ -88,7 +94,7 @@ def _term_loss(
     student: StudentTokens,
     step_sums: MetricSums,
 ) -> Loss:
-    scene = _look(term, batch, student)
+    scene = _look(term, batch, student, step_sums)
     rollout_weight_R = _rollout_weights(scene, step_sums)
     loss_mask_N = batch.loss_mask_N & (rollout_weight_R != 0)[batch.row_N]
     metrics: MetricSums = {}

@@ -18,6 +18,7 @@ def needs(config: ObjectiveConfig) -> Needs:
         prepared=bool(config.select),
         state=config.curriculum is not None or config.balance is not None,
         columns=("turns",) if turns else (),
+        shown=() if config.shown is None else (config.shown,),
     )
     return reduce(or_, [*of_terms, *of_selections, of_objective], Needs())
 

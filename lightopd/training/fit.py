@@ -227,7 +227,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         run.needed,
         run.finetune,
         tails=cached_tails(run.cache, run.needed, student),
-        limits=run.limits,
+        limits=None if run.needed.shown else run.limits,  # drift under other prompts means nothing
         held_out=held_out,
         accuracy=run.accuracy,
         start=start,
@@ -236,8 +236,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     _make_room(run.out, start.step)
     index = selected.trained
     repeated = few_rollouts(run.finetune.batch_sequences, len(index.row_P))
-    remarks = [*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated]
-    _say(remarks, selected.notes)
+    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated], selected.notes)
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step, record.key if record else None)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
@@ -291,7 +290,8 @@ def _make_room(out: Path, done: int) -> None:
 def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
-    reading = FirstReading(run.cache, signals, topk, limit)
+    shown = next(iter(run.needed.shown), None)
+    reading = FirstReading(run.cache, signals, topk, limit, shown)
     held_out, width = run.finetune.held_out, _id_limit(run)
     selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained

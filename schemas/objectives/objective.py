@@ -10,13 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.objectives.targets import (
+from lightopd.schemas.objectives.advantages import (
     AdvantagePart,
+    ExpectedBaseline,
+)
+from lightopd.schemas.objectives.targets import (
     ConstantTarget,
     DistanceExtrapolation,
     DivergenceTarget,
     DomainRouter,
-    ExpectedBaseline,
     Extrapolation,
     GrownConfig,
     LogRatioTarget,
@@ -25,6 +27,7 @@ from lightopd.schemas.objectives.targets import (
     SignalName,
     SignalRatioTarget,
     Target,
+    UnpairedTarget,
 )
 from lightopd.schemas.objectives.weights import (
     Curriculum,
@@ -140,10 +143,12 @@ class TermConfig(GrownConfig):
             raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")
         if self.normalise_token_weights and (self.reduce != "sequence_mean" or not self.token_weights):
             raise ValueError("normalise_token_weights needs token_weights and reduce: sequence_mean")
-        if isinstance(self.target, PreferenceTarget) and (
+        if isinstance(self.target, PreferenceTarget | UnpairedTarget) and (
             self.token_weights or self.rollout_weights or self.reduce != "sequence_mean" or self.rows != "all"
         ):
-            raise ValueError("target preference compares whole rollouts: leave weights, rows and reduce out")
+            raise ValueError(
+                f"target {self.target.kind} compares whole rollouts: leave weights, rows and reduce out"
+            )
         return self
 
 
@@ -152,6 +157,8 @@ class ObjectiveConfig(StrictModel):
 
     terms: tuple[TermConfig, ...] = (TermConfig(),)
     """Terms that are added; a term's keys may also be given directly, for an objective of one term."""
+    shown: SignalName | None = None
+    """Text column whose prompts the student is trained under, in place of the rollouts' own."""
     correct_at: float = 0.5
     """A rollout is correct when its reward is at least this."""
     select: Parts[Selection] = ()

@@ -44,6 +44,21 @@ def test_a_sweep_trains_once_for_each_value_on_one_cache(lightopd, run_file):
     assert err.count("eval: nothing to do, ") == 4
 
 
+def test_a_dry_sweep_says_what_each_value_would_run_and_writes_nothing(lightopd, run_file):
+    out = run_file.parent / "run"
+    before = sorted(out.rglob("*"))
+    command = ["run", "-c", run_file, "--dry-run", "--sweep"]
+    code, shown, err = lightopd(*command, "train.optimizer.lr=1e-4,3e-4")
+    assert code == 0, err
+    assert all(f"sweep/lr-{value}" in shown for value in ("1e-4", "3e-4"))
+    assert "dry run" in shown
+    assert sorted(out.rglob("*")) == before
+    code, _, err = lightopd(*command, "train.batch_sequences=4,many")
+    assert code == 2
+    assert "'many'" in err
+    assert sorted(out.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("sweep", "told"),
     [

@@ -194,6 +194,13 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.chunks
         if name not in facts.texts
     ]
+    lines += [
+        f"no text {name}, whose prompts the student is trained under; add it: lightopd rewrite --cache "
+        f"{facts.path} --model STUDENT --set role=self --prompts PROMPTS --gives context --template TEMPLATE "
+        f"--name {name}"
+        for name in wanted.shown
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue

@@ -1,5 +1,7 @@
 """Tokenizer, student and teacher may have three widths: 24 tokens, 26 and 40 outputs."""
 
+import json
+
 import numpy as np
 import pytest
 from tiny_models import save_model, write_prompts
@@ -95,3 +97,33 @@ def test_a_student_without_an_output_for_a_token_is_refused_before_a_teacher_ans
     with pytest.raises(InputError, match=r"has 20 outputs, and .* is id 20; .*resize_token_embeddings\(21\)"):
         tune(tmp_path, student, save_model(tmp_path / "teacher", 1), load=None)
     assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("tunes", [False, True], ids=["hub student", "with sft"])
+def test_a_pipeline_over_three_widths_runs_to_a_measured_student(tmp_path, lightopd, tunes):
+    """21 tokens, 26 outputs of the student, 40 of the teacher: scored, trained, compared by KL."""
+    student = save_model(tmp_path / "student", 0, vocabulary=26)
+    teacher = save_model(tmp_path / "teacher", 1, vocabulary=40)
+    prompts, small = write_prompts(tmp_path / "prompts.jsonl", 8), {"max_tokens": 8}
+    settings = {
+        "out": str(tmp_path / "run"),
+        "teacher": str(teacher),
+        "student": str(student),
+        "prompts": str(prompts),
+        "eval_prompts": str(prompts),
+        "eval": {"teacher": str(teacher), "sampling": small},
+        "rollout": {"sampling": small, **({} if tunes else {"sft_teacher": str(teacher)})},
+        "precompute": {"top_k": 6},
+        "train": {"steps": 1, "batch_sequences": 4, "objective": {"terms": TERMS}},
+    }
+    if tunes:
+        finetune = {"steps": 1, "batch_sequences": 2}
+        settings["sft"] = {"sampling": {**small, "n": 3}, "finetune": finetune}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    for _ in range(2):  # the second time nothing is left to do
+        code, _, err = lightopd("run", "-c", tmp_path / "run.yaml")
+        assert code == 0, err
+    report = json.loads((tmp_path / "run" / "eval_after" / "eval.report.json").read_text())["figures"]
+    assert 0 < report["outside_mass"] < 1
+    assert report["reverse_kl_nats"] > 0
+    assert lightopd("verify", tmp_path / "run" / "cache", "--rescore", 4)[0] == 0

@@ -1,23 +1,31 @@
 """The student that training hands over is the model that it got: every tensor, its papers, and a card."""
 
 import json
+import shutil
 import stat
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_model, tokenizer, write_prompts
-from transformers import GenerationConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightopd import __version__
 from lightopd.config import load_stage
+from lightopd.errors import InputError
 from lightopd.lineage.fingerprint import fingerprint_model
-from lightopd.models.load import outline
+from lightopd.models.load import load_model, outline
 from lightopd.pipelines import precompute, rollout, train
 from lightopd.schemas.configs import ModelConfig
+from lightopd.training.checkpoints.untouched import carry_untouched, check_names
 from lightopd.training.weight_files.names import keep_stored_names
 
 CARD = """---
@@ -136,3 +144,21 @@ def test_the_card_says_how_the_student_was_made(made):
     ):
         assert words in card
     assert str(made.out.parent) not in card
+
+
+def test_a_student_that_could_not_be_put_back_is_refused_and_the_remedy_named_works(made, tmp_path):
+    student = ModelConfig(path=str(made.base))
+    model = load_model(student, "cpu")
+    check_names(model, student)
+    strange = shutil.copytree(made.base, tmp_path / "strange")
+    tensors = load_file(strange / "model.safetensors")
+    renamed = {name.replace("language_model", "words"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, strange / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"within a larger one, and \d+ of its tensors .* load"):
+        check_names(model, ModelConfig(path=str(strange)))
+    alone = tmp_path / "alone"
+    AutoModelForCausalLM.from_pretrained(made.base).save_pretrained(alone)
+    check_names(model, ModelConfig(path=str(alone)))
+    before = (alone / "model.safetensors").read_bytes()
+    carry_untouched(alone, ModelConfig(path=str(alone)))
+    assert (alone / "model.safetensors").read_bytes() == before
