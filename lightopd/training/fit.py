@@ -29,7 +29,7 @@ from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
 from lightopd.objectives.preparation.tails import cached_tails
 from lightopd.objectives.requirements import needs
-from lightopd.objectives.state import ObjectiveState
+from lightopd.objectives.state import restored
 from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
@@ -60,7 +60,7 @@ from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy, uses_gpu
-from lightopd.training.jumps import check_jump
+from lightopd.training.jumps import check_held_out_scores
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
 from lightopd.training.measures.best import is_over
@@ -177,7 +177,7 @@ def _fit(
 ) -> FitResult:
     needed = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
-    check_jump(objective, finetune)
+    check_held_out_scores(objective, finetune)
     check_privacy(objective, needed, finetune)
     check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
@@ -210,7 +210,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 
 
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
-    objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
+    objective = restored(state.objective)
     best = known_best(checkpoint.parent, state) if finetune.best else None
     return Start(state.step, checkpoint, objective, best, state.num_exceeded)
 

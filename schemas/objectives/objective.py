@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from lightopd.schemas.base import StrictModel
 from lightopd.schemas.objectives.advantages import (
     AdvantagePart,
     ExpectedBaseline,
@@ -36,6 +35,7 @@ from lightopd.schemas.objectives.weights import (
     PpoClipWeight,
     RolloutWeight,
     Selection,
+    TeacherExposure,
     TokenWeight,
     WeightJump,
 )
@@ -152,8 +152,10 @@ class TermConfig(GrownConfig):
         return self
 
 
-class ObjectiveConfig(StrictModel):
+class ObjectiveConfig(GrownConfig):
     """A loss as parts; the default is Lightning OPD."""
+
+    later: ClassVar[tuple[str, ...]] = ("shown", "exposure")
 
     terms: tuple[TermConfig, ...] = (TermConfig(),)
     """Terms that are added; a term's keys may also be given directly, for an objective of one term."""
@@ -165,6 +167,8 @@ class ObjectiveConfig(StrictModel):
     """Which rollouts are trained on, decided once from the whole cache."""
     curriculum: Curriculum | None = None
     """Which tokens are trained on at a step."""
+    exposure: TeacherExposure | None = None
+    """Which of several signals teaches at a step."""
     balance: EmaBalance | None = None
     """Keeps two terms at equal weight."""
     jump: WeightJump | None = None
@@ -194,6 +198,18 @@ class ObjectiveConfig(StrictModel):
             unknown = {self.balance.anchor, self.balance.follower} - set(names)
             if unknown or self.balance.anchor == self.balance.follower:
                 raise ValueError(f"balance needs two of the terms {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _exposure_has_a_term(self) -> "ObjectiveConfig":
+        if self.exposure is None:
+            return self
+        taught = [term for term in self.terms if term.signal in self.exposure.signals]
+        if not taught or any(term.router or term.extrapolate for term in taught):
+            raise ValueError(
+                f"exposure needs a term whose signal is one of {', '.join(self.exposure.signals)}, "
+                "without router and extrapolate"
+            )
         return self
 
 

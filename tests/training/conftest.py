@@ -309,7 +309,8 @@ def wide_caches(student_folder, tmp_path_factory):
     }
 
 
-SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")
+EXPOSURES = tuple(f"exposure_{level}" for level in range(5))
+SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher", *EXPOSURES)
 
 
 @torch.no_grad()

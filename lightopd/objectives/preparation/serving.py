@@ -253,7 +253,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
     """
     taught = [term for term in config.terms if not term.is_anchor]
     routed = {name for term in taught if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
+    own = {term.signal for term in taught}
+    exposed = set(config.exposure.signals) if config.exposure else set()
+    return (routed | own | exposed) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:

@@ -163,7 +163,13 @@ def vpd_teacher(world: World, student_NV: Tensor) -> Tensor:
     return of_right + torch.stack([-torch.sigmoid(delta - one).log() for one in wrong]).mean()
 
 
+def atesd(world: World, student_NV: Tensor) -> Tensor:
+    """KL(T || s) of the exposure that training begins with, the middle one."""
+    return batch_mean(world, lambda n: kl(world.tables["exposure_2"][n], student_NV[n]))
+
+
 SAMPLED_TOKEN = {
+    "atesd": Reference(atesd, rests_at="exposure_2"),
     "vpd_teacher": Reference(vpd_teacher, moves="outcomes"),
     "unmasking": Reference(unmasking),
     "omniopd": Reference(omniopd, moves="likelihood of chunks, none of it negative"),
