@@ -35,7 +35,7 @@ from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_role, check_student, precision_note
-from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.models.limits import ModelLimits, model_limits, precision_of
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
@@ -59,7 +59,15 @@ from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
 from lightopd.schemas.engines import MIN_SHAPE_TOKENS
-from lightopd.schemas.manifest import PLAIN, SIGNAL_MANIFEST, NoiseFloor, Override, SignalManifest, TailShape
+from lightopd.schemas.manifest import (
+    PLAIN,
+    SIGNAL_MANIFEST,
+    ModelFingerprint,
+    NoiseFloor,
+    Override,
+    SignalManifest,
+    TailShape,
+)
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
 from lightopd.under_way import doing
@@ -107,7 +115,8 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
     role, allow = config.role, config.allow
-    overrides = check_role(role, cache.manifest, declared, teacher, found, allow, "precompute")
+    held = _began_as(config, cache, teacher)
+    overrides = check_role(role, cache.manifest, declared, held, found, allow, "precompute")
     engine, precision = describe_engine(config.engine, config.teacher)
     context, contexts = _contexts(config, cache, tokenizer, limits)
     support, widest, allowed = _support(config, cache, limits)
@@ -131,6 +140,18 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         overrides=overrides + allowed,
     )
     return as_begun(manifest, signal_folder(cache.path, config.signal) / SIGNAL_MANIFEST), contexts
+
+
+def _began_as(config: PrecomputeConfig, cache: Cache, model: ModelFingerprint) -> ModelFingerprint:
+    """The model that is held to its role; for `self`, the one that it was trained from, where it is another.
+
+    A student that was trained to teach itself (arXiv 2605.15113) records what it was trained from.
+    """
+    sampler = cache.manifest.sampler
+    if config.role != "self" or sampler is None or model.is_same_as(sampler):
+        return model
+    lineage = read_student_lineage(config.teacher, model)
+    return lineage.base if lineage is not None and lineage.made_by == "train" and lineage.base else model
 
 
 def _contexts(

@@ -211,7 +211,8 @@ class PrecomputeConfig(StageConfig):
     signal: str = Field("teacher", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the signal; several signals live side by side in one cache."""
     role: Literal["teacher", "self", "reference"] = "teacher"
-    """`teacher` wrote the fine-tuning data; `self` sampled the rollouts; `reference` is held to neither."""
+    """`teacher` wrote the fine-tuning data; `self` sampled the rollouts, or was trained from the model that
+    did; `reference` is held to neither."""
     context: AnyContext | None = None
     """Show the scoring model another prompt than the student's: a template, or what a text column's model was
     shown; none scores under the student's own."""
@@ -315,6 +316,15 @@ class TrainConfig(StageConfig, FinetuneConfig):
         if self.privacy and self.staleness.stop_when_stale:
             raise ValueError(
                 "privacy needs an end that no rollout decides; set staleness.stop_when_stale: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unpaired_outcomes_are_those_of_a_step(self) -> "TrainConfig":
+        if self.held_out and any(term.target.kind == "unpaired" for term in self.objective.terms):
+            raise ValueError(
+                "target unpaired compares the rollouts of a step, so there is no measure on held-out ones; "
+                "set held_out to 0"
             )
         return self
 

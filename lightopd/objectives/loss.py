@@ -13,6 +13,7 @@ from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentToke
 from lightopd.objectives.base.part import Scene
 from lightopd.objectives.base.segments import rollout_sums, token_mean
 from lightopd.objectives.base.teacher import build_teacher, teacher_names
+from lightopd.objectives.exposure import exposed
 from lightopd.objectives.parts.registry import PARTS
 from lightopd.objectives.requirements import term_needs
 from lightopd.objectives.state import ObjectiveState, term_factor
@@ -46,6 +47,7 @@ def compute_loss(
         step_sums: sums of `collect_step_sums` over the optimiser step, where `needs(config).step_sums`.
         state: state of the objective, where `needs(config).state`.
     """
+    config = exposed(config, state.exposure if state else None)
     parts = [_term_loss(term, batch, student, step_sums or {}) for term in config.terms]
     value = student.logprobs_N.new_zeros(())
     metrics: MetricSums = {}
@@ -59,15 +61,24 @@ def compute_loss(
     return Loss(value, metrics)
 
 
-def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: StudentTokens) -> MetricSums:
+def collect_step_sums(
+    config: ObjectiveConfig,
+    batch: RolloutBatch,
+    student: StudentTokens,
+    state: ObjectiveState | None = None,
+) -> MetricSums:
     """What parts must know of the whole optimiser step, as (sum, weight) of this micro-batch.
 
     Where `needs(config).step_sums`: call it without gradient on every micro-batch of the step, add both
     numbers over micro-batches and devices, and hand the sums to `compute_loss`. Else it is empty.
     """
     found: MetricSums = {}
-    for term in config.terms:
+    for term in exposed(config, state.exposure if state else None).terms:
         scene = _look(term, batch, student)
+        of_target = PARTS[type(term.target)].step_sums
+        if of_target is not None:
+            named = of_target(term.target, scene)
+            found |= {f"{term.name}/{name}": pair for name, pair in named.items()}
         for weight in term.rollout_weights:
             part = PARTS[type(weight)]
             if part.step_sums is not None:
@@ -75,11 +86,13 @@ def collect_step_sums(config: ObjectiveConfig, batch: RolloutBatch, student: Stu
     return found
 
 
-def _look(term: TermConfig, batch: RolloutBatch, student: StudentTokens) -> Scene:
+def _look(
+    term: TermConfig, batch: RolloutBatch, student: StudentTokens, step_sums: MetricSums | None = None
+) -> Scene:
     wanted = term_needs(term)
     has_teacher = set(teacher_names(term)) <= set(wanted.signals)
     teacher = build_teacher(term, batch, student, wanted) if has_teacher else None
-    return Scene(term, batch, student, teacher)
+    return Scene(term, batch, student, teacher, step_sums or {})
 
 
 def _term_loss(
@@ -88,7 +101,7 @@ def _term_loss(
     student: StudentTokens,
     step_sums: MetricSums,
 ) -> Loss:
-    scene = _look(term, batch, student)
+    scene = _look(term, batch, student, step_sums)
     rollout_weight_R = _rollout_weights(scene, step_sums)
     loss_mask_N = batch.loss_mask_N & (rollout_weight_R != 0)[batch.row_N]
     metrics: MetricSums = {}

@@ -5,21 +5,29 @@ from operator import or_
 from typing import Any
 
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.exposure import at_signal
 from lightopd.objectives.parts.registry import PARTS
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 
 
 def needs(config: ObjectiveConfig) -> Needs:
     """Everything the objective needs from the cache and from the trainer."""
-    of_terms = [term_needs(term) for term in config.terms]
+    of_terms = [term_needs(term) for each in _exposures(config) for term in each.terms]
     of_selections = [_part_needs(part, None) for part in config.select]
     turns = config.curriculum is not None and config.curriculum.kind == "turns"
     of_objective = Needs(
         prepared=bool(config.select),
-        state=config.curriculum is not None or config.balance is not None,
+        state=any(each is not None for each in (config.curriculum, config.balance, config.exposure)),
         columns=("turns",) if turns else (),
+        shown=() if config.shown is None else (config.shown,),
     )
     return reduce(or_, [*of_terms, *of_selections, of_objective], Needs())
+
+
+def _exposures(config: ObjectiveConfig) -> list[ObjectiveConfig]:
+    if config.exposure is None:
+        return [config]
+    return [at_signal(config, config.exposure, signal) for signal in config.exposure.signals]
 
 
 def term_needs(term: TermConfig) -> Needs:

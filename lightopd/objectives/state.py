@@ -5,10 +5,12 @@ N = response tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.objectives.exposure import Exposure, is_choice_due, level_of, next_exposure
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import EmaBalance, LengthCurriculum, TurnCurriculum
 
@@ -25,6 +27,8 @@ class ObjectiveState:
     """Step at which the rung was reached."""
     averages: dict[str, float] = field(default_factory=dict)
     """Running mean of each balanced term's loss, begun at zero."""
+    exposure: Exposure | None = None
+    """What is known of the signals of an exposure; None before the first choice."""
 
 
 def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str, float]) -> ObjectiveState:
@@ -34,7 +38,8 @@ def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str
         config: the objective.
         state: before the step.
         metrics: reduced over the whole step: `entropy` (mean token entropy of the student, nats, on the
-            tokens that a length curriculum reads; NaN where it reads none) and `TERM/loss` of each term.
+            tokens that a length curriculum reads; NaN where it reads none), `TERM/loss` of each term, and
+            `held_out` (the loss held out, after a step at which `reads_held_out`).
     """
     steps = state.steps + 1
     rung, since = state.rung, state.rung_since
@@ -42,7 +47,26 @@ def advance(config: ObjectiveConfig, state: ObjectiveState, metrics: Mapping[str
         rung = next_rung(config.curriculum, rung, steps - since, metrics["entropy"])
         since = steps if rung != state.rung else since
     averages = _averaged(config.balance, state.averages, metrics) if config.balance else {}
-    return ObjectiveState(steps, rung, since, averages)
+    exposure = state.exposure
+    if config.exposure is not None and is_choice_due(config.exposure, steps):
+        exposure = next_exposure(config.exposure, exposure, steps, metrics["held_out"])
+    return ObjectiveState(steps, rung, since, averages, exposure)
+
+
+def restored(saved: Mapping[str, Any]) -> ObjectiveState:
+    """The state that `dataclasses.asdict` has written."""
+    exposure = saved.get("exposure")
+    return ObjectiveState(**{**saved, "exposure": None if exposure is None else Exposure(**exposure)})
+
+
+def exposure_metric(config: ObjectiveConfig, state: ObjectiveState) -> dict[str, float]:
+    """Metric `exposure`: number of the signal that taught the step after `state`."""
+    return {} if config.exposure is None else {"exposure": level_of(config.exposure, state.exposure)}
+
+
+def reads_held_out(config: ObjectiveConfig, state: ObjectiveState) -> bool:
+    """Whether the step after `state` ends with a choice of exposure, which needs the loss held out."""
+    return config.exposure is not None and is_choice_due(config.exposure, state.steps + 1)
 
 
 def reads_entropy(config: ObjectiveConfig, state: ObjectiveState) -> bool:

@@ -29,7 +29,7 @@ from lightopd.objectives.base.part import Needs
 from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
 from lightopd.objectives.preparation.tails import cached_tails
 from lightopd.objectives.requirements import needs
-from lightopd.objectives.state import ObjectiveState
+from lightopd.objectives.state import restored
 from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
@@ -60,7 +60,7 @@ from lightopd.training.data.shard_store import FirstReading, ShardStore
 from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy, uses_gpu
-from lightopd.training.jumps import check_jump
+from lightopd.training.jumps import check_held_out_scores
 from lightopd.training.loggers import LogSteps, make_loggers
 from lightopd.training.measures.accuracy import AccuracyMeter
 from lightopd.training.measures.best import is_over
@@ -177,7 +177,7 @@ def _fit(
 ) -> FitResult:
     needed = needs(objective)
     starts_workers = not is_worker() and must_start(finetune)
-    check_jump(objective, finetune)
+    check_held_out_scores(objective, finetune)
     check_privacy(objective, needed, finetune)
     check_strategy(finetune, asks_student=accuracy is not None)
     check_cache(objective, cache)
@@ -210,7 +210,7 @@ def _has_ended(run: _Run, state: TrainerState) -> bool:
 
 
 def _start(checkpoint: Path, state: TrainerState, finetune: FinetuneConfig) -> Start:
-    objective = ObjectiveState(**state.objective)  # type: ignore[arg-type]
+    objective = restored(state.objective)
     best = known_best(checkpoint.parent, state) if finetune.best else None
     return Start(state.step, checkpoint, objective, best, state.num_exceeded)
 
@@ -227,7 +227,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         run.needed,
         run.finetune,
         tails=cached_tails(run.cache, run.needed, student),
-        limits=run.limits,
+        limits=None if run.needed.shown else run.limits,  # drift under other prompts means nothing
         held_out=held_out,
         accuracy=run.accuracy,
         start=start,
@@ -236,8 +236,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
     _make_room(run.out, start.step)
     index = selected.trained
     repeated = few_rollouts(run.finetune.batch_sequences, len(index.row_P))
-    remarks = [*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated]
-    _say(remarks, selected.notes)
+    _say([*warnings_of(run.objective), *cache_remarks(run.cache, run.needed), *repeated], selected.notes)
     log.info("training on %d rollouts, steps %d to %d", len(index.row_P), start.step + 1, run.finetune.steps)
     data = CacheData(store, index, run.finetune, start.step, record.key if record else None)
     run_trainer(run.out, run.finetune, module, data, _callbacks(run), loggers)
@@ -291,7 +290,8 @@ def _make_room(out: Path, done: int) -> None:
 def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
-    reading = FirstReading(run.cache, signals, topk, limit)
+    shown = next(iter(run.needed.shown), None)
+    reading = FirstReading(run.cache, signals, topk, limit, shown)
     held_out, width = run.finetune.held_out, _id_limit(run)
     selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained

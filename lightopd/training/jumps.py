@@ -61,12 +61,17 @@ class WeightJumps:
         return {name: tensor.cpu() for name, tensor in anchor_of(self._parameters).items()}
 
 
-def check_jump(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
-    """Refuse jumps that cannot be made, or not be scored.
+def check_held_out_scores(objective: ObjectiveConfig, finetune: FinetuneConfig) -> None:
+    """Refuse jumps and choices of exposure that cannot be made, or not be scored.
 
     Raises:
         ConfigError: names the setting to change.
     """
+    if objective.exposure is not None and not finetune.held_out:
+        raise ConfigError(
+            "the objective chooses an exposure by the loss on held-out rollouts, and held_out is 0; "
+            "set held_out to 50 or more"
+        )
     if objective.jump is None:
         return
     if finetune.adapter is not None:

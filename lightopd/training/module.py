@@ -21,11 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
+from lightopd.objectives import state as states
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.whole_vocabulary import SpreadTail
 from lightopd.objectives.loss import collect_step_sums, compute_loss
-from lightopd.objectives.state import ObjectiveState, advance, reads_entropy, visible_tokens
+from lightopd.objectives.state import ObjectiveState
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import LengthCurriculum
@@ -199,13 +200,14 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
         means = {name: metric_mean(name, *pair) for name, pair in totals.items()}
-        self.state = advance(self.objective, self.state, {**means, **self._gate()})
+        taught_by = states.exposure_metric(self.objective, self.state)
+        self.state = states.advance(self.objective, self.state, {**means, **self._gate()})
         jumped = self.jumps.after_step(self.step, lambda: -self._held_out_loss()) if self.jumps else {}
         if self.average is not None:
             self.average.update()
         drift = self.drift.metrics(self.step, totals, is_speaking=self.trainer.is_global_zero)
         measured = self._measure(is_last=self.step == self.finetune.steps or self.drift.ends_run)
-        others = {**drift, **jumped, **measured, **private, "grad_norm": norm, "lr": rate}
+        others = {**drift, **jumped, **measured, **private, **taught_by, "grad_norm": norm, "lr": rate}
         self._publish(means, totals.get("tokens", (0.0, 0.0))[0], others)
 
     def _gradients(
@@ -225,7 +227,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if self.objective.curriculum is None:
             return micro_batches
         shown = [
-            show(rows, visible_tokens(self.objective, self.state, response_index(rows), turns_N))
+            show(rows, states.visible_tokens(self.objective, self.state, response_index(rows), turns_N))
             for rows, turns_N in ((rows, rows.turns_N.astype(np.int64)) for rows in micro_batches)
         ]
         counts = torch.tensor(count_totals(shown), dtype=torch.int64, device=self.device)
@@ -245,7 +247,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
                     routers: Routers = ()
                     if self.needed.step_sums:
                         student, routers = self._student_tokens(batch)
-                        sums.append(collect_step_sums(self.objective, batch.rollouts, student))
+                        sums.append(collect_step_sums(self.objective, batch.rollouts, student, self.state))
                     if has_routers:
                         routers = routers or routers_of(self.student, batch)
                         counts.append(count_load(routers, batch.is_token_BT, experts_per_token(self.student)))
@@ -311,10 +313,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
             return held_out_loss(self.student, rows, objective, self.device, self._reduce)
 
     def _gate(self) -> dict[str, float]:
-        """What a length curriculum reads in place of the step's entropy: that of the rollouts held out."""
+        """What the objective's choices read of rollouts held out: a ladder's entropy, an exposure's loss."""
+        if states.reads_held_out(self.objective, self.state):
+            return {"held_out": self._held_out_loss()}
         if self.held_out is None or not isinstance(self.objective.curriculum, LengthCurriculum):
             return {}
-        if not reads_entropy(self.objective, self.state):
+        if not states.reads_entropy(self.objective, self.state):
             return {"entropy": float("nan")}
         place = (self.objective, self.state, self.device, self._reduce)
         with self._on_held_out():

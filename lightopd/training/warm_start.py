@@ -8,7 +8,7 @@ from pathlib import Path
 from lightopd.errors import TrainingError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.lineage.tensor_hashes import hash_tensors
-from lightopd.objectives.state import ObjectiveState
+from lightopd.objectives.state import restored
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.checkpoints.checkpoint import (
@@ -62,7 +62,7 @@ def start_after(run: Path | None) -> Start:
     if run is None:
         return Start()
     checkpoint, state = _exported(run)
-    return Start(0, checkpoint, ObjectiveState(**state.objective))  # type: ignore[arg-type]
+    return Start(0, checkpoint, restored(state.objective))
 
 
 def _exported(run: Path) -> tuple[Path, TrainerState]:

@@ -22,6 +22,7 @@ COLUMNS = {
     "lr": "learning rate of the step",
     "tokens": "prompt and response tokens trained on: of the step in `metrics.csv`, of all steps in a report",
     "tokens_per_second": "of these tokens, in the step",
+    "exposure": "number of the signal that taught the step, from 0, where the objective chooses one",
     "clipped_rollouts": "share of a private step's rollouts whose gradient was longer than the clip",
     "router_loss": "the load-balancing loss times its weight; `loss` contains it",
     "seconds": "on the clock: since the run began in `metrics.csv`, of the stage in a report",

@@ -16,7 +16,7 @@ from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.distributed.launch import must_start
 from lightopd.training.distributed.strategies import check_strategy
-from lightopd.training.jumps import check_jump
+from lightopd.training.jumps import check_held_out_scores
 from lightopd.training.loggers import check_loggers
 from lightopd.training.privacy.limits import check_privacy
 
@@ -29,7 +29,7 @@ def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks
     """
     must_start(finetune)
     check_strategy(finetune, asks_student=asks_student)
-    check_jump(objective, finetune)
+    check_held_out_scores(objective, finetune)
     check_privacy(objective, needs(objective), finetune)
     check_loggers(finetune.loggers)
     if finetune.adapter is not None and importlib.util.find_spec("peft") is None:

@@ -9,14 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from lightopd.schemas.base import StrictModel
-from lightopd.schemas.objectives.targets import (
+from lightopd.schemas.objectives.advantages import (
     AdvantagePart,
+    ExpectedBaseline,
+)
+from lightopd.schemas.objectives.targets import (
     ConstantTarget,
     DistanceExtrapolation,
     DivergenceTarget,
     DomainRouter,
-    ExpectedBaseline,
     Extrapolation,
     GrownConfig,
     LogRatioTarget,
@@ -25,6 +26,7 @@ from lightopd.schemas.objectives.targets import (
     SignalName,
     SignalRatioTarget,
     Target,
+    UnpairedTarget,
 )
 from lightopd.schemas.objectives.weights import (
     Curriculum,
@@ -33,6 +35,7 @@ from lightopd.schemas.objectives.weights import (
     PpoClipWeight,
     RolloutWeight,
     Selection,
+    TeacherExposure,
     TokenWeight,
     WeightJump,
 )
@@ -140,24 +143,32 @@ class TermConfig(GrownConfig):
             raise ValueError("token weight inverse_strength needs extrapolate: {kind: by_distance}")
         if self.normalise_token_weights and (self.reduce != "sequence_mean" or not self.token_weights):
             raise ValueError("normalise_token_weights needs token_weights and reduce: sequence_mean")
-        if isinstance(self.target, PreferenceTarget) and (
+        if isinstance(self.target, PreferenceTarget | UnpairedTarget) and (
             self.token_weights or self.rollout_weights or self.reduce != "sequence_mean" or self.rows != "all"
         ):
-            raise ValueError("target preference compares whole rollouts: leave weights, rows and reduce out")
+            raise ValueError(
+                f"target {self.target.kind} compares whole rollouts: leave weights, rows and reduce out"
+            )
         return self
 
 
-class ObjectiveConfig(StrictModel):
+class ObjectiveConfig(GrownConfig):
     """A loss as parts; the default is Lightning OPD."""
+
+    later: ClassVar[tuple[str, ...]] = ("shown", "exposure")
 
     terms: tuple[TermConfig, ...] = (TermConfig(),)
     """Terms that are added; a term's keys may also be given directly, for an objective of one term."""
+    shown: SignalName | None = None
+    """Text column whose prompts the student is trained under, in place of the rollouts' own."""
     correct_at: float = 0.5
     """A rollout is correct when its reward is at least this."""
     select: Parts[Selection] = ()
     """Which rollouts are trained on, decided once from the whole cache."""
     curriculum: Curriculum | None = None
     """Which tokens are trained on at a step."""
+    exposure: TeacherExposure | None = None
+    """Which of several signals teaches at a step."""
     balance: EmaBalance | None = None
     """Keeps two terms at equal weight."""
     jump: WeightJump | None = None
@@ -187,6 +198,18 @@ class ObjectiveConfig(StrictModel):
             unknown = {self.balance.anchor, self.balance.follower} - set(names)
             if unknown or self.balance.anchor == self.balance.follower:
                 raise ValueError(f"balance needs two of the terms {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _exposure_has_a_term(self) -> "ObjectiveConfig":
+        if self.exposure is None:
+            return self
+        taught = [term for term in self.terms if term.signal in self.exposure.signals]
+        if not taught or any(term.router or term.extrapolate for term in taught):
+            raise ValueError(
+                f"exposure needs a term whose signal is one of {', '.join(self.exposure.signals)}, "
+                "without router and extrapolate"
+            )
         return self
 
 

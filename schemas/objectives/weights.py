@@ -326,6 +326,29 @@ class LengthCurriculum(StrictModel):
 Curriculum = Annotated[TurnCurriculum | LengthCurriculum, Field(discriminator="kind")]
 
 
+class TeacherExposure(StrictModel):
+    """Chooses how much of a solution the teacher is shown while the student learns (arXiv 2605.11458).
+
+    Signals are one model's scores under more and more of the solution. Every `hold` steps one of them takes
+    the place of the term's own; what is drawn next follows from how much the held-out loss fell meanwhile.
+    """
+
+    kind: Literal["bandit"] = "bandit"
+    """A gradient bandit over the signals, in place of the paper's policy over a continuous share."""
+    signals: tuple[SignalName, ...] = Field(
+        ("exposure_0", "exposure_1", "exposure_2", "exposure_3", "exposure_4"), min_length=2
+    )
+    """Signals by rising exposure; a term whose `signal` is one of them is taught by the chosen one."""
+    hold: int = Field(5, ge=1)
+    """Steps between two choices. Ours; the paper's number was not found."""
+    rate: float = Field(0.5, gt=0)
+    """How far one normalised reward moves the preferences. Ours."""
+    explore: float = Field(0.1, ge=0, le=1)
+    """Share of the choices that is drawn evenly; in place of the paper's bound on the policy's entropy."""
+    seed: int = 0
+    """Decides the draws."""
+
+
 class EmaBalance(StrictModel):
     """Scales one term so that it weighs as much as another (arXiv 2606.00147)."""
 

@@ -190,3 +190,18 @@ def test_the_context_ends_where_positions_change_their_factors(tmp_path):
 def test_the_switch_is_read_from_every_spelling(config, switch):
     assert rope_switch_in(config) == switch
     assert context_length_in({**config, "max_position_embeddings": 64}, "it") == (switch or 64)
+
+
+def test_responses_that_share_a_prompt_up_to_the_switch_are_scored_as_each_alone(tmp_path):
+    config = hf.Phi3Config(**SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=32)
+    engine = load_hf_engine(HfEngine(device="cpu"), save(tmp_path / "phi", config))
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 90, length).astype(np.int32) for length in (14, 24)]
+    rows = [
+        Sequence(prompt, random.integers(3, 90, 32 - len(prompt)).astype(np.int32))
+        for prompt in prompts
+        for _ in range(2)
+    ]
+    together = engine.score(rows, 0)
+    for row, scores in zip(rows, together, strict=True):
+        np.testing.assert_allclose(scores.logprobs, engine.score([row], 0)[0].logprobs, atol=1e-4)

@@ -1,7 +1,10 @@
 """Ways round a refusal that must stay closed, and folders that must not be spoilt by a refused run."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -222,6 +225,27 @@ def test_several_teachers_are_each_said_to_be_the_one_of_their_signal(world, tmp
         precompute.run(load_stage("precompute", [], [], flags))
     signals = open_cache(tmp_path / "cache").signals
     assert [signal.manifest.overrides for signal in signals.values()] == [(), ()]
+
+
+def test_the_documented_recipe_of_a_teacher_per_domain_trains_without_an_override(world, tmp_path, lightopd):
+    cache, prompts, student = tmp_path / "cache", tmp_path / "prompts.jsonl", world.base
+    rows = [{"prompt": f"{i}+1=", "answer": "1", "domain": ("math", "code")[i % 2]} for i in range(8)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    graded = ["--set", "prompts.verifier=tiny_models:checksum", "--n", 2, "--max-tokens", 6]
+    commands = [["rollout", "--student", student, "--prompts", prompts, "--cache", cache, *graded]]
+    for name, teacher in (("math", world.teacher), ("code", save_model(tmp_path / "other", 5))):
+        said = ["--signal", name, "--sft-teacher", teacher, "--top-k", 4]
+        commands.append(["precompute", "--cache", cache, "--teacher", teacher, *said])
+    text = (Path(__file__).parents[2] / "docs" / "stages" / "precompute.md").read_text()
+    (documented,) = re.findall(r"lightopd (train .*?by_domain.*?)\n\n", text, re.DOTALL)
+    places = {"RUN/cache": cache, "STUDENT": student, "RUN/train": tmp_path / "train"}
+    words = shlex.split(documented.replace("\\\n", " "))
+    commands.append([*(places.get(word, word) for word in words), "--steps", 1, "--batch", 2])
+    for command in commands:
+        code, _, err = lightopd(*command)
+        assert code == 0, err
+    made = json.loads((tmp_path / "train" / "student" / "lightopd_student.json").read_text())
+    assert made["overrides"] == []
 
 
 def test_a_declared_teacher_that_contradicts_the_record_is_refused(world, tmp_path):

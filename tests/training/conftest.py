@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from text_columns import write_confidences, write_continuations
+from text_columns import write_confidences, write_continuations, write_shown
 from training_runs import CALM, read_first
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -299,6 +299,7 @@ def wide_caches(student_folder, tmp_path_factory):
         cache = write_cache(folder / name, rollouts, scores, 8, 16, **settings)
         write_confidences(cache)
         write_continuations(cache)
+        write_shown(cache)
         return cache
 
     return {
@@ -308,7 +309,8 @@ def wide_caches(student_folder, tmp_path_factory):
     }
 
 
-SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher")
+EXPOSURES = tuple(f"exposure_{level}" for level in range(5))
+SIGNALS = ("teacher", "reference", "privileged", "negative", "dpo", "reverse_dpo", "code_teacher", *EXPOSURES)
 
 
 @torch.no_grad()

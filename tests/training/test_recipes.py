@@ -62,7 +62,7 @@ def train(wide_caches, student_folder, tmp_path):
     def run(name, out="out", objective=None, cache=None, **settings):
         config = objective or objective_of(name, wide_caches)
         cache = cache or wide_caches["pairs" if name in MIXED else "plain"]
-        held_out = 4 if config.jump else 0
+        held_out = 4 if config.jump or config.exposure else 0
         index = select_rollouts(cache, config, needs(config), held_out).trained
         defaults = {
             "steps": 2,
@@ -115,7 +115,11 @@ RAISING = ObjectiveConfig.model_validate(
     {"curriculum": {"kind": "lengths", "lengths": [2, 4, 8], "every": 1}, "target": {"kind": "divergence"}}
 )
 JUMPING = ObjectiveConfig.model_validate({"target": {"kind": "divergence"}, "jump": {}})
+EXPOSED = ObjectiveConfig.model_validate(
+    {"signal": "exposure_2", "exposure": {"hold": 1}, "target": {"kind": "divergence"}}
+)
 KINDS = {
+    "exposure": ("atesd", EXPOSED),
     "prepared": ("scope", None),
     "pairs": ("soda", None),
     "step_sums": ("renio", None),
@@ -243,3 +247,16 @@ def test_rounded_top_k_never_makes_a_divergence_negative(train, wide_caches):
     plain = {"target": {"kind": "divergence"}, "signal": "rounded"}
     first = rows_of(train("", objective=ObjectiveConfig.model_validate(plain), steps=1))[0]
     assert 0 <= first["loss"] < 1e-5
+
+
+def test_an_exposure_is_chosen_from_the_loss_held_out_and_said_at_every_step(train, tmp_path):
+    rows = rows_of(train("atesd", objective=EXPOSED, steps=6, held_out=8))
+    state = newest_checkpoint(tmp_path / "out" / "checkpoints")[1].objective["exposure"]
+    assert rows[0]["exposure"] == 2
+    assert len({row["exposure"] for row in rows}) > 1
+    assert len(state["rewards"]) == 5
+
+
+def test_an_exposure_without_rollouts_held_out_is_refused(train):
+    with pytest.raises(ConfigError, match="chooses an exposure by the loss on held-out rollouts"):
+        train("atesd", objective=EXPOSED, held_out=0)

@@ -121,7 +121,9 @@ def _run_responses(
         lengths_B = np.array([len(prompts[row]) for row in prompt_rows])
         is_prompt_BP = np.arange(max(map(len, prompts))) < lengths_B[:, None]
         mask_BT = np.concatenate([is_prompt_BP, np.ones_like(inputs_BT, dtype=np.bool_)], 1)
+        # Padding stays within the context: past it a longrope model would rotate every position otherwise.
         positions_BT = lengths_B[:, None] + np.arange(inputs_BT.shape[1])
+        positions_BT = np.minimum(positions_BT, loaded.context_length - 1)
         rest_BTD = last_hidden(
             loaded.model,
             input_ids=to_device(inputs_BT, loaded.device),

@@ -4,13 +4,13 @@ R = rollouts, N = their response tokens laid end to end, K = support, M = K + 1 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
 from lightopd.schemas.objectives.objective import TermConfig
 from lightopd.schemas.objectives.targets import DivergenceTarget
 
@@ -57,11 +57,13 @@ class Needs:
     """Text columns whose numbers are read."""
     chunks: tuple[str, ...] = ()
     """Text columns of branches, whose chunks and scores are read."""
+    shown: tuple[str, ...] = ()
+    """The text column whose prompts take the place of the rollouts' own, if there is one."""
     answers: tuple[Path, ...] = ()
     """Caches of the teacher's own answers, for the column `teacher_reward`."""
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(**{field.name: _union(self, other, field.name) for field in fields(self)})
+        return Needs(**{each.name: _union(self, other, each.name) for each in fields(self)})
 
 
 def _union(left: Needs, right: Needs, name: str) -> Any:
@@ -106,6 +108,8 @@ class Scene:
     student: StudentTokens
     teacher: Teacher | None
     """None where no part of the term reads a teacher."""
+    step_sums: MetricSums = field(default_factory=dict)
+    """Of the whole optimiser step, by `TERM/NAME`, where a part has declared to need them."""
 
     def taught(self) -> Teacher:
         """The teacher, which the part has declared to need."""
@@ -129,9 +133,13 @@ class Scene:
         sampled_N = self.ref_logprobs_N() if behavior_N is None else behavior_N
         return (self.student.logprobs_N.detach() - sampled_N).exp()
 
+    def prepared_R(self, name: str) -> Tensor:
+        """A column of `prepare`, one number for each rollout."""
+        return self.batch.prepared_R[f"{self.term.name}/{name}"]
+
     def prepared_N(self, name: str) -> Tensor:
         """A column of `prepare`, spread over the tokens."""
-        return self.batch.prepared_R[f"{self.term.name}/{name}"][self.batch.row_N]
+        return self.prepared_R(name)[self.batch.row_N]
 
 
 NeedsOf = Callable[[Any, Any], Needs]
@@ -161,4 +169,5 @@ class Part:
     check: Callable[..., list[str]] | None = None
     """(config, term, table) -> lines for the report; raises where the cache cannot serve the part."""
     step_sums: Callable[..., Any] | None = None
-    """(config, scene) -> (sum, weight), collected over the whole optimiser step before the loss."""
+    """(config, scene) -> (sum, weight), collected over the whole optimiser step before the loss; of a target:
+    several, by name."""

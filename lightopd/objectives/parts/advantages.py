@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightopd.objectives.base.divergences import support_weights
 from lightopd.objectives.base.part import Scene
-from lightopd.schemas.objectives.targets import (
+from lightopd.schemas.objectives.advantages import (
     CoefficientScale,
     ExpectedBaseline,
     GroupRewardShift,

@@ -18,8 +18,16 @@ from lightopd.objectives.base.rollout_table import (
     means,
     teacher_logprobs,
 )
+from lightopd.schemas.objectives.advantages import (
+    GroupRewardShift,
+    MarginShift,
+)
 from lightopd.schemas.objectives.objective import TermConfig
-from lightopd.schemas.objectives.targets import GroupRewardShift, MarginShift, PreferenceTarget, RewardTarget
+from lightopd.schemas.objectives.targets import (
+    PreferenceTarget,
+    RewardTarget,
+    UnpairedTarget,
+)
 from lightopd.schemas.objectives.weights import (
     ConfidenceWeight,
     ContrastWeight,
@@ -195,3 +203,18 @@ def preferred(config: PreferenceTarget, term: TermConfig, table: RolloutTable, i
             f"by the student; make the cache with lightopd join --pairs"
         )
     return np.where(is_teacher_R, 1.0, -1.0)
+
+
+def outcome(config: UnpairedTarget, term: TermConfig, table: RolloutTable, is_seen_R: Bools) -> Floats:
+    """1 for a right rollout, -1 for a wrong one, 0 without a reward.
+
+    Raises:
+        CacheError: one outcome does not occur.
+    """
+    right, wrong = int(table.is_correct_R.sum()), int(table.is_incorrect_R.sum())
+    if not right or not wrong:
+        raise CacheError(
+            f"the objective prefers right rollouts to wrong ones: {right} are right and {wrong} are wrong; "
+            "sample harder or easier prompts"
+        )
+    return table.is_correct_R.astype(np.float64) - table.is_incorrect_R

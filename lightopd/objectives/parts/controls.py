@@ -12,7 +12,12 @@ from torch import Tensor
 from lightopd.objectives.base.part import Scene
 from lightopd.objectives.base.rollout_table import Floats
 from lightopd.objectives.base.segments import flatten_rollouts, pad_rollouts
-from lightopd.schemas.objectives.targets import ConstantTarget, ShuffleAdvantage
+from lightopd.schemas.objectives.advantages import (
+    ShuffleAdvantage,
+)
+from lightopd.schemas.objectives.targets import (
+    ConstantTarget,
+)
 
 
 def constant(config: ConstantTarget, scene: Scene) -> Tensor:

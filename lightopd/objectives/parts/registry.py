@@ -15,6 +15,7 @@ from lightopd.objectives.parts import (
     weights,
 )
 from lightopd.objectives.parts import extrapolation_limit as limit
+from lightopd.schemas.objectives import advantages as a
 from lightopd.schemas.objectives import targets as t
 from lightopd.schemas.objectives import weights as w
 
@@ -41,6 +42,12 @@ PARTS: dict[type[Any], Part] = {
         column=chunks.chunk_column,
         measures=chunks.chunk_measures,
     ),
+    t.UnpairedTarget: Part(
+        targets.unpaired,
+        (REWARDS, REF, Needs(step_sums=True)),
+        column=columns.outcome,
+        step_sums=targets.outcome_sums,
+    ),
     t.CustomTarget: Part(targets.custom, (targets.needs_custom,)),
     # router and extrapolation: built into the teacher, see teacher.py
     t.DomainRouter: Part(None, (needs_teacher,)),
@@ -54,20 +61,20 @@ PARTS: dict[type[Any], Part] = {
         None, (needs_teacher, Needs(prepared=True)), measures=limit.tail_measures, check=limit.check_tail
     ),
     # baseline, scales and shifts
-    t.ExpectedBaseline: Part(
+    a.ExpectedBaseline: Part(
         advantages.expected_baseline,
         (needs_support, lambda config, term: Needs() if config.ratio_cap is None else RATIO),
     ),
-    t.MarginShift: Part(
+    a.MarginShift: Part(
         advantages.margin_shift,
         (needs_teacher, REWARDS, REF, lambda config, term: Needs(groups=config.scope == "group")),
         column=columns.margin,
         measures=columns.margin_measures,
     ),
-    t.GroupRewardShift: Part(advantages.group_reward_shift, (REWARDS, GROUPS), column=columns.group_reward),
-    t.ShuffleAdvantage: Part(controls.shuffle),
-    t.StepDriftScale: Part(advantages.step_drift_scale, (needs_teacher, REF, Needs(columns=("turns",)))),
-    t.CoefficientScale: Part(advantages.coefficient_scale),
+    a.GroupRewardShift: Part(advantages.group_reward_shift, (REWARDS, GROUPS), column=columns.group_reward),
+    a.ShuffleAdvantage: Part(controls.shuffle),
+    a.StepDriftScale: Part(advantages.step_drift_scale, (needs_teacher, REF, Needs(columns=("turns",)))),
+    a.CoefficientScale: Part(advantages.coefficient_scale),
     # token weights
     w.RatioWeight: Part(weights.ratio, (RATIO,)),
     w.PpoClipWeight: Part(weights.ppo_clip, (RATIO,)),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss, logsigmoid
 
 from lightopd.errors import ConfigError
+from lightopd.objectives.base.batch import MetricSums
 from lightopd.objectives.base.divergences import normalised_teacher, support_divergence, token_divergence
 from lightopd.objectives.base.part import RATIO, Needs, Scene, WholeTail
 from lightopd.objectives.base.segments import rollout_sums
@@ -26,6 +27,7 @@ from lightopd.schemas.objectives.targets import (
     Residual,
     RewardTarget,
     SignalRatioTarget,
+    UnpairedTarget,
 )
 
 
@@ -133,6 +135,42 @@ def preference(config: PreferenceTarget, scene: Scene) -> Tensor:
     total_R = (is_pair_RR * (sign_R.to(gain_R.dtype) * gain_R)).sum(1)
     margin_R = total_R / (is_pair_RR.sum(1) / 2)  # a batch that straddles two epochs can hold a pair twice
     return -logsigmoid(config.beta * torch.where(is_whole_R, margin_R, torch.nan))
+
+
+def unpaired(config: UnpairedTarget, scene: Scene) -> Tensor:
+    """-log sigmoid(+-(rho - delta)) of each rollout, [R], so weighed that each outcome's mean counts once.
+
+    rho = beta (log s - log s at rollout), summed over trained tokens; delta is half the sum of the mean rho
+    of the step's right and of its wrong rollouts, without gradient (inferred), and where a step has one
+    outcome alone, that one's mean. Rollouts without a reward give nothing.
+
+    Source: arXiv 2605.15113, E-step.
+    """
+    rho_R = _prior_gain(config, scene)
+    outcome_R = scene.prepared_R("outcome").to(rho_R.dtype)
+    (right, num_right), (wrong, num_wrong) = (scene.step_sums[f"{scene.term.name}/{n}"] for n in OUTCOMES)
+    mean_right, mean_wrong = right / num_right.clamp(min=1), wrong / num_wrong.clamp(min=1)
+    num_kinds = (num_right > 0).to(rho_R.dtype) + (num_wrong > 0).to(rho_R.dtype)
+    delta = ((mean_right + mean_wrong) / num_kinds.clamp(min=1)).to(rho_R.dtype)
+    of_kind_R = torch.where(outcome_R > 0, num_right, num_wrong).clamp(min=1).to(rho_R.dtype)
+    share_R = outcome_R.abs() * scene.batch.totals.num_rollouts / of_kind_R
+    return -logsigmoid(outcome_R * (rho_R - delta)) * share_R
+
+
+OUTCOMES = ("right", "wrong")
+
+
+def outcome_sums(config: UnpairedTarget, scene: Scene) -> MetricSums:
+    """Sum of rho, and number, of the right and of the wrong rollouts."""
+    rho_R, outcome_R = _prior_gain(config, scene), scene.prepared_R("outcome")
+    seen_R = scene.batch.lengths_R > 0
+    of_kind = {name: (outcome_R * sign > 0) & seen_R for name, sign in zip(OUTCOMES, (1, -1), strict=True)}
+    return {name: ((rho_R * is_R).sum(), is_R.sum().to(rho_R.dtype)) for name, is_R in of_kind.items()}
+
+
+def _prior_gain(config: UnpairedTarget, scene: Scene) -> Tensor:
+    gap_N = scene.student.logprobs_N - scene.ref_logprobs_N().to(scene.student.logprobs_N.dtype)
+    return config.beta * rollout_sums(gap_N, scene.batch)
 
 
 def custom(config: CustomTarget, scene: Scene) -> Tensor:

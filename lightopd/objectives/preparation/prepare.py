@@ -114,7 +114,7 @@ def _columns(term: TermConfig, table: RolloutTable) -> dict[str, NDArray[np.floa
     return {**columns, "weight": weight_R} if has_weight(term) else columns
 
 
-_COLUMN_NAMES = {"preference": "preferred"}
+_COLUMN_NAMES = {"preference": "preferred", "unpaired": "outcome"}
 
 
 def has_weight(term: TermConfig) -> bool:

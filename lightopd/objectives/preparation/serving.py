@@ -194,6 +194,13 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.chunks
         if name not in facts.texts
     ]
+    lines += [
+        f"no text {name}, whose prompts the student is trained under; add it: lightopd rewrite --cache "
+        f"{facts.path} --model STUDENT --set role=self --prompts PROMPTS --gives context --template TEMPLATE "
+        f"--name {name}"
+        for name in wanted.shown
+        if name not in facts.texts
+    ]
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -246,7 +253,9 @@ def teachers_of(config: ObjectiveConfig) -> set[str]:
     """
     taught = [term for term in config.terms if not term.is_anchor]
     routed = {name for term in taught if term.router for name in term.router.signals.values()}
-    return (routed | {term.signal for term in taught}) & set(needs(config).signals)
+    own = {term.signal for term in taught}
+    exposed = set(config.exposure.signals) if config.exposure else set()
+    return (routed | own | exposed) & set(needs(config).signals)
 
 
 def warnings_of(config: ObjectiveConfig) -> list[str]:

@@ -53,7 +53,7 @@ def recipe_of(
     Args:
         begun: the recipe of a run that is resumed: it may know the student by an earlier spelling.
     """
-    free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks)
+    free, texts = {*DECIDES_NOTHING}, (*needed.texts, *needed.chunks, *needed.shown)
     if finetune.optimizer.schedule != "constant":
         free.remove("steps")
     settings = _flat(finetune.model_dump(mode="json", include={*FinetuneConfig.model_fields}))

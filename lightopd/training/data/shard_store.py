@@ -5,7 +5,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.contexts import read_texts
 from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import ShardColumns, read_shard_columns
 from lightopd.cache.shards import read_content, shard_path
 from lightopd.cache.store import Cache
+from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
 from lightopd.objectives.preparation.prepare import PreparedRollouts
 from lightopd.schemas.manifest import ShardMarker
@@ -105,6 +107,8 @@ class FirstReading:
     """Signals whose top-k is read as well."""
     limit_bytes: int
     """Most bytes held."""
+    shown: str | None = None
+    """Text column whose prompts take the place of the rollouts' own."""
     stamps: Stamps = field(default_factory=dict)
     """Of the files as they were read."""
     parts: list[IndexPart] = field(default_factory=list)
@@ -126,6 +130,7 @@ class FirstReading:
             columns = read_shard_columns(
                 self.cache, shard, self.signals, topk=self.topk, contents=contents, seen=self._seen
             )
+            columns = under_prompts(self.cache, shard, columns, self.shown)
             part = index_shard(shard, columns)
             self.parts.append(part)
             size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
@@ -137,9 +142,8 @@ class FirstReading:
 
     def store(self, index: CacheIndex) -> "ShardStore":
         """The shards for training, after the reading."""
-        return ShardStore(
-            self.cache, self.signals, self.topk, self.stamps, index.bytes_S, self.limit_bytes, self._held
-        )
+        place = (self.cache, self.signals, self.topk, self.stamps, index.bytes_S, self.limit_bytes)
+        return ShardStore(*place, self.shown, self._held)
 
 
 @dataclass(slots=True)
@@ -156,6 +160,8 @@ class ShardStore:
     """Size that a shard counts with."""
     limit_bytes: int
     """Most bytes held; a single shard may be larger."""
+    shown: str | None = None
+    """Text column whose prompts take the place of the rollouts' own."""
     _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
 
     def shard(self, number: int) -> ShardColumns:
@@ -169,7 +175,8 @@ class ShardStore:
             return self._held[number]
         while self._held and self._held_bytes() + self.bytes_S[number] > self.limit_bytes:
             self._held.popitem(last=False)
-        self._held[number] = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
+        columns = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
+        self._held[number] = under_prompts(self.cache, number, columns, self.shown)
         return self._held[number]
 
     def changed(self) -> list[Path]:
@@ -188,7 +195,20 @@ class ShardStore:
             self.stamps,
             self.bytes_S,
             self.limit_bytes,
+            self.shown,
         )
+
+
+def under_prompts(cache: Cache, shard: int, columns: ShardColumns, shown: str | None) -> ShardColumns:
+    """A shard's rollouts under what a text column's writer was shown; None: under their own prompts.
+
+    Raises:
+        CacheError: the text's shard is missing or damaged.
+    """
+    if shown is None:
+        return columns
+    prompts, offsets = flat_column(read_texts(cache, shown, shard).column("prompt_ids"))
+    return replace(columns, prompt_ids_P=prompts, prompt_offsets=offsets)
 
 
 def store_as_it_is(

@@ -165,6 +165,23 @@ def test_it_reads_what_the_stage_drew(world, cache):
     assert 3 * found.cuts == report.figures["branches"]
 
 
+def test_the_commands_of_the_page_diagnose_a_cache(lightopd, world, tmp_path):
+    cache, student = shutil.copytree(world.cache, tmp_path / "page"), world.sft / "student"
+    shutil.rmtree(cache / "signals")
+    own = ["--cache", cache, "--top-k", 4]
+    signal = ["--teacher", student, "--signal", "rollout_student", "--set", "role=self"]
+    assert lightopd("precompute", *own, *signal)[0] == 0
+    assert lightopd("precompute", *own, "--teacher", world.teacher, "--set", "support=both")[0] == 0
+    sets = ["branches.places=2", "branches.force=4", "branches.score=reward", "sampling.n=2", "role=self"]
+    asked = ["--model", student, "--prompts", world.root / "prompts.jsonl", "--cache", cache]
+    asked += ["--gives", "branches", "--template", "continue", "--name", "branches", "--max-tokens", 4]
+    code, out, err = lightopd("rewrite", *asked, *(word for one in sets for word in ("--set", one)))
+    assert (code, "branches" in out) == (0, True), err
+    code, out, _ = lightopd("methods", "diagnose", cache)
+    assert code == 0
+    assert "outside the top-k" not in out
+
+
 def test_branches_without_grades_or_signals_are_refused_with_what_to_run(lightopd, world, cache):
     code, _, err = lightopd("methods", "diagnose", cache)
     assert code != 0

@@ -97,6 +97,9 @@ def make_world(seed: int = 0, vocabulary: int = 7, spread: float = 1.0, drift: f
     other = torch.Generator().manual_seed(seed + 1000)
     moved_NV = torch.randn(total, vocabulary, generator=other, dtype=torch.float64)
     tables["second_teacher"] = (base_NV + moved_NV).log_softmax(-1)
+    for level in range(5):
+        shown_NV = torch.randn(total, vocabulary, generator=other, dtype=torch.float64)
+        tables[f"exposure_{level}"] = (base_NV + shown_NV).log_softmax(-1)
     ids_N = torch.multinomial(tables["rollout_student"].exp(), 1, generator=random)[:, 0]
     return World(
         vocabulary=vocabulary,

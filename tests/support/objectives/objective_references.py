@@ -371,6 +371,7 @@ REFERENCES: dict[str, Reference] = {
     "decoupling_teacher_fkl": Reference(full_divergence("forward_kl", rows="teacher")),
     "decoupling_teacher_rkl": Reference(full_divergence("reverse_kl", rows="teacher")),
     "caopd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
+    "vpd": Reference(full_divergence("reverse_kl", "privileged"), rests_at="privileged"),
     "dp_opd": Reference(dp_opd),
     "zppo": Reference(zppo, moves="reward", is_surrogate=True),
     "trd": Reference(full_divergence("forward_kl", "privileged", rows="teacher"), rests_at="privileged"),

@@ -149,7 +149,28 @@ def unmasking(world: World, student_NV: Tensor) -> Tensor:
     return batch_mean(world, lambda n: kl(student_NV[n], world.tables["teacher"][n]), wrong)
 
 
+def vpd_teacher(world: World, student_NV: Tensor) -> Tensor:
+    """-E+ log sigmoid(rho - delta) - E- log sigmoid(delta - rho), rho = 0.1 log(q / s0) of the response."""
+    gap_NV = student_NV - world.tables["rollout_student"]
+    rho = [
+        0.1 * torch.stack([sampled(world, gap_NV, n) for n in world.tokens(r)]).sum()
+        for r in range(world.size)
+    ]
+    right = [rho[r] for r in range(world.size) if world.rewards[r] >= 0.5]
+    wrong = [rho[r] for r in range(world.size) if world.rewards[r] < 0.5]
+    delta = ((torch.stack(right).mean() + torch.stack(wrong).mean()) / 2).detach()
+    of_right = torch.stack([-torch.sigmoid(one - delta).log() for one in right]).mean()
+    return of_right + torch.stack([-torch.sigmoid(delta - one).log() for one in wrong]).mean()
+
+
+def atesd(world: World, student_NV: Tensor) -> Tensor:
+    """KL(T || s) of the exposure that training begins with, the middle one."""
+    return batch_mean(world, lambda n: kl(world.tables["exposure_2"][n], student_NV[n]))
+
+
 SAMPLED_TOKEN = {
+    "atesd": Reference(atesd, rests_at="exposure_2"),
+    "vpd_teacher": Reference(vpd_teacher, moves="outcomes"),
     "unmasking": Reference(unmasking),
     "omniopd": Reference(omniopd, moves="likelihood of chunks, none of it negative"),
     "mad_opd": Reference(mad_opd, moves="rests between two teachers"),

@@ -75,3 +75,18 @@ def write_continuations(cache):
             )
         table = pa.Table.from_pylist(rows, schema=BRANCHES)
         write_shard(folder, shard, table, kind=manifest.kind, fingerprint=manifest.fingerprint())
+
+
+def write_shown(cache, name="feedback_shown"):
+    """What a model was shown in place of each rollout's prompt: the prompt, and two more tokens a rollout."""
+    manifest = written(name, cache)
+    create_text(cache, manifest)
+    for shard in cache.shards:
+        own = read_columns(cache, shard, ["rollout_id", "prompt_ids"]).to_pylist()
+        rows = [
+            {**row, "prompt_ids": [*row["prompt_ids"], 1 + number % 7, 9], "response_ids": []}
+            for number, row in enumerate(own)
+        ]
+        table = pa.Table.from_pylist(rows, schema=TEXTS)
+        fingerprint, folder = manifest.fingerprint(), text_folder(cache.path, name)
+        write_shard(folder, shard, table, kind=manifest.kind, fingerprint=fingerprint)

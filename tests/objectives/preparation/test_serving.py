@@ -184,7 +184,8 @@ def test_a_cache_with_everything_lacks_nothing():
     columns = ("ref_logprobs", "reward", "domain", "turns", "teacher_reward")
     for method in list_methods(METHODS):
         there = replace(
-            facts(everything, *columns), texts=frozenset((*method.needs.texts, *method.needs.chunks))
+            facts(everything, *columns),
+            texts=frozenset((*method.needs.texts, *method.needs.chunks, *method.needs.shown)),
         )
         assert missing(method.objective, there) == []
 

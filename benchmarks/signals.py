@@ -1,0 +1,181 @@
+"""What a top-k loses of the teacher, with its tail spread evenly and by one shape, and what a step costs.
+
+    python benchmarks/signals.py                           # SmolLM2-135M-Instruct, its own samples at T = 0.7
+    python benchmarks/signals.py --teacher FOLDER --top-k 32 64
+
+One line of JSON. `kl` is KL(teacher || what the signal rebuilds) over the whole vocabulary, nats a token, on
+samples that the shape was not made from; the kept log-probabilities are taken as exact. `step` is the time of
+head and loss, forward and backward, against the same divergence with the tail as one outcome.
+"""
+
+# N = response tokens, V = vocabulary, K = kept tokens, D = hidden size
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lightopd.engines.hf.engine import TransformersEngine, load_hf_engine
+from lightopd.models.head import Head
+from lightopd.models.load import load_model
+from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
+from lightopd.objectives.base.whole_vocabulary import spread_tails
+from lightopd.objectives.loss import compute_loss
+from lightopd.objectives.requirements import needs
+from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2
+from lightopd.schemas.configs import HfEngine, ModelConfig, SamplingConfig
+from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.schemas.records import Sequence as TokenSequence
+from lightopd.training.student.forward import evaluate_tokens
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short letter to a friend about a rainy day.",
+    "What is 17 plus 26, and how do you know?",
+    "Explain what a bank does to a child.",
+    "Give three reasons to learn to swim.",
+    "Write a Python function that reverses a list.",
+    "Who was Marie Curie?",
+    "Describe how bread is made.",
+)
+REPEATS = 3
+STEP_TOKENS = 256
+
+
+def sample(engine: TransformersEngine, teacher: Path, tokens: int, seed: int) -> list[TokenSequence]:
+    """Responses of the teacher at temperature 0.7, so many tokens or a little more."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    sequences: list[TokenSequence] = []
+    while sum(len(each.response_ids) for each in sequences) < tokens:
+        keys = [f"{len(sequences)}/{number}" for number in range(len(PROMPTS))]
+        prompts = [np.array(prompt_ids(tokenizer, text), np.int32) for text in PROMPTS]
+        sampling = SamplingConfig(temperature=0.7, max_tokens=max(1, tokens // len(PROMPTS)), seed=seed)
+        drawn = engine.generate(prompts, sampling, keys, [tokenizer.eos_token_id])
+        sequences += [TokenSequence(p, s.response_ids) for p, s in zip(prompts, drawn, strict=True)]
+    return sequences
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """Ids of one user turn, or of the bare text where there is no template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text)["input_ids"])
+    turns = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def kl_lost(teacher_NV: Tensor, shape_V: Tensor, top_k: int) -> float:
+    """Mean over positions of the sum over the tail of T_v log(T_v / (r c_v / C)); float64."""
+    kept_NV = torch.zeros_like(teacher_NV, dtype=torch.bool).scatter_(1, teacher_NV.topk(top_k).indices, True)
+    tail_NV = teacher_NV.exp().masked_fill(kept_NV, 0)
+    log_shape_NV = shape_V.log().expand_as(teacher_NV).masked_fill(kept_NV, -torch.inf)
+    rebuilt_NV = log_shape_NV.log_softmax(1) + tail_NV.sum(1, keepdim=True).log()
+    return float((tail_NV * (teacher_NV - rebuilt_NV).masked_fill(kept_NV, 0)).sum(1).mean())
+
+
+def measure_kl(teacher: Path, top_ks: Sequence[int], calibrate: int, tokens: int, seed: int) -> dict:
+    """KL by support and tail, and how many tokens made and measured it."""
+    engine = load_hf_engine(HfEngine(device="cpu"), ModelConfig(path=str(teacher)))
+    calibration, measured = (sample(engine, teacher, n, seed + i) for i, n in enumerate((calibrate, tokens)))
+    shapes = {k: torch.from_numpy(engine.sum_tails(calibration, k)) for k in top_ks}
+    engine.close()
+    model = load_model(ModelConfig(path=str(teacher)), "cpu")
+    sums = {(k, tail): 0.0 for k in top_ks for tail in ("uniform", "shaped")}
+    total = 0
+    for sequence in measured:
+        ids = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.response_ids])[None]).long()
+        with torch.no_grad():
+            logits_NV = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
+        teacher_NV = logits_NV.double().log_softmax(1)
+        total += len(teacher_NV)
+        for k, shape_V in shapes.items():
+            sums[k, "uniform"] += len(teacher_NV) * kl_lost(teacher_NV, torch.ones_like(shape_V), k)
+            sums[k, "shaped"] += len(teacher_NV) * kl_lost(teacher_NV, shape_V / shape_V.sum(), k)
+    kl = {str(k): {tail: round(sums[k, tail] / total, 4) for tail in ("uniform", "shaped")} for k in top_ks}
+    counts = [sum(len(each.response_ids) for each in part) for part in (calibration, measured)]
+    return {"kl": kl, "calibration_tokens": counts[0], "measured_tokens": counts[1]}
+
+
+def make_batch(vocabulary: int, top_k: int) -> RolloutBatch:
+    """A signal of random, peaked teachers over one long rollout."""
+    random = torch.Generator().manual_seed(0)
+    teacher_NV = (3 * torch.randn(STEP_TOKENS, vocabulary, generator=random)).log_softmax(1)
+    topk_NK, ids_NK = teacher_NV.topk(top_k)
+    tail_N = torch.log1p(-topk_NK.exp().sum(1))
+    zeros_N = torch.zeros(STEP_TOKENS, dtype=torch.int64)
+    return RolloutBatch(
+        ids_N=ids_NK[:, 0],
+        row_N=zeros_N,
+        index_N=torch.arange(STEP_TOKENS),
+        loss_mask_N=torch.ones(STEP_TOKENS, dtype=torch.bool),
+        turns_N=zeros_N,
+        ref_logprobs_N=None,
+        signals={"teacher": SignalBatch(topk_NK[:, 0], ids_NK, topk_NK, tail_N)},
+        lengths_R=torch.tensor([STEP_TOKENS]),
+        rewards_R=torch.zeros(1),
+        is_truncated_R=torch.zeros(1, dtype=torch.bool),
+        groups_R=torch.zeros(1, dtype=torch.int64),
+        domains=(None,),
+        rollout_ids=("r",),
+        totals=BatchTotals(1, STEP_TOKENS),
+        longest=STEP_TOKENS,
+        num_turns=1,
+    )
+
+
+def measure_steps(vocabulary: int, hidden: int, top_k: int) -> dict[str, dict[str, float]]:
+    """Seconds of head and loss by divergence and tail, the least of a few, and the ratio to the bucket's."""
+    random = torch.Generator().manual_seed(1)
+    weight_VD = torch.randn(vocabulary, hidden, generator=random).mul_(0.05).requires_grad_()
+    hidden_ND = torch.randn(STEP_TOKENS, hidden, generator=random).requires_grad_()
+    shapes = {"teacher": torch.randn(vocabulary, generator=random).softmax(0).numpy()}
+    batch, head = make_batch(vocabulary, top_k), Head(weight_VD, None, None, 1.0)
+    found: dict[str, dict[str, float]] = {}
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        seconds = {}
+        for tail in ("bucket", "shaped"):
+            target = {"kind": "divergence", "divergence": divergence, "tail": tail}
+            objective = ObjectiveConfig.model_validate({"target": target})
+            wanted = needs(objective)
+            tails = spread_tails(wanted.tails, shapes, vocabulary)
+            seconds[tail] = min(
+                _step_seconds(objective, batch, hidden_ND, head, tails) for _ in range(REPEATS)
+            )
+        ratio = round(seconds["shaped"] / seconds["bucket"], 2)
+        found[divergence] = {"bucket_s": round(seconds["bucket"], 3), "shaped_ratio": ratio}
+    return found
+
+
+def _step_seconds(objective, batch, hidden_ND, head, tails) -> float:
+    hidden_ND.grad = head.weight_VD.grad = None
+    began_s = time.perf_counter()
+    student = evaluate_tokens(hidden_ND, head, batch, needs(objective).supports, tails)
+    compute_loss(objective, batch, student).value.backward()
+    return time.perf_counter() - began_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a model folder; left out, SmolLM2 from its package")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--calibrate", type=int, default=384, help="response tokens for the shape")
+    parser.add_argument("--tokens", type=int, default=384, help="response tokens that are measured")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = asked.teacher or convert_gguf(find_smollm2(), Path(folder) / "teacher")
+        found = measure_kl(teacher, asked.top_k, asked.calibrate, asked.tokens, asked.seed)
+        rows, columns = load_model(ModelConfig(path=str(teacher)), "cpu").get_output_embeddings().weight.shape
+    steps = measure_steps(rows, columns, min(asked.top_k))
+    print(json.dumps({**found, "step": steps, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
