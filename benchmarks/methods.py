@@ -131,7 +131,7 @@ class Case:
         return self.name or self.recipe
 
 
-UNMEASURED = ("mad_opd",)
+UNMEASURED = ("mad_opd", "vpd", "vpd_teacher")
 """Recipes that read what a model writes in words, which the task's models cannot."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
