@@ -96,7 +96,7 @@ SIGNALS = {
     "privileged": Scorer(TEACHER, "teacher"),
     "shown": Scorer(STUDENT, "self", WITH_ANSWER),
     "negative": Scorer(TEACHER, "reference", WITH_WRONG_ADDEND),
-    **{f"exposure_{level}": Scorer(STUDENT, "reference") for level in (0, 1)},
+    **{f"exposure_{level}": Scorer(TEACHER, "teacher", WITH_WRONG_ADDEND) for level in (0, 1)},
     **{f"exposure_{level}": Scorer(TEACHER, "teacher") for level in (2, 3, 4)},
 }
 
@@ -143,7 +143,10 @@ SPECIAL = (
     Case("sod", TURNS),
     Case("tcod", f"{TURNS}; all three are trained from step 4 on"),
     *(Case(name, PRIVILEGED) for name in SELF_TAUGHT),
-    Case("atesd", f"{REFERENCE} in exposures 0 and 1, the teacher on the plain prompt in 2 to 4"),
+    Case(
+        "atesd",
+        "exposures 0 and 1 are the teacher on the prompt with another last addend, 2 to 4 on the plain prompt",
+    ),
     *(
         Case(
             name,
