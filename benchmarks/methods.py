@@ -145,7 +145,8 @@ SPECIAL = (
     *(Case(name, PRIVILEGED) for name in SELF_TAUGHT),
     Case(
         "atesd",
-        "exposures 0 and 1 are the teacher on the prompt with another last addend, 2 to 4 on the plain prompt",
+        "exposures 0 and 1 are the teacher on the prompt with another last addend, "
+        "2 to 4 on the plain prompt",
     ),
     *(
         Case(
