@@ -129,7 +129,9 @@ def _check_objective(
     columns |= {"domain"} if any(prompt.domain for prompt in rendered.prompts) else set()
     wanted = needs(train.objective)
     columns |= {"teacher_reward"} if wanted.answers and all(map(_is_cache, wanted.answers)) else set()
-    lines = missing(train.objective, CacheFacts(str(train.cache), signals, frozenset(columns)))
+    planned = precompute.signal if precompute is not None else None
+    facts = CacheFacts(str(train.cache), signals, frozenset(columns), planned=planned)
+    lines = missing(train.objective, facts)
     if lines:
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")
 

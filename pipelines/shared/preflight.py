@@ -14,6 +14,7 @@ from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig, Sft
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
 from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.training.data.plan import check_share
 from lightopd.training.distributed.launch import must_start
 from lightopd.training.distributed.strategies import check_strategy
 from lightopd.training.jumps import check_held_out_scores
@@ -22,11 +23,12 @@ from lightopd.training.privacy.limits import check_privacy
 
 
 def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool) -> None:
-    """Refuse devices, strategy, loggers and adapters that cannot work here.
+    """Refuse a batch, devices, strategy, loggers and adapters that cannot work here.
 
     Raises:
         ConfigError: see the message.
     """
+    check_share(finetune.batch_sequences, finetune.devices * finetune.nodes)
     must_start(finetune)
     check_strategy(finetune, asks_student=asks_student)
     check_held_out_scores(objective, finetune)

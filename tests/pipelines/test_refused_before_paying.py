@@ -145,12 +145,16 @@ def pipeline_of(world, out, **changes):
     ("changes", "message"),
     [
         ({"precompute": {"top_k": 99}}, "top_k is 99, the vocabulary of"),
-        ({"train": {"objective": {"signal": "other"}}}, "planned cache cannot serve .* no signal other"),
+        (
+            {"train": {"objective": {"signal": "other"}}},
+            "no signal other .teacher is planned.; set",
+        ),
         ({"train": {"objective": {"token_weights": [{"kind": "ratio"}], "signal": "z"}}}, "no signal z"),
         (
             {"precompute": {"top_k": 0}, "train": {"objective": {"target": {"kind": "divergence"}}}},
-            "0 top-k entries and 1 or more",
+            "planned with 0 top-k entries and 1 or more are needed; set precompute.top_k to 32$",
         ),
+        ({"train": {"devices": 7, "batch_sequences": 4}}, "batch_sequences is 4, which 7 devices cannot"),
         ({"train": {"loggers": ["wandb"]}}, "logger wandb needs"),
         ({"train": {"nodes": 2}}, "nodes is 2, without MASTER_ADDR"),
         ({"teacher": "OTHER"}, "precompute refused: the SFT teacher is"),

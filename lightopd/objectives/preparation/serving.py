@@ -45,6 +45,8 @@ class CacheFacts:
     """What is there and of no use to the objective, one line each."""
     is_teacher_known: bool = True
     """Whether the rollouts say who taught their student, or that nobody did."""
+    planned: str | None = None
+    """The signal that is not there yet, because the run that asks will make it."""
 
 
 COLUMN_SOURCES = {
@@ -224,6 +226,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     role = declared if name in teachers_of(config) else " --set role=reference"
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
+    if facts.planned is not None:
+        return _unplanned(name, size, facts)
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
     if name not in facts.signals:
@@ -232,6 +236,18 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     return (
         f"signal {name} has {facts.signals[name]} top-k entries and {size} or more are needed; score it "
         f"under another name and set that name in the objective: {command.format(name + '_topk')}{top_k}"
+    )
+
+
+def _unplanned(name: str, size: int, facts: CacheFacts) -> str:
+    if name == facts.planned:
+        return (
+            f"signal {name} is planned with {facts.signals[name]} top-k entries and {size} or more are "
+            f"needed; set precompute.top_k to {size if size > 1 else 32}"
+        )
+    return (
+        f"no signal {name} ({facts.planned} is planned); set precompute.signal to {name}, or make a cache "
+        "with both by lightopd rollout and lightopd precompute, and train on it with lightopd train"
     )
 
 

@@ -133,13 +133,7 @@ def make_plan(
         ConfigError: the batch cannot be dealt equally to the ranks.
         TrainingError: nothing to train on, or one rollout does not fit into a micro-batch.
     """
-    share = world_size * index.group_size
-    if finetune.batch_sequences % share:
-        groups = f" groups of {index.group_size} rollouts" if index.group_size > 1 else ""
-        raise ConfigError(
-            f"batch_sequences is {finetune.batch_sequences}, which {world_size} devices cannot share "
-            f"equally{' in' * bool(groups)}{groups}; set it to a multiple of {share}"
-        )
+    check_share(finetune.batch_sequences, world_size, index.group_size)
     if len(index.row_P) == 0:
         raise TrainingError(
             f"the cache has no rollout with a trained token ({index.num_left_out} without one); "
@@ -158,6 +152,20 @@ def make_plan(
         draws=make_draws(finetune.privacy, index.groups_P, finetune.batch_sequences, key),
         is_private=finetune.privacy is not None,
     )
+
+
+def check_share(batch_sequences: int, world_size: int, group_size: int = 1) -> None:
+    """Refuse a batch that cannot be dealt equally to the ranks, in groups that stay together.
+
+    Raises:
+        ConfigError: names the numbers.
+    """
+    if batch_sequences % (world_size * group_size):
+        groups = f" in groups of {group_size} rollouts" if group_size > 1 else ""
+        raise ConfigError(
+            f"batch_sequences is {batch_sequences}, which {world_size} devices cannot share equally{groups}; "
+            f"set it to a multiple of {world_size * group_size}"
+        )
 
 
 def row_tokens(index: CacheIndex, finetune: FinetuneConfig) -> int | None:

@@ -180,6 +180,7 @@ def test_missing_columns_are_named_with_what_makes_them():
 
 def test_a_cache_with_everything_lacks_nothing():
     everything = dict.fromkeys(("teacher", "reference", "privileged", "negative", "warmup"), 64)
+    everything |= {f"exposure_{level}": 64 for level in range(5)}
     everything |= {"dpo": 64, "reverse_dpo": 64, "rollout_student": 64, "second_teacher": 64}
     columns = ("ref_logprobs", "reward", "domain", "turns", "teacher_reward")
     for method in list_methods(METHODS):

@@ -293,8 +293,8 @@ def test_shares_of_weights_are_refused(run):
 
 
 def test_a_lack_of_memory_names_the_setting(run, monkeypatch):
-    def no_memory(*arguments):
-        with memory_advice("generate a batch", arguments[-1], arguments[-2]):
+    def no_memory(loaded, prompts, sampling, keys, stop_ids, batch_rows, setting, new_reader):
+        with memory_advice("generate a batch", setting, batch_rows):
             raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(accuracy, "generate", no_memory)
