@@ -94,6 +94,7 @@ SIGNALS = {
     "dpo": Scorer(TEACHER, "teacher"),
     "reverse_dpo": Scorer(STUDENT, "reference"),
     "privileged": Scorer(TEACHER, "teacher"),
+    "second_teacher": Scorer(TEACHER, "teacher", WITH_WRONG_ADDEND),
     "shown": Scorer(STUDENT, "self", WITH_ANSWER),
     "negative": Scorer(TEACHER, "reference", WITH_WRONG_ADDEND),
     **{f"exposure_{level}": Scorer(TEACHER, "teacher", WITH_WRONG_ADDEND) for level in (0, 1)},
@@ -131,8 +132,20 @@ class Case:
         return self.name or self.recipe
 
 
-UNMEASURED = ("mad_opd", "vpd", "vpd_teacher")
-"""Recipes that read what a model writes in words, which the task's models cannot."""
+TEXTS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"model": str(TEACHER), "template": "{{ prompt }}", "value": r"(\d+)"}
+        for name in ("confidence", "second_confidence")
+    },
+    "feedback_shown": {"model": str(STUDENT), "role": "self", "gives": "context", "template": WITH_ANSWER},
+    "continuations": {
+        "model": str(TEACHER),
+        "gives": "branches",
+        "template": "continue",
+        "branches": {"places": 2},
+    },
+}
+"""Text columns: what writes them, and from what."""
 SELF_TAUGHT = ("opsd", "opsd_code", "opsd_sampled", "mgsd")
 SPECIAL = (
     *(Case(name, REFERENCE) for name in ("g_opd", "g_opd_baseline", "exopd", "exopd_baseline")),
@@ -157,6 +170,13 @@ SPECIAL = (
         )
         for name in SELF_TAUGHT
     ),
+    Case(
+        "mad_opd",
+        "the second teacher is the first on the prompt with another last addend; no debate, and both are "
+        "as sure as each other",
+    ),
+    Case("vpd", f"{PRIVILEGED}, after its training"),
+    Case("vpd_teacher", SHOWN),
     Case("vision_opd", f"{PRIVILEGED}, on the teacher's own top-k"),
     Case("pipo", "the support is the teacher's top-k alone"),
     Case("caopd", f"{PRIVILEGED}; no confidence is stated"),
@@ -210,7 +230,7 @@ def cases() -> list[Case]:
     for case in SPECIAL:
         special.setdefault(case.recipe, []).append(case)
     plain = [method.name for method in list_methods(METHODS)]
-    return [case for name in plain if name not in UNMEASURED for case in special.get(name, [Case(name)])]
+    return [case for name in plain for case in special.get(name, [Case(name)])]
 
 
 def plain_cache() -> Path:
@@ -256,12 +276,13 @@ def turns_of(ids_R: np.ndarray, comma: int) -> list[int]:
     return list(np.cumsum(ids_R == comma) - (ids_R == comma))
 
 
-def continue_at_peaks(cache: Path, name: str) -> None:
-    """Add the teacher's continuations of each rollout where the student was least certain."""
-    settings = {"cache": cache, "model": str(TEACHER), "name": name, "gives": "branches", "prompts": TRAINED}
-    sampling = {"sampling": SAMPLING | {"n": 2, "seed": 3, "max_tokens": 4}}
-    branches = {"template": "continue", "branches": {"places": 2}, "engine": SAMPLED["engine"]}
-    rewrite.run(build(RewriteConfig, settings | sampling | branches))
+def write_text(cache: Path, name: str) -> None:
+    """Add a text column, four tokens a text and two continuations a branch, where the cache has it not."""
+    written = TEXTS[name]
+    num_texts = 2 if written.get("gives") == "branches" else 1
+    sampling = {"sampling": SAMPLING | {"n": num_texts, "seed": 3, "max_tokens": 4}}
+    settings = {"cache": cache, "name": name, "prompts": TRAINED, "engine": SAMPLED["engine"]}
+    rewrite.run(build(RewriteConfig, settings | sampling | written))
 
 
 def score(cache: Path, signals: Iterable[str]) -> None:
@@ -289,8 +310,8 @@ def measure(case: Case, learning_rate: float, before: Mapping[str, Any]) -> dict
     if asked.answers:
         answers_cache()
     score(config.cache, asked.signals)
-    for name in asked.chunks:
-        continue_at_peaks(config.cache, name)
+    for name in (*asked.texts, *asked.chunks, *asked.shown):
+        write_text(config.cache, name)
     shutil.rmtree(config.out, ignore_errors=True)
     started_s = time.monotonic()
     train.run(config)

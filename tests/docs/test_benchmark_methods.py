@@ -25,7 +25,7 @@ def methods():
 def test_every_recipe_has_a_run_and_no_two_runs_share_a_name(methods):
     runs = methods.cases()
     recipes = {path.stem for path in methods.METHODS.glob("*.yaml")}
-    assert {case.recipe for case in runs} == recipes - set(methods.UNMEASURED)
+    assert {case.recipe for case in runs} == recipes
     assert len({case.run for case in runs}) == len(runs)
 
 
@@ -44,7 +44,9 @@ def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(
     for case in methods.cases():
         config = methods.config_of(case, tmp_path, 3e-5)
         assert (config.steps, config.batch_sequences, config.optimizer.lr) == (100, 128, 3e-5)
-        assert set(needs(config.objective).signals) <= set(methods.SIGNALS), case.run
+        asked = needs(config.objective)
+        assert set(asked.signals) <= set(methods.SIGNALS), case.run
+        assert {*asked.texts, *asked.chunks, *asked.shown} <= set(methods.TEXTS), case.run
 
 
 def test_a_comma_ends_its_total(methods):
