@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from run_files import models_of
 from tiny_models import CHARACTERS, save_model, tokenizer
 
 from lightopd.config import build, build_run, load_stage
@@ -132,8 +133,7 @@ def test_a_failed_start_leaves_nothing_that_blocks_the_next(world, tmp_path):
 
 
 def pipeline_of(world, out, **changes):
-    plain = {"out": str(out), "teacher": str(world.teacher), "student": str(world.sft / "student")}
-    plain["prompts"] = str(world.root / "prompts.jsonl")
+    plain = models_of(world, out)
     plain |= {"rollout": {"sampling": {"max_tokens": 8}}, "precompute": {"top_k": 4}, "train": {"steps": 1}}
     for section, change in changes.items():
         plain[section] = {**plain[section], **change} if isinstance(plain.get(section), dict) else change

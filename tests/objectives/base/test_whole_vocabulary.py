@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from one_rollout import one_rollout
 from torch import Tensor
 
 from lightopd.errors import ConfigError
 from lightopd.models.head import Head
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
+from lightopd.objectives.base.batch import RolloutBatch, SignalBatch
 from lightopd.objectives.base.whole_vocabulary import spread_tails
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.plain_tensors import loss_from_logits
@@ -76,25 +77,7 @@ def rebuilt(signal: SignalBatch, shape_V: Tensor) -> Tensor:
 
 
 def make_batch(signal: SignalBatch) -> RolloutBatch:
-    zeros_N = torch.zeros(N, dtype=torch.int64)
-    return RolloutBatch(
-        ids_N=torch.arange(N) * 3 % V,
-        row_N=zeros_N,
-        index_N=torch.arange(N),
-        loss_mask_N=torch.ones(N, dtype=torch.bool),
-        turns_N=zeros_N,
-        ref_logprobs_N=None,
-        signals={"teacher": signal},
-        lengths_R=torch.tensor([N]),
-        rewards_R=torch.zeros(1),
-        is_truncated_R=torch.zeros(1, dtype=torch.bool),
-        groups_R=torch.zeros(1, dtype=torch.int64),
-        domains=(None,),
-        rollout_ids=("r",),
-        totals=BatchTotals(1, N),
-        longest=N,
-        num_turns=1,
-    )
+    return one_rollout(torch.arange(N) * 3 % V, {"teacher": signal})
 
 
 def objective_of(kind: str, tail: str = "shaped", **keys) -> ObjectiveConfig:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run_files import models_of
 
 from lightopd.cache.store import open_cache
 from lightopd.config import build_run, load_run, read_yaml
@@ -21,10 +22,7 @@ REWARD = {"target": {"kind": "reward"}, "token_weights": [{"kind": "ppo_clip", "
 def settings(world, out, **changes):
     """A run file of two phases: a teacher's divergence, then a reward on new rollouts."""
     plain = {
-        "out": str(out),
-        "teacher": str(world.teacher),
-        "student": str(world.sft / "student"),
-        "prompts": str(world.root / "prompts.jsonl"),
+        **models_of(world, out),
         "rollout": {"sampling": {"max_tokens": 6}},
         "precompute": {"top_k": 4},
         "train": {"steps": 1, "batch_sequences": 12, "optimizer": {"lr": 1e-3}},

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from run_files import models_of
 from safetensors.torch import load_file
 from tiny_models import save_model
 
@@ -26,10 +27,7 @@ from lightopd.training.optimizer import learning_rate
 def settings(world, out, **changes):
     """A run file of two rounds of two steps, four prompts in each."""
     plain = {
-        "out": str(out),
-        "teacher": str(world.teacher),
-        "student": str(world.sft / "student"),
-        "prompts": str(world.root / "prompts.jsonl"),
+        **models_of(world, out),
         "rollout": {"sampling": {"max_tokens": 8, "n": 2}, "shard_rollouts": 4},
         "precompute": {"top_k": 4},
         "train": {

@@ -2,35 +2,16 @@
 
 import pytest
 import torch
+from one_rollout import one_rollout
 
 from lightopd.models.head import Head
-from lightopd.objectives.base.batch import BatchTotals, RolloutBatch
 from lightopd.training.student.forward import evaluate_tokens
 
 N, D, V = 64, 48, 500
 
 
 def make_rollouts():
-    ids_N, zeros_N = torch.arange(N) * 7 % V, torch.zeros(N, dtype=torch.int64)
-    return RolloutBatch(
-        ids_N=ids_N,
-        row_N=zeros_N,
-        index_N=torch.arange(N),
-        loss_mask_N=torch.ones(N, dtype=torch.bool),
-        turns_N=zeros_N,
-        ref_logprobs_N=None,
-        signals={},
-        lengths_R=torch.tensor([N]),
-        rewards_R=torch.zeros(1),
-        is_truncated_R=torch.zeros(1, dtype=torch.bool),
-        groups_R=torch.zeros(1, dtype=torch.int64),
-        domains=(None,),
-        rollout_ids=("r",),
-        totals=BatchTotals(1, N),
-        longest=N,
-        num_turns=1,
-        prepared_R={},
-    )
+    return one_rollout(torch.arange(N) * 7 % V, {})
 
 
 @pytest.mark.parametrize("is_mixed", [True, False])
