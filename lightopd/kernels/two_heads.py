@@ -1,8 +1,8 @@
-"""A divergence over the whole vocabulary between a live head and a frozen one, walked tile by tile side by side.
+"""A divergence over the whole vocabulary between a live head and a frozen one, walked side by side.
 
-Both sides are hidden states and a head, of unequal sizes and one vocabulary. The frozen side's logits are made
-again wherever they are read, as the live side's are, so that no [N, V] tensor exists and memory does not grow
-with positions times vocabulary.
+Both sides are hidden states and a head, of unequal sizes and one vocabulary. The frozen side's logits are
+made again wherever they are read, as the live side's are, so that no [N, V] tensor exists and memory does not
+grow with positions times vocabulary.
 """
 
 # N = positions, D = hidden size of the live side, E = of the frozen side, V = vocabulary
@@ -28,7 +28,7 @@ TileSlopes = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Divergence(NamedTuple):
-    """A sum over the vocabulary of a term of log T and log s. Both functions may overwrite log T and log s."""
+    """A sum over the vocabulary of a term of log T and log s; both functions may overwrite these two."""
 
     sums: TileSums
     slopes: TileSlopes
@@ -89,8 +89,8 @@ def divergence_of_heads(
         )
     if frozen.hidden_NE.shape[1] != frozen.head_VE.shape[1]:
         raise ValueError(
-            f"hidden {tuple(frozen.hidden_NE.shape)} and head {tuple(frozen.head_VE.shape)} of the frozen side "
-            "must be [N, E] and [V, E]"
+            f"hidden {tuple(frozen.hidden_NE.shape)} and head {tuple(frozen.head_VE.shape)} of the frozen "
+            "side must be [N, E] and [V, E]"
         )
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, False)

@@ -1,8 +1,8 @@
 """Divergences over a tile of the vocabulary: sums of terms, and slopes in closed form, without autograd.
 
-They are those of `divergences`, term by term; p log(p/q) - p + q is summed as its three parts, whose rest is of
-second order in the rounding of the two normalisers. A slope is the derivative of a term by log s. Each function
-may overwrite log T and log s, and leaves s as it is.
+They are those of `divergences`, term by term; p log(p/q) - p + q is summed as its three parts, whose rest is
+of second order in the rounding of the two normalisers. A slope is the derivative of a term by log s. Each
+function may overwrite log T and log s, and leaves s as it is.
 """
 
 # C = positions, T = tokens of a tile
