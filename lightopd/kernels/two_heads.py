@@ -148,7 +148,7 @@ class _TwoHeads(torch.autograd.Function):
             student_CT = logprobs_CT.exp()
             slope_CT = ctx.slopes(frozen_tiles.logprobs(rows, tile), logprobs_CT, student_CT)
             # d log s_v / d z_u is 1[u = v] - s_u: every slope is also taken off all logits, by the softmax.
-            grad_CT = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
+            grad_CT: Tensor = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
             return grad_CT if inner_CT is None else grad_CT.mul_(inner_CT)
 
         with torch.autocast(grad_N.device.type, enabled=False):
@@ -167,7 +167,8 @@ class _FrozenTiles:
 
     def logprobs(self, rows: slice, tile: slice) -> Tensor:
         """log T of a tile, [C, T], in the live side's dtype."""
-        return self._tiles.read(rows, tile).sub_(self._logsumexp_N[rows, None]).to(self._dtype)
+        logprobs_CT = self._tiles.read(rows, tile).sub_(self._logsumexp_N[rows, None])
+        return logprobs_CT.to(self._dtype)
 
 
 def finish_with_slope(products_CT: Tensor, bias_T: Tensor | None, walk: Walk) -> tuple[Tensor, Tensor | None]:
