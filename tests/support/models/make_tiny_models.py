@@ -27,15 +27,23 @@ import hashlib
 import json
 import logging
 import math
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from demo_responses import corrupted_response, longest_prompt, reference_response
+from demo_batches import (
+    CORRUPTED_SHARE,
+    IGNORED,
+    STUDENT_BATCH,
+    TEACHER_BATCH,
+    Task,
+    encode,
+    shuffled_batches,
+    stack,
+    teacher_batches,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -50,35 +58,12 @@ log = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+=,-*/()<>?!.:; \n[]"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-IGNORED = -100
 
-TEACHER_STEPS, TEACHER_BATCH, TEACHER_PEAK_LR, CORRUPTED_SHARE = 2500, 96, 3e-3, 0.3
-STUDENT_STEPS, STUDENT_BATCH, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 1800, 64, 2e-3, 3000
+TEACHER_STEPS, TEACHER_PEAK_LR = 2500, 3e-3
+STUDENT_STEPS, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 1800, 2e-3, 3000
 NUM_HELD_OUT = 2000
 # One seed per use, added to the seed of the run: no two draws of prompts share a stream.
 SFT_SEED, HELD_OUT_SEED = 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Sums of so many numbers, and the lengths that follow."""
-
-    addends: int
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest response, the end token, and room for a slip that makes a total a digit longer."""
-        return len(reference_response(longest_prompt(self.addends))) + 3
-
-    @property
-    def sequence_tokens(self) -> int:
-        """The longest prompt and response."""
-        return len(longest_prompt(self.addends)) + self.max_new_tokens
-
-    @property
-    def context_tokens(self) -> int:
-        """Context of the models."""
-        return 64 if self.addends == NUM_ADDENDS else self.sequence_tokens
 
 
 def main() -> None:
@@ -220,66 +205,6 @@ def random_model(
     )
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(config)
-
-
-def teacher_batches(
-    tokenizer: PreTrainedTokenizerFast, task: Task, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of fresh training prompts, `CORRUPTED_SHARE` of them with a wrong digit."""
-    rng = random.Random(seed)
-    while True:
-        rows = running_totals(rng.getrandbits(64), TEACHER_BATCH, addends=task.addends)
-        prompts = [row["prompt"] for row in rows]
-        pairs = [
-            corrupted_response(prompt, rng)
-            if rng.random() < CORRUPTED_SHARE
-            else (reference_response(prompt), None)
-            for prompt in prompts
-        ]
-        encoded = [
-            encode(
-                tokenizer, task, prompt, tokenizer.convert_tokens_to_ids([*response, "<eos>"]), wrong_index
-            )
-            for prompt, (response, wrong_index) in zip(prompts, pairs, strict=True)
-        ]
-        yield stack(encoded)
-
-
-def shuffled_batches(
-    tokenizer: PreTrainedTokenizerFast, task: Task, prompts: list[str], answers: list[list[int]], seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of the given pairs, in a new order in every epoch."""
-    ids_BT, labels_BT = stack([encode(tokenizer, task, *pair) for pair in zip(prompts, answers, strict=True)])
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(ids_BT), generator=generator)
-        for start in range(0, len(order) - STUDENT_BATCH + 1, STUDENT_BATCH):
-            rows = order[start : start + STUDENT_BATCH]
-            yield ids_BT[rows], labels_BT[rows]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast,
-    task: Task,
-    prompt: str,
-    response_ids: list[int],
-    wrong_index: int | None = None,
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of one example, both `task.sequence_tokens` long and padded on the right.
-
-    Labels are ids on the response and `IGNORED` on the prompt, the padding and the wrong digit.
-    """
-    ids = tokenizer.convert_tokens_to_ids([*prompt]) + response_ids
-    labels = [IGNORED] * len(prompt) + response_ids
-    if wrong_index is not None:
-        labels[len(prompt) + wrong_index] = IGNORED
-    padding = task.sequence_tokens - len(ids)
-    return ids + [tokenizer.pad_token_id] * padding, labels + [IGNORED] * padding
-
-
-def stack(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Ids and labels as two int64 tensors, (B, T)."""
-    return torch.tensor([ids for ids, _ in rows]), torch.tensor([labels for _, labels in rows])
 
 
 def train(
