@@ -62,8 +62,8 @@ class TopK(StrictModel):
     @property
     def serves(self) -> frozenset[Serves]:
         """What an objective can read of it."""
-        shaped: set[Serves] = set() if self.shape is None else {"shaped"}
-        return frozenset({"sampled", "support"} | shaped)
+        plain: set[Serves] = {"sampled", "support"}
+        return frozenset(plain | _shaped(self.shape))
 
 
 class Hidden(StrictModel):
@@ -81,9 +81,13 @@ class Hidden(StrictModel):
     @property
     def serves(self) -> frozenset[Serves]:
         """What an objective can read of it; a support comes out of the hidden states where it is not kept."""
-        shaped: set[Serves] = set() if self.shape is None else {"shaped"}
-        return frozenset({"sampled", "support", "whole"} | shaped)
+        plain: set[Serves] = {"sampled", "support", "whole"}
+        return frozenset(plain | _shaped(self.shape))
 
 
 Kept = Annotated[Sampled | TopK | Hidden, Field(discriminator="kind")]
 """What a signal keeps."""
+
+
+def _shaped(shape: TailShape | None) -> set[Serves]:
+    return set() if shape is None else {"shaped"}
