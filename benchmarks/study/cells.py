@@ -1,0 +1,120 @@
+"""One run of the study, from the stages that users run: cache, training, evaluation, and its line of figures."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+from arms import Arm, Cell, read_regime, settings_of
+
+from lightopd.config import build, build_run, merged
+from lightopd.lineage.fingerprint import fingerprint_model
+from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
+from lightopd.schemas.base import canonical_hash
+from lightopd.schemas.configs import EvalConfig, ModelConfig, PrecomputeConfig, RolloutConfig, SftConfig, TrainConfig
+from lightopd.schemas.run import RunConfig
+
+Line = dict[str, Any]
+VALIDATION = {"split": "train", "seed": 900}
+"""Laid over the held-out prompts for runs that choose a setting: prompts that no cache of the study has."""
+OF_TRAINING = ("w_mean", "w_std", "ess", "chi2", "overlap", "log_ratio", "loss", "tokens", "tokens_per_second")
+OF_CACHE = ("gap_nats", "response_tokens", "bytes_per_token")
+
+
+def run_of(arm: Arm, cell: Cell, work: Path) -> RunConfig:
+    """The cell as a run file with its models and folders."""
+    regime = read_regime(cell.regime)
+    settings = settings_of(arm, cell)
+    scorer = settings.pop("teacher", regime["teacher"])
+    if cell.is_tuning:
+        settings = merged(settings, {"eval_prompts": VALIDATION})
+    own = {
+        "teacher": str(models.teacher(work, scorer)),
+        "student": str(models.student(work, cell.regime)),
+        "out": str(work / "runs" / cell.key),
+    }
+    return build_run(merged(settings, own))
+
+
+def identity(run: RunConfig, arm: Arm) -> str:
+    """Hash of what decides a cell's figures: settings and models, but no folder and no title."""
+    settings = run.model_dump(mode="json", exclude={"out", "teacher", "student"})
+    weights = [fingerprint_model(ModelConfig(path=one.path)).identity for one in (run.teacher, run.student)]
+    return canonical_hash([arm.kind, settings, weights])
+
+
+def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
+    """Run a cell and give its line; what it wrote is deleted, but for the cache that others share."""
+    shutil.rmtree(run.out, ignore_errors=True)
+    trained = {"offline": _offline, "rounds": _rounds, "sft": _more_sft}[arm.kind](run, work)
+    line = {
+        "key": cell.key,
+        "identity": identity(run, arm),
+        **{"arm": cell.arm, "regime": cell.regime, "seed": cell.seed},
+        **{"grid": dict(cell.grid), "tuned": dict(cell.tuned), "is_tuning": cell.is_tuning},
+        **trained,
+        **evaluated(run, run.out / "train" / "student", is_quick=cell.is_tuning),
+    }
+    shutil.rmtree(run.out, ignore_errors=True)
+    return line
+
+
+def evaluated(run: RunConfig, model: Path, *, is_quick: bool) -> Line:
+    """Accuracy at temperature 1, and unless `is_quick` greedily; KL to the teacher on the model's own answers."""
+    settings = run.settings("eval_after") | {"model": str(model), "out": run.out / "eval"}
+    sampled = evaluate.run(build(EvalConfig, settings)).figures
+    figures = {"accuracy": sampled["avg_at_k"], "standard_error": sampled["standard_error"]}
+    figures |= {"reverse_kl_nats": sampled["reverse_kl_nats"], "forward_kl_nats": sampled["forward_kl_nats"]}
+    if is_quick:
+        return figures
+    greedy = merged(settings, {"sampling": {"temperature": 0.0}, "teacher": None, "out": run.out / "greedy"})
+    return figures | {"greedy_accuracy": evaluate.run(build(EvalConfig, greedy)).figures["avg_at_k"]}
+
+
+def cache_of(run: RunConfig, work: Path) -> tuple[Path, Line]:
+    """A cell's cache, shared by all that sample and score alike, and what it cost when it was made."""
+    sampling, scoring = run.settings("rollout"), run.settings("precompute")
+    named = {name: value for name, value in scoring.items() if name != "cache"}
+    place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named]))[:16]
+    first = rollout.run(build(RolloutConfig, sampling | {"cache": place}))
+    second = precompute.run(build(PrecomputeConfig, scoring | {"cache": place}))
+    return place, {name: second.figures[name] for name in OF_CACHE if name in second.figures} | {
+        "rollout_seconds": round(first.seconds, 2), "score_seconds": round(second.seconds, 2)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else (str(value) if isinstance(value, Path) else value)
+
+
+def _offline(run: RunConfig, work: Path) -> Line:
+    place, cost = cache_of(run, work)
+    started_s = time.monotonic()
+    report = train.run(build(TrainConfig, run.settings("train") | {"cache": place}))
+    found = {name: report.figures[name] for name in OF_TRAINING if name in report.figures}
+    return {**cost, **found, "train_seconds": round(time.monotonic() - started_s, 2)}
+
+
+def _rounds(run: RunConfig, work: Path) -> Line:
+    started_s = time.monotonic()
+    report = rounds.run(run.model_copy(update={"eval_prompts": None}))
+    shutil.copytree(run.out / "student", run.out / "train" / "student")
+    seconds = round(time.monotonic() - started_s, 2)
+    return {"train_seconds": seconds, **{n: report.figures[n] for n in OF_TRAINING if n in report.figures}}
+
+
+def _more_sft(run: RunConfig, work: Path) -> Line:
+    """The teacher answers the prompts of the rollouts, and the student learns from these as before."""
+    own = run.train
+    fitted = {name: own[name] for name in ("steps", "batch_sequences", "optimizer", "seed") if name in own}
+    settings = {"prompts": run.prompts, "teacher": run.teacher, "student": run.student, "out": run.out / "train"}
+    settings |= {name: run.rollout[name] for name in ("sampling", "engine", "shard_rollouts")}
+    started_s = time.monotonic()
+    report = sft.run(build(SftConfig, settings | {"finetune": fitted}))
+    seconds = round(time.monotonic() - started_s, 2)
+    return {"train_seconds": seconds, **{n: report.figures[n] for n in OF_TRAINING if n in report.figures}}

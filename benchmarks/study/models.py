@@ -1,0 +1,43 @@
+"""The study's models: teachers by a plain loop, students by the sft stage; made once, then found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from arms import read_regime
+
+from lightopd.config import build, merged
+from lightopd.pipelines import DEMO, sft
+from lightopd.schemas.configs import SftConfig
+
+ROOT = Path(__file__).parents[2]
+MAKER = ROOT / "tests" / "support" / "models" / "make_tiny_models.py"
+SHIPPED = "demo"
+"""Name of the teacher that ships with the package."""
+TEACHERS = {"a": 0, "b": 1}
+"""Seeds of the teachers that are made here: weights, data and order of training differ."""
+ADDENDS = 8
+
+
+def teacher(work: Path, name: str) -> Path:
+    """Folder of a teacher; one that is not shipped is trained where it is not there, with a base beside it."""
+    if name == SHIPPED:
+        return DEMO / "teacher"
+    folder = work / "models" / name
+    if not (folder / "base" / "provenance.json").exists():
+        settings = ["--addends", str(ADDENDS), "--seed", str(TEACHERS[name]), "--threads", "1"]
+        command = [sys.executable, MAKER.name, "--out", str(folder), "--without-student", *settings]
+        subprocess.run(command, cwd=MAKER.parent, check=True)
+    return folder / "teacher"
+
+
+def student(work: Path, regime: str) -> Path:
+    """Folder of a regime's student: the shipped one, or a base fine-tuned on answers of the regime's teacher."""
+    described = read_regime(regime)
+    if "sft" not in described:
+        return DEMO / "student"
+    base = teacher(work, "a").parent / "base"
+    own = {"teacher": str(teacher(work, described["teacher"])), "student": str(base)}
+    out = work / "students" / regime
+    sft.run(build(SftConfig, merged(described["sft"], own | {"out": str(out)})))
+    return out / "student"

@@ -1,0 +1,53 @@
+"""From the lines of the runs to what is said of an arm: chosen settings, means and intervals over seeds."""
+
+import math
+from collections.abc import Iterable, Iterator
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
+
+Line = dict[str, Any]
+Place = tuple[str, str, tuple[tuple[str, Any], ...]]
+"""Arm, regime and combination of the grid."""
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % interval."""
+
+    mean: float
+    half_width: float
+    """NaN for one seed."""
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.half_width:.4f}" if self.seeds > 1 else f"{self.mean:.4f}"
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean and half-width of the 95 % interval of Student's t over the seeds' values."""
+    found = list(values)
+    if len(found) < 2:
+        return Interval(found[0], math.nan, len(found))
+    width = student_t.ppf(0.975, len(found) - 1) * stdev(found) / math.sqrt(len(found))
+    return Interval(mean(found), float(width), len(found))
+
+
+def place_of(line: Line) -> Place:
+    """Where a line belongs."""
+    return line["arm"], line["regime"], tuple(line["grid"].items())
+
+
+def measured(lines: Iterable[Line]) -> Iterator[tuple[Place, list[Line]]]:
+    """The lines of every place at the setting that was chosen for it, the tuning runs left out."""
+    found: dict[Place, list[Line]] = {}
+    for line in lines:
+        if not line["is_tuning"]:
+            found.setdefault(place_of(line), []).append(line)
+    yield from found.items()
+
+
+def best_tuning(lines: Iterable[Line], place: Place) -> dict[str, Any] | None:
+    """The tuned settings with the highest validation accuracy; of equal ones the first. None where none ran."""
+    tried = [line for line in lines if line["is_tuning"] and place_of(line) == place]
+    return max(tried, key=lambda line: line["accuracy"])["tuned"] if tried else None
