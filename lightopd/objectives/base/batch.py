@@ -25,7 +25,7 @@ class SignalBatch:
     tail_logprobs_N: Tensor
     """float32, log of the probability outside the support; -inf when nothing is outside."""
     hidden_ND: Tensor | None = None
-    """The last hidden states of the model that scored, any float dtype; None where no part reads them."""
+    """Float, the last hidden state of the signal's model before each token; None where it is not read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ class Needs:
     """Those whose top-k must be loaded too."""
     supports: tuple[str, ...] = ()
     """Those on whose top-k the live student is evaluated."""
+    hidden: tuple[str, ...] = ()
+    """Those whose hidden states must be loaded too."""
     columns: tuple[str, ...] = ()
     """Columns that not every cache has, see `Column` in the config."""
     groups: bool = False
@@ -56,8 +58,6 @@ class Needs:
     """The student at rollout stands for the policy that sampled, in an importance ratio."""
     tails: tuple[WholeTail, ...] = ()
     """What is summed over the vocabulary outside a support, where the tail is not one outcome."""
-    hidden: tuple[str, ...] = ()
-    """Signals whose hidden states are read."""
     entries: tuple[tuple[str, Entries], ...] = ()
     """Signals whose top-k is made from their hidden states, and which it is."""
     state: bool = False
