@@ -39,6 +39,7 @@ ROOMS = [
     "engines.vllm",
     "engines",
     "objectives.base",
+    "objectives.whole",
     "objectives.parts",
     "objectives",
     "objectives.preparation",
