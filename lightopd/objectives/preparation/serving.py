@@ -17,7 +17,7 @@ from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.parts.targets import load_custom
-from lightopd.objectives.requirements import kept_hidden, needs, on_signals
+from lightopd.objectives.requirements import kept_hidden, needs, on_signals, term_needs
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import (
     ConstantExtrapolation,
@@ -239,7 +239,12 @@ def _missing_hidden(config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -
         f"that name in the objective: lightopd precompute --cache {facts.path} --teacher MODEL --signal "
         f"{name}_hidden --keep hidden"
         for name, reader in readers.items()
-        if name in facts.signals and name not in facts.hidden
+        if name in facts.signals and name not in facts.hidden and name != facts.planned
+    ]
+    lines += [
+        f"signal {name} is planned without hidden states, which {reader} reads; set precompute.keep to hidden"
+        for name, reader in readers.items()
+        if name == facts.planned and name not in facts.hidden
     ]
     made = _made(wanted, facts)
     measured = {
@@ -329,6 +334,8 @@ def warnings_of(config: ObjectiveConfig) -> list[str]:
 
 def _term_warnings(term: TermConfig) -> list[str]:
     lines = []
+    if term.entries and not term_needs(term).topk:
+        lines.append(f"term {term.name}: no part of it reads a top-k, so its entries are not made")
     extrapolates = isinstance(term.extrapolate, ConstantExtrapolation) and term.extrapolate.factor != 1
     has_ratio = any(weight.kind == "ratio" for weight in term.token_weights)
     if extrapolates and isinstance(term.target, LogRatioTarget) and term.baseline is None and not has_ratio:
