@@ -24,6 +24,8 @@ class SignalBatch:
     """float32, -inf at padding."""
     tail_logprobs_N: Tensor
     """float32, log of the probability outside the support; -inf when nothing is outside."""
+    hidden_ND: Tensor | None = None
+    """float32, the last hidden state of the signal's model; None where it is not read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ class Needs:
     """Those whose top-k must be loaded too."""
     supports: tuple[str, ...] = ()
     """Those on whose top-k the live student is evaluated."""
+    hidden: tuple[str, ...] = ()
+    """Those whose hidden states must be loaded too."""
     columns: tuple[str, ...] = ()
     """Columns that not every cache has, see `Column` in the config."""
     groups: bool = False
