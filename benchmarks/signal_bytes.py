@@ -1,17 +1,19 @@
-"""How many bytes a token the kept entries of a teacher take, and what is lost of it, by support and by encoding.
+"""Bytes a token of a teacher's kept entries, and what is lost of it, by support and by encoding.
 
-    python benchmarks/signal_bytes.py --scores /tmp/scores            # SmolLM2's own samples, drawn once and kept
+    python benchmarks/signal_bytes.py --scores /tmp/scores     # SmolLM2's own samples, drawn once and kept
     python benchmarks/signal_bytes.py --scores /tmp/scores --json docs/decisions/0012-bytes.json
 
-One line of JSON, for SmolLM2-135M-Instruct's own samples at T = 0.7 and for synthetic teachers, peaked and flat,
-at V = 151,936. Bytes are those of whole shards of a signal: sampled token, counts, tail, entries, rollout ids.
-`kl` is KL(teacher || what is rebuilt) over the whole vocabulary on tokens that the shape was not made from.
+One line of JSON, for SmolLM2-135M-Instruct's own samples at T = 0.7 and for synthetic teachers, peaked and
+flat, at V = 151,936. Bytes are those of a signal's whole shards: sampled token, counts, tail, entries, ids
+of rollouts. `kl` is KL(teacher || what is rebuilt) over the whole vocabulary on tokens that the shape was
+not made from. Speeds are CPU time of one thread. The entropy coder needs `pip install constriction`.
 docs/decisions/0012-bytes-of-a-signal.md draws the decision from it.
 """
 
 # N = response tokens, V = vocabulary, C = kept entries of all positions end to end; nats
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from support.entropy_coder import coded_bytes
 from support.kept_entries import (
     BLOCK,
     WIDEST,
@@ -40,10 +41,17 @@ THRESHOLDS = (3e-3, 2e-3, 1.5e-3, 1e-3, 8e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4
 SUPPORTS = (*(Support(k) for k in (32, 64, 128)), *(Support(min_probability=p) for p in THRESHOLDS))
 EVERY_ENCODING = ("top-64", "p > 1e-03", "p > 3e-04")
 """Supports that are written in every way; the others in those of the curve."""
-CURVE = ("float16", "sixteenths", "eighths", "quarters", "eighths, by id, gaps", "quarters, by frequency, gaps")
+CURVE = (
+    "float16",
+    "sixteenths",
+    "eighths",
+    "quarters",
+    "eighths, by id, gaps",
+    "quarters, by frequency, gaps",
+)
 GOALS = (0.12, 0.098, 0.08)
 """KL at which bytes are told, with the tail by its shape."""
-REPEATS = 5
+REPEATS, READINGS = 5, 5
 SYNTHETIC = {"peaked": 3.5, "flat": 2.0}
 SYNTHETIC_VOCABULARY, SYNTHETIC_TOKENS = 151_936, 1024
 STUDENT_NOISE_NATS = 0.5
@@ -113,7 +121,8 @@ def measure(calibration: Teachers, measured: Teachers) -> dict:
             for way in ways
             if support.name in EVERY_ENCODING or way.name in CURVE
         ]
-        rows.append(_coded(before, exact, losses, place, vocabulary))
+        if importlib.util.find_spec("constriction"):
+            rows.append(_coded(before, exact, losses, place, vocabulary))
         found[support.name] = {
             "entries": round(len(exact.ids_C) / len(exact.counts_N), 2),
             "kl_uniform": round(losses.kl_lost(exact, exact, None), 4),
@@ -143,13 +152,17 @@ def _written(way: Encoding, exact: Kept, losses: Measure, place: int) -> dict:
 
 
 def _seconds(read: Callable, content: bytes) -> float:
-    began_s = time.perf_counter()
-    read(content)
-    return time.perf_counter() - began_s
+    """CPU seconds of one reading, over as many as a clock can tell; other work on the machine counts less."""
+    began_s = time.process_time()
+    for _ in range(READINGS):
+        read(content)
+    return (time.process_time() - began_s) / READINGS
 
 
 def _coded(before: Kept, exact: Kept, losses: Measure, place: int, vocabulary: int) -> dict:
     """By an entropy coder, in quarters of a nat, with statistics of the calibration tokens."""
+    from support.entropy_coder import coded_bytes
+
     stored, size, seconds = coded_bytes(before, exact, vocabulary)
     num = len(exact.counts_N)
     row = {"name": "quarters, entropy coder", "bytes": round(size / num, 2)}
@@ -174,9 +187,12 @@ def bytes_at(found: dict, goal: float) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scores", type=Path, required=True, help="folder of the samples; made where it is missing")
+    parser.add_argument(
+        "--scores", type=Path, required=True, help="folder of the samples; made where it is missing"
+    )
     parser.add_argument("--calibrate", type=int, default=2048, help="response tokens for the shape")
     parser.add_argument("--tokens", type=int, default=2048, help="response tokens that are measured")
+    parser.add_argument("--no-synthetic", action="store_true", help="SmolLM2 alone")
     parser.add_argument("--json", type=Path, help="file for the same JSON, indented")
     asked = parser.parse_args(arguments)
     asked.scores.mkdir(parents=True, exist_ok=True)
@@ -184,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sample_once(asked.scores, part, tokens, seed)
     parts = [load_teachers(asked.scores, part) for part in ("calibration", "measured")]
     found = {"smollm2": measure(*parts)}
-    for name, spread in SYNTHETIC.items():
+    for name, spread in () if asked.no_synthetic else SYNTHETIC.items():
         made = [synthetic_teachers(spread, SYNTHETIC_TOKENS, SYNTHETIC_VOCABULARY, seed) for seed in (0, 1)]
         found[name] = measure(*made)
     if asked.json:

@@ -23,14 +23,16 @@ SIZES = 20
 def coded_bytes(calibration: Kept, kept: Kept, vocabulary: int) -> tuple[Kept, float, float]:
     """What is stored, its bytes, and the seconds of the coder's own decoding.
 
-    Entries ascend in codes by frequency. A gap's number of bits is coded given the entry's place in its position,
-    its steps given the number of bits of its code; probabilities are those of the calibration tokens. Columns
-    other than the entries are those of a shard in the same steps.
+    Entries ascend in codes by frequency. A gap's number of bits is coded given the entry's place in its
+    position, its steps given the number of bits of its code; probabilities are those of the calibration
+    tokens. Columns other than the entries are those of a shard in the same steps.
     """
     code_V = frequency_codes(calibration, vocabulary)
     known, own = (_symbols(by_id(in_steps(each, STEP_NATS), code_V)) for each in (calibration, kept))
     encoder, streams = constriction.stream.queue.RangeEncoder(), []
-    for (symbols, contexts), (theirs, their_contexts), num in zip(own[:2], known[:2], (SIZES, STEPS), strict=True):
+    for (symbols, contexts), (theirs, their_contexts), num in zip(
+        own[:2], known[:2], (SIZES, STEPS), strict=True
+    ):
         for context in np.unique(contexts):
             seen = np.bincount(theirs[their_contexts == context], minlength=num) + 0.1
             distribution = constriction.stream.model.Categorical(seen / seen.sum(), perfect=False)

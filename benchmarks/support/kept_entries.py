@@ -1,4 +1,4 @@
-"""What a top-k keeps of whole-vocabulary teachers, and the KL that its rebuilding loses; for `signal_bytes.py`."""
+"""What a top-k keeps of whole teachers, and the KL that its rebuilding loses; for `signal_bytes.py`."""
 
 # N = response tokens, V = vocabulary, C = kept entries of all positions end to end, S = supports; nats
 
@@ -159,4 +159,3 @@ class Measure:
             free_N = 1 - summed(shape_C)
         rebuilt_N = lies_N + outside_N * (tails_N - total_N - np.log(free_N))
         return float((inside_N + own_N - rebuilt_N).mean())
-

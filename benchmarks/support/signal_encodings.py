@@ -67,7 +67,7 @@ def frequency_codes(calibration: Kept, vocabulary: int) -> NDArray[np.int32]:
 
 
 def encodings(code_V: NDArray[np.int32], student_code: Callable[[Kept], NDArray] | None) -> list[Encoding]:
-    """Every way that is compared; the first is what was written before, the best first order kept until by_id."""
+    """Every way that is compared; the first four are what the cache can write."""
     eighths = partial(in_steps, step_nats=1 / 8)
     steps = {"sixteenths": 1 / 16, "eighths": 1 / 8, "quarters": 1 / 4}
     found = [Encoding("float16", in_half, write_plain, read_plain)]
@@ -91,15 +91,28 @@ def encodings(code_V: NDArray[np.int32], student_code: Callable[[Kept], NDArray]
         Encoding("eighths, ids by frequency", eighths, coded, None),
         Encoding("eighths, ids by frequency, drops", eighths, partial(coded, drops=True), None),
         Encoding("eighths, by id, gaps", eighths, partial(write_gaps, code_V=None), read_gaps),
-        Encoding("quarters, by id, gaps", partial(in_steps, step_nats=1 / 4), partial(write_gaps, code_V=None), None),
+        Encoding(
+            "quarters, by id, gaps",
+            partial(in_steps, step_nats=1 / 4),
+            partial(write_gaps, code_V=None),
+            None,
+        ),
         Encoding("eighths, by frequency, gaps", eighths, partial(write_gaps, code_V=code_V), None),
         Encoding(
-            "quarters, by frequency, gaps", partial(in_steps, step_nats=1 / 4), partial(write_gaps, code_V=code_V), None
+            "quarters, by frequency, gaps",
+            partial(in_steps, step_nats=1 / 4),
+            partial(write_gaps, code_V=code_V),
+            None,
         ),
     ]
     if student_code is not None:
         found.append(
-            Encoding("eighths, ids as the student's ranks", eighths, partial(write_bytes, of_ids=student_code), None)
+            Encoding(
+                "eighths, ids as the student's ranks",
+                eighths,
+                partial(write_bytes, of_ids=student_code),
+                None,
+            )
         )
     return found
 
@@ -116,11 +129,13 @@ def read_plain(content: bytes) -> Entries:
 
 
 def write_bytes(kept: Kept, of_ids: Callable[[Kept], NDArray], drops: bool = False) -> bytes:
-    """Codes of 32 bits for ids, best first, and steps of 8 bits, or how many steps lower than the entry before."""
+    """Codes of 32 bits for ids, best first, and steps of 8 bits or how many more than the entry before."""
     steps_C = _steps(kept)
     if drops:
         steps_C = gaps(replace(kept, ids_C=steps_C.astype(np.int32))).astype(np.uint8)
-    return _file(kept, {"topk_codes": of_ids(kept).astype(np.int32), "topk_steps": steps_C}, {"topk_codes": SPLIT})
+    return _file(
+        kept, {"topk_codes": of_ids(kept).astype(np.int32), "topk_steps": steps_C}, {"topk_codes": SPLIT}
+    )
 
 
 def write_17_bits(kept: Kept) -> bytes:
@@ -177,7 +192,9 @@ def _file(kept: Kept, entries: Mapping[str, NDArray], codes: Mapping[str, str], 
     names = [random.bytes(16).hex() for _ in kept.lengths_R]
     columns = {"rollout_id": pa.array(names)} | {n: _list(o, v) for n, (o, v) in rows.items()}
     codes = {"logprobs": SPLIT, "tail_logprobs": SPLIT, **codes}
-    dictionary = [f"{n}.list.element" for n in columns if n in DICTIONARY_COLUMNS or codes.get(n) == "DICTIONARY"]
+    dictionary = [
+        f"{n}.list.element" for n in columns if n in DICTIONARY_COLUMNS or codes.get(n) == "DICTIONARY"
+    ]
     sink = pa.BufferOutputStream()
     pq.write_table(
         pa.table(columns),
