@@ -132,14 +132,18 @@ def _topk_apart(cached: RolloutSignal, again: RolloutSignal, dtype: str, limit: 
     for one, other in zip(_by_position(cached), _by_position(again), strict=True):
         for token in one.keys() & other.keys():
             apart = abs(one[token] - other[token])
-            worst = max(worst, apart - float(largest_error(np.float64(other[token]), dtype)))
+            worst = max(worst, apart - _error(other[token], dtype))
         for token in one.keys() ^ other.keys():
             mine, theirs = (one, other) if token in one else (other, one)
             last = min(theirs.values(), default=-np.inf)
-            rounding = float(largest_error(np.float64(last), dtype)) if np.isfinite(last) else 0.0
+            rounding = _error(last, dtype) if np.isfinite(last) else 0.0
             if mine[token] > last + limit + rounding:
                 return float("inf")
     return worst
+
+
+def _error(logprob: float, dtype: str) -> float:
+    return float(largest_error(np.array([logprob]), dtype)[0])
 
 
 def _by_position(scores: RolloutSignal) -> Iterator[dict[int, float]]:
