@@ -13,8 +13,7 @@ from pydantic import Field, JsonValue
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.configs import Allowed, SamplingConfig
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
-from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK
-from lightopd.schemas.signals.precision import TopkDtype
+from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK, TopkDtype
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -242,8 +241,7 @@ class SignalManifest(StrictModel):
     id_limit: int | None = None
     """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
     topk_dtype: TopkDtype
-    """Precision of the top-k log-probabilities in their float32 column: values that float16 has, multiples
-    of a part of a nat (the tail's as well), or all of float32."""
+    """Precision of the top-k log-probabilities in their float32 column; parts of a nat are the tail's too."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     tail_shape: TailShape | None = None
