@@ -6,6 +6,7 @@ N = tokens that are looked at, D = hidden size, V = vocabulary; nats throughout.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.row_checks import Fault
-from lightopd.cache.signals.channels import Channels, HiddenColumns, hidden_columns
-from lightopd.cache.signals.hidden import hidden_states
+from lightopd.cache.signals.channels import Channels, HiddenColumns, hidden_columns, read_channels
+from lightopd.cache.signals.hidden import hidden_states, read_head
 from lightopd.cache.tables import flat_column
 from lightopd.errors import EngineError
 from lightopd.models.head import Head
+from lightopd.schemas.manifest import SignalManifest
 from lightopd.schemas.signals.kinds import HiddenStates
 
 LOOKED_AT = 256
@@ -120,6 +123,17 @@ class Rebuilder:
             return hidden_ND.abs() * BFLOAT16_ROUNDING
         scales_N = torch.from_numpy(columns.scales_N.copy())
         return 0.5 * scales_N[:, None] * torch.from_numpy(columns.channels.std_D)
+
+
+def rebuilder_of(cache: Path, signal: SignalManifest, num_vocab: int) -> Rebuilder:
+    """The check of a signal that keeps hidden states.
+
+    Raises:
+        CacheError: its head or statistics are missing, damaged, or not those of its manifest.
+    """
+    assert signal.hidden is not None, "the caller has looked"
+    channels = read_channels(signal_folder(cache, signal.name), signal.hidden)
+    return Rebuilder(read_head(cache, signal.hidden, num_vocab), signal.hidden, channels)
 
 
 def _rows(columns: HiddenColumns, places: NDArray[np.int64]) -> HiddenColumns:
