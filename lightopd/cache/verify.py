@@ -28,7 +28,7 @@ from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape
 from lightopd.cache.store import open_cache, row_count_fault, streams_of
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.schemas.cache import ROLLOUTS, signal_columns
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, signal_columns
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _shard_findings(
         findings += own
         if scores is not None and rollouts is not None:
             file = str(shard_path(folder, index).relative_to(path))
-            faults = score_faults(scores, rollouts, signal, manifest.vocabulary_size)
+            faults = score_faults(scores.select(SIGNALS.names), rollouts, signal, manifest.vocabulary_size)
             findings += _merged(file, faults)
             findings += _merged(file, _state_faults(scores, rollouts, signal, rebuilders.get(signal.name)))
     return findings

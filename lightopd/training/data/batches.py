@@ -351,7 +351,7 @@ def _signal_tokens(rows: HostSignal, device: torch.device) -> SignalBatch:
 def _padded(flat_C: Tensor, counts_N: Tensor, width: int, padding: float) -> Tensor:
     """Entries laid end to end as [N, K]."""
     if len(flat_C) == len(counts_N) * width:
-        return flat_C.view(-1, width)
+        return flat_C.view(len(counts_N), width)
     is_entry_NK = torch.arange(width, device=flat_C.device) < counts_N[:, None]
     return flat_C.new_full(is_entry_NK.shape, padding).masked_scatter_(is_entry_NK, flat_C)
 

@@ -29,7 +29,9 @@ def kept(request, world, tmp_path_factory):
     """A cache whose signal keeps hidden states; read only."""
     path = tmp_path_factory.mktemp(request.param) / "cache"
     asked = {"student": world.sft / "student", "prompts": world.root / "prompts.jsonl", "cache": path}
-    rollout.run(load_stage("rollout", [], ["sampling.max_tokens=14", "sampling.n=3"], asked))
+    rollout.run(
+        load_stage("rollout", [], ["sampling.max_tokens=14", "sampling.n=3", "shard_rollouts=12"], asked)
+    )
     asked = {"cache": path, "teacher": world.teacher, "keep": "hidden"}
     precompute.run(load_stage("precompute", [], [f"hidden_format={request.param}"], asked))
     return path
@@ -104,7 +106,10 @@ def test_another_hidden_state_under_a_marker_of_its_own_is_named_by_its_row(cach
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda scale: scale * 16, "row 2: at position 1 the hidden state gives the sampled token another"),
+        (
+            lambda scale: scale * 16,
+            "row 2: at position 1 the hidden state gives the sampled token another",
+        ),
         (lambda _: float("nan"), "row 2: hidden_scales is no finite number above 0 at position 1"),
         (lambda _: 0.0, "row 2: hidden_scales is no finite number above 0 at position 1"),
     ],
