@@ -120,10 +120,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
-    keep: Annotated[
-        str | None,
-        typer.Option("--keep", help="topk, or hidden: hidden states, which give the whole vocabulary."),
-    ] = None,
+    keep: options.Keep = None,
     sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,

@@ -5,7 +5,6 @@ that resumes, so that a signal that was stopped has the bytes of one that was no
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -14,11 +13,10 @@ from lightopd.cache.manifests import signal_folder
 from lightopd.cache.signals.channels import (
     Channels,
     channels_from_sums,
-    read_channels,
     write_channels,
 )
-from lightopd.cache.signals.hidden import read_head, write_head
-from lightopd.cache.signals.rebuilt import Rebuilder
+from lightopd.cache.signals.hidden import write_head
+from lightopd.cache.signals.rebuilt import Rebuilder, rebuilder_of
 from lightopd.cache.signals.tail_shape import begun_manifest, read_shape, write_shape
 from lightopd.cache.store import Cache
 from lightopd.engines.base import Engine, KeepsHiddenStates, SeesWholeTails
@@ -69,7 +67,7 @@ def as_it_began(
         read_shape(folder, begun.tail_shape, cache.manifest.vocabulary_size)
     if hidden != begun.hidden:
         return Frozen(kept)  # is refused by name when the signal is opened
-    return _opened(folder, cache, kept)
+    return _opened(cache, kept)
 
 
 def made_now(
@@ -84,18 +82,16 @@ def made_now(
     Raises:
         ConfigError: the cache has too few tokens, or the engine does not see what is needed.
     """
-    folder = signal_folder(cache.path, config.signal)
     hidden = _make_hidden(config, cache, engine, contexts)
     shape = _make_shape(config, cache, engine, contexts)
-    return _opened(folder, cache, manifest.model_copy(update={"tail_shape": shape, "hidden": hidden}))
+    return _opened(cache, manifest.model_copy(update={"tail_shape": shape, "hidden": hidden}))
 
 
-def _opened(folder: Path, cache: Cache, manifest: SignalManifest) -> Frozen:
+def _opened(cache: Cache, manifest: SignalManifest) -> Frozen:
     if manifest.hidden is None:
         return Frozen(manifest)
-    channels = read_channels(folder, manifest.hidden)
-    head = read_head(cache.path, manifest.hidden, cache.manifest.vocabulary_size)
-    return Frozen(manifest, channels, Rebuilder(head, manifest.hidden, channels))
+    rebuilder = rebuilder_of(cache.path, manifest, cache.manifest.vocabulary_size)
+    return Frozen(manifest, rebuilder.channels, rebuilder)
 
 
 def check_vocabulary(config: PrecomputeConfig, cache: Cache) -> None:

@@ -3,12 +3,15 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from cache_cases import table_to_rollouts
 from fake_engine import FakeEngine
 
+import lightopd
+from lightopd.cache.shards import write_shard
 from lightopd.cache.signals.channels import channels_from_sums, hidden_columns, read_channels
 from lightopd.cache.signals.hidden import (
     dequantise,
@@ -24,8 +27,11 @@ from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, OutputError
 from lightopd.models.head import Head, last_hidden
 from lightopd.models.load import load_model
+from lightopd.objectives.base.batch import BatchTotals
 from lightopd.pipelines import precompute, rollout
 from lightopd.schemas.configs import ModelConfig
+from lightopd.training.data.batches import collate, collect_rows, response_index, show
+from lightopd.training.data.shard_store import FirstReading, index_cache
 
 FOLDER = "signals/teacher"
 
@@ -217,3 +223,50 @@ def test_a_signal_without_hidden_states_has_no_head(world):
         CacheError, match=r"signal teacher of .* keeps no hidden states; score it under another"
     ):
         head_of_signal(open_cache(world.cache), "teacher")
+
+
+def test_batches_hold_the_hidden_states_of_their_tokens(kept):
+    found = [batch.rollouts.signals["teacher"] for batch in lightopd.open_cache(kept).batches(5)]
+    assert torch.equal(torch.cat([each.hidden_ND for each in found]), stored_states(kept))
+    assert found[0].topk_ids_NK.shape[1] == 0
+
+
+def test_training_reads_hidden_states_only_where_they_are_requested(kept):
+    cache = open_cache(kept)
+    names = ("teacher",)
+    sizes = []
+    for hidden in ((), names):
+        reading = FirstReading(cache, names, (), 2**30, hidden=hidden)
+        parts = list(reading)
+        assert [part.signals["teacher"].hidden is not None for part in parts] == [bool(hidden)] * len(parts)
+        index = index_cache(cache, names, (), parts=reading.parts, hidden=hidden)
+        store = reading.store(index)
+        rows = collect_rows(store, index, np.arange(3), BatchTotals(0, 0))
+        seen = show(rows, response_index(rows) < 2)
+        hidden_ND = collate(seen, torch.device("cpu")).rollouts.signals["teacher"].hidden_ND
+        if hidden:
+            whole_ND = collate(rows, torch.device("cpu")).rollouts.signals["teacher"].hidden_ND
+            assert torch.equal(hidden_ND, whole_ND[torch.from_numpy(response_index(rows) < 2)])
+        else:
+            assert hidden_ND is None
+        sizes.append(int(index.bytes_S.sum()))
+    assert sizes[0] < sizes[1]
+
+
+def test_a_hidden_state_that_is_no_number_stops_the_first_reading(kept, tmp_path):
+    cache = copied(kept, tmp_path)
+    described = open_cache(cache).signals["teacher"].manifest.hidden
+    if described.format == "int8":
+        pytest.skip("every byte is a number")
+    table = pq.read_table(cache / FOLDER / "part-00000.parquet")
+    values = [np.frombuffer(value, "<u2").copy() for value in table.column("hidden").to_pylist()]
+    values[1][7] = 0x7F80
+    column = pa.array([value.tobytes() for value in values], pa.large_binary())
+    table = table.set_column(table.column_names.index("hidden"), table.schema.field("hidden"), column)
+    manifest = open_cache(cache).signals["teacher"].manifest
+    fingerprint = manifest.fingerprint()
+    write_shard(cache / FOLDER, 0, table, kind=FOLDER, fingerprint=fingerprint, made_from=manifest)
+    with pytest.raises(
+        CacheError, match=r"part-00000.parquet row 1: hidden is NaN or infinite at position 0"
+    ):
+        list(FirstReading(open_cache(cache), ("teacher",), (), 2**30, hidden=("teacher",)))
