@@ -20,9 +20,9 @@ from lightopd.kernels.selected_logprobs import plan_walk
 from lightopd.kernels.tile_types import Inputs, Walk
 from lightopd.kernels.vocabulary_walk import propagate_tiles, visit_tiles
 
-Terms = Callable[[Tensor, Tensor], Tensor]
-"""From the fixed side's log-probabilities and the student's, of one shape: a term for each token. It is
-differentiated by autograd, tile by tile, and is finite for finite log-probabilities."""
+Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the fixed side's log-probabilities and the student's, of one shape: a term for each token, and its
+derivative by the student's. Both are fresh tensors, finite for finite log-probabilities."""
 
 
 class Fixed(NamedTuple):
@@ -59,7 +59,7 @@ def outside_terms(
         fixed: the other distribution; it gets no gradient.
         logsumexp_N: normaliser of the logits, from `selected_logprobs` with the same options. Its own
             dependence on the logits is part of the gradient here, so that it needs none.
-        terms: what is summed.
+        terms: what is summed; see `differentiated`.
         bias_V: added before the softcap.
         softcap: c in c * tanh(z / c); None for none.
         temperature: divides the logits after the softcap.
@@ -77,6 +77,19 @@ def outside_terms(
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, False)
     value_N = _OutsideTerms.apply(*inputs, walk, fixed, logsumexp_N.detach(), terms)  # type: ignore[no-untyped-call]
     return cast(Tensor, value_N)
+
+
+def differentiated(function: Callable[[Tensor, Tensor], Tensor]) -> Terms:
+    """The slopes by autograd, of a function that gives the terms alone."""
+
+    def terms(fixed_CT: Tensor, logprobs_CT: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf_CT = logprobs_CT.detach().requires_grad_()
+            terms_CT = function(fixed_CT, leaf_CT)
+            (slope_CT,) = torch.autograd.grad(terms_CT.sum(), leaf_CT)
+        return terms_CT.detach(), slope_CT
+
+    return terms
 
 
 class _OutsideTerms(torch.autograd.Function):
@@ -139,11 +152,8 @@ def _terms_of(
     """Terms of a tile and their derivatives by log s, both 0 at the tokens that are left out."""
     fixed_CT = (fixed.shift_N[rows, None] + fixed.log_shape_V[tile]).to(logprobs_CT.dtype)
     keep_CT = _is_outside(fixed.ids_NK[rows], tile, logprobs_CT)
-    with torch.enable_grad():
-        leaf_CT = logprobs_CT.detach().requires_grad_()
-        terms_CT = terms(fixed_CT, leaf_CT)
-        (slope_CT,) = torch.autograd.grad(terms_CT, leaf_CT, keep_CT)
-    return terms_CT.detach() * keep_CT, slope_CT
+    terms_CT, slope_CT = terms(fixed_CT, logprobs_CT)
+    return terms_CT.mul_(keep_CT), slope_CT.mul_(keep_CT)
 
 
 def _is_outside(ids_CK: Tensor, tile: slice, like_CT: Tensor) -> Tensor:

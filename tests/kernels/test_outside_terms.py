@@ -7,7 +7,7 @@ import torch
 from kernel_cases import Case, LargestTensor, dense_logprobs, make_case
 from torch import Tensor
 
-from lightopd.kernels.outside_terms import Fixed, outside_terms
+from lightopd.kernels.outside_terms import Fixed, differentiated, outside_terms
 from lightopd.kernels.selected_logprobs import selected_logprobs
 
 FORMS = [
@@ -47,7 +47,9 @@ def walked(case: Case, fixed: Fixed, terms, **sizes) -> Tensor:
     options = {"bias_V": case.bias_V, "softcap": case.softcap, "temperature": case.temperature}
     selected = selected_logprobs(case.hidden_ND, case.head_VD, case.ids_NM, **options, **sizes)
     normaliser_N = selected.logsumexp_N
-    return outside_terms(case.hidden_ND, case.head_VD, fixed, normaliser_N, terms, **options, **sizes)
+    return outside_terms(
+        case.hidden_ND, case.head_VD, fixed, normaliser_N, differentiated(terms), **options, **sizes
+    )
 
 
 def dense(case: Case, fixed: Fixed, terms) -> Tensor:
