@@ -66,10 +66,10 @@ from lightopd.schemas.manifest import (
     NoiseFloor,
     Override,
     SignalManifest,
-    TailShape,
 )
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
+from lightopd.schemas.signals.kinds import TailShape
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)

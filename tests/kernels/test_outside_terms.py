@@ -7,8 +7,9 @@ import torch
 from kernel_cases import Case, LargestTensor, dense_logprobs, make_case
 from torch import Tensor
 
-from lightopd.kernels.outside_terms import Fixed, differentiated, outside_terms
+from lightopd.kernels.outside_terms import Fixed, outside_terms
 from lightopd.kernels.selected_logprobs import selected_logprobs
+from lightopd.kernels.two_heads import Divergence
 
 FORMS = [
     {},
@@ -41,6 +42,18 @@ def fixed_of(case: Case, seed: int = 7) -> Fixed:
     log_shape_V = torch.randn(num_vocab, generator=generator, dtype=torch.float64).log_softmax(0)
     shift_N = torch.randn(num_positions, generator=generator, dtype=torch.float64) - 1
     return Fixed(ids_NK, shift_N, log_shape_V)
+
+
+def differentiated(terms) -> Divergence:
+    """Sums and slopes of any terms, by autograd."""
+
+    def both(fixed_CT: Tensor, logprobs_CT: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf_CT = logprobs_CT.detach().requires_grad_()
+            terms_CT = terms(fixed_CT, leaf_CT)
+            return terms_CT.detach(), torch.autograd.grad(terms_CT.sum(), leaf_CT)[0]
+
+    return Divergence(lambda *tile: tuple(each.sum(1) for each in both(*tile)), lambda *tile: both(*tile)[1])
 
 
 def walked(case: Case, fixed: Fixed, terms, **sizes) -> Tensor:

@@ -17,7 +17,8 @@ from lightopd.cache.shards import read_marker
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.files import write_atomically
-from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest, TailShape
+from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest
+from lightopd.schemas.signals.kinds import TailShape
 
 TAIL_SHAPE = "tail_shape.safetensors"
 """File of the shape in a signal's folder: one tensor `shape`, float32 [V]."""

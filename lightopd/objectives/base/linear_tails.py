@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightopd.objectives.base.closed_forms import limit_of
 from lightopd.objectives.base.part import Outcomes
 from lightopd.schemas.objectives.targets import DivergenceTarget
 
@@ -41,15 +42,10 @@ def linear_kind(target: DivergenceTarget) -> Linear | None:
     """Which of the two a divergence is, at the ends of its parameter too; None for all others."""
     if target.element_clip is not None:
         return None
-    if target.divergence == "forward_kl" or (target.divergence, target.parameter) in _FORWARD_ENDS:
+    kind, _ = limit_of(target.divergence, target.parameter)
+    if kind == "forward_kl":
         return "forward_kl"
-    if target.divergence == "reverse_kl" or (target.divergence, target.parameter) in _REVERSE_ENDS:
-        return "reverse_kl"
-    return None
-
-
-_FORWARD_ENDS = (("jsd", 0.0), ("skew_forward_kl", 0.0))
-_REVERSE_ENDS = (("jsd", 1.0), ("skew_reverse_kl", 0.0))
+    return "reverse_kl" if kind == "reverse_kl" else None
 
 
 def stack_vectors(log_shapes: Sequence[tuple[Linear | None, Tensor]]) -> Vectors:

@@ -22,6 +22,7 @@ from lightopd.kernels.outside_terms import Fixed, outside_terms
 from lightopd.kernels.selected_logprobs import TokenLogprobs
 from lightopd.models.head import Head
 from lightopd.objectives.base.batch import SignalBatch
+from lightopd.objectives.base.closed_forms import closed_form
 from lightopd.objectives.base.divergences import FLOOR, normalised_teacher, outcome_terms
 from lightopd.objectives.base.linear_tails import (
     LinearSums,
@@ -33,7 +34,6 @@ from lightopd.objectives.base.linear_tails import (
     stack_vectors,
 )
 from lightopd.objectives.base.part import Outcomes, WholeTail
-from lightopd.objectives.base.tail_terms import EVERYWHERE, terms_of
 from lightopd.objectives.base.teacher import pair_outcomes
 
 
@@ -86,7 +86,7 @@ def linear_sums(tails: Sequence[SpreadTail], selected: TokenLogprobs) -> list[Li
 def spread_tails(
     tails: Sequence[WholeTail], shapes: Mapping[str, NDArray[np.float32]], num_vocab: int
 ) -> tuple[SpreadTail, ...]:
-    """The tails that an objective needs, with their shapes.
+    """The tails that an objective needs, with their shapes; those of hidden states are left out.
 
     Args:
         tails: of `needs(objective)`.
@@ -96,7 +96,8 @@ def spread_tails(
     Raises:
         ConfigError: a shape is not there, or is one of another vocabulary.
     """
-    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in tails)
+    spread = (tail for tail in tails if tail.target.tail != "whole")
+    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in spread)
 
 
 def _log_shape(tail: WholeTail, shapes: Mapping[str, NDArray[np.float32]], num_vocab: int) -> Tensor:
@@ -134,7 +135,7 @@ def outside_in_full(tail: SpreadTail, signal: SignalBatch, student_NM: Tensor, l
     tail = replace(tail, log_shape_V=tail.log_shape_V.to(logprobs_NV.device))
     outcomes, shift_N = _teacher_outside(tail, signal, student_NM)
     teacher_NV = shift_N[:, None] + tail.log_shape_V
-    terms_NV = outcome_terms(tail.what.target, Outcomes(teacher_NV, logprobs_NV, EVERYWHERE))
+    terms_NV = outcome_terms(tail.what.target, Outcomes(teacher_NV, logprobs_NV, _EVERYWHERE))
     hits_NV = torch.zeros_like(logprobs_NV, dtype=torch.int32)
     ids_NK = signal.topk_ids_NK
     hits_NV.scatter_add_(1, ids_NK.clamp(min=0), (ids_NK >= 0).int())
@@ -163,8 +164,12 @@ def _by_walk(tail: SpreadTail, ids_NK: Tensor, shift_N: Tensor, live: LiveSide) 
         live.head.weight_VD,
         Fixed(ids_NK, shift_N, tail.log_shape_V),
         live.logsumexp_N,
-        terms_of(tail.what.target),
+        closed_form(tail.what.target),
         bias_V=live.head.bias_V,
         softcap=live.head.softcap,
         temperature=live.head.temperature,
     )
+
+
+_EVERYWHERE = torch.ones((), dtype=torch.bool)
+"""The terms of a divergence read no mask."""
