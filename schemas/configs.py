@@ -27,6 +27,7 @@ from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
 from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
+from lightopd.schemas.signals.precision import TopkDtype
 
 Allowed = Literal[
     "teacher-mismatch",
@@ -224,8 +225,9 @@ class PrecomputeConfig(StageConfig):
     """Entries at a position: this model's top-k, the ids of `support_signal` there, or both together."""
     support_signal: str = "rollout_student"
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
-    topk_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    topk_dtype: TopkDtype = "float16"
+    """Precision of the top-k log-probabilities; those of sampled tokens are float32. `float16` saves a third,
+    `sixteenths`, `eighths`, `quarters` of a nat, of the tail as well, a fifth to a quarter of the rest."""
     shape_tokens: int | None = Field(None, ge=0)
     """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
     or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""

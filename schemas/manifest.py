@@ -13,7 +13,7 @@ from pydantic import Field, JsonValue
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.configs import Allowed, SamplingConfig
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
-from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK
+from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK, TopkDtype
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -240,8 +240,8 @@ class SignalManifest(StrictModel):
     """Entries below this were left to the tail."""
     id_limit: int | None = None
     """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
-    topk_dtype: Literal["float16", "float32"]
-    """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
+    topk_dtype: TopkDtype
+    """Precision of the top-k log-probabilities in their float32 column; parts of a nat are the tail's too."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     tail_shape: TailShape | None = None

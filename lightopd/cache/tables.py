@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.signals.rounding import rounded, rounded_tails
 from lightopd.errors import EngineError
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, STUDENTS_OWN, TOKEN_COLUMNS
 from lightopd.schemas.records import Ids, Rollout, RolloutSignal
@@ -54,7 +55,8 @@ def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[RolloutSignal],
     Args:
         rollout_ids: of the rollouts, in the rows' order.
         scores: one for each rollout.
-        topk_dtype: `float16` rounds the top-k log-probabilities to float16 values; `float32` keeps them.
+        topk_dtype: rounds the top-k log-probabilities, and the tail where it is a step; see
+            `lightopd.cache.signals.rounding`.
 
     Raises:
         EngineError: a value is NaN or infinite (only a tail may be -inf: nothing lies outside the top-k),
@@ -67,10 +69,10 @@ def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[RolloutSignal],
     for name, score in zip(rollout_ids, scores, strict=True):
         _check_scores(name, score)
     rows = {field.name: [getattr(score, field.name) for score in scores] for field in list(SIGNALS)[1:]}
-    if topk_dtype == "float16":
-        rows["topk_logprobs"] = [
-            _rounded(name, score) for name, score in zip(rollout_ids, scores, strict=True)
-        ]
+    if topk_dtype != "float32":
+        named = zip(rollout_ids, scores, strict=True)
+        rows["topk_logprobs"] = [_rounded(name, score, topk_dtype) for name, score in named]
+        rows["tail_logprobs"] = [rounded_tails(score.tail_logprobs, topk_dtype) for score in scores]
     columns = [_list_array(SIGNALS.field(name), values) for name, values in rows.items()]
     return pa.table([pa.array(list(rollout_ids), pa.string()), *columns], schema=SIGNALS)
 
@@ -158,26 +160,24 @@ def _check_scores(name: str, scores: RolloutSignal) -> None:
             f"log-probabilities, but its counts add up to {counted}"
         )
     _check_finite(name, "logprobs", scores.logprobs)
-    _check_topk_finite(name, scores, scores.topk_logprobs)
+    _check_topk_finite(name, scores, scores.topk_logprobs, "float32")
     is_broken = np.isnan(scores.tail_logprobs) | np.isposinf(scores.tail_logprobs)
     if is_broken.any():
         _refuse(name, "tail_logprobs", int(is_broken.argmax()), scores.tail_logprobs[is_broken.argmax()])
 
 
-def _rounded(name: str, scores: RolloutSignal) -> NDArray[np.float32]:
-    """Top-k log-probabilities at the nearest float16 values, as float32."""
-    with np.errstate(over="ignore"):
-        values = scores.topk_logprobs.astype(np.float16)
-    _check_topk_finite(name, scores, values)
-    return values.astype(np.float32)
+def _rounded(name: str, scores: RolloutSignal, topk_dtype: str) -> NDArray[np.float32]:
+    values = rounded(scores.topk_logprobs, topk_dtype)
+    _check_topk_finite(name, scores, values, topk_dtype)
+    return values
 
 
-def _check_topk_finite(name: str, scores: RolloutSignal, values: NDArray[Any]) -> None:
+def _check_topk_finite(name: str, scores: RolloutSignal, values: NDArray[Any], dtype: str) -> None:
     is_broken = ~np.isfinite(values)
     if is_broken.any():
         entry = int(is_broken.argmax())
         position = int(np.searchsorted(np.cumsum(scores.topk_counts), entry, side="right"))
-        _refuse(name, f"topk_logprobs (as {values.dtype})", position, scores.topk_logprobs[entry])
+        _refuse(name, f"topk_logprobs (as {dtype})", position, scores.topk_logprobs[entry])
 
 
 def _check_finite(name: str, column: str, values: NDArray[Any] | None) -> None:
