@@ -123,7 +123,7 @@ class _OutsideTerms(torch.autograd.Function):
             fixed_CT = _sink_ids(logprobs_CT, fixed, rows, tile)
             slope_CT = ctx.slopes(fixed_CT, logprobs_CT, student_CT.where(logprobs_CT > SUNK / 2, 0.0))
             # d log s_v / d z_u is 1[u = v] - s_u: every slope is also taken off all logits, by the softmax.
-            grad_CT = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
+            grad_CT: Tensor = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
             if inner_CT is not None:
                 grad_CT.mul_(inner_CT)
             return grad_CT if walk.temperature == 1.0 else grad_CT.div_(walk.temperature)

@@ -108,8 +108,10 @@ def selected_logprobs(
     vectors = vectors_for(averaged_FV, weighing_GV, len(head_VD), hidden_ND, walk.dtype)
     given = (*inputs, walk, _distinct(ids_NM, member_NSM), own_top_k, vectors)
     outputs = cast(tuple[Tensor, ...], _SelectedLogprobs.apply(*given))  # type: ignore[no-untyped-call]
-    own = outputs[4:6] if own_top_k else (None, None)
-    return TokenLogprobs(*outputs[:4], *own, fixed=vectors and FixedSums(*outputs[6:]))
+    logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own = outputs[:6]
+    top_ids_NK, top_NK = own if own_top_k else (None, None)
+    fixed = None if vectors is None else FixedSums(*outputs[6:])
+    return TokenLogprobs(logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK, fixed)
 
 
 class _Requested(NamedTuple):
