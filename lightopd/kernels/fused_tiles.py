@@ -2,14 +2,13 @@
 
 # C = positions in one chunk, T = tokens in one tile
 # U = slots for the distinct ids requested at a position
-# F = vectors averaged by the student, G = vectors that average its logits
 
 from typing import Any
 
 from torch import Tensor
 
 from lightopd.kernels import triton_tiles
-from lightopd.kernels.tile_types import LogitGradient, Vectors, VocabularySums, Walk
+from lightopd.kernels.tile_types import LogitGradient, VocabularySums, Walk
 
 BLOCK_TOKENS = 4096
 """Tokens that a program holds at a time: 16 numbers for each of its threads."""
@@ -19,13 +18,7 @@ INTERPRETED_ROWS = 64
 
 
 def absorb(
-    part: VocabularySums,
-    products_CT: Tensor,
-    bias_T: Tensor | None,
-    ids_CU: Tensor,
-    start: int,
-    walk: Walk,
-    vectors: Vectors | None = None,
+    part: VocabularySums, products_CT: Tensor, bias_T: Tensor | None, ids_CU: Tensor, start: int, walk: Walk
 ) -> None:
     """Add a tile that begins at token `start` to the running sums of its rows; the tile is spent afterwards.
 
@@ -36,9 +29,7 @@ def absorb(
         ids_CU: int64, distinct within a row, -1 in slots without a token.
         start: first token of the tile.
         walk: softcap and temperature.
-        vectors: their entries at the tokens of the tile.
     """
-    averaged_FT, weighing_GT = (None, None) if vectors is None else vectors
     triton_tiles.absorb_rows[_grid(products_CT)](
         products_CT,
         ids_CU,
@@ -47,28 +38,16 @@ def absorb(
         part.sum_N,
         part.moment_N,
         part.requested_NU,
-        products_CT if averaged_FT is None else averaged_FT,
-        part.averages_NF,
-        products_CT if weighing_GT is None else weighing_GT,
-        part.weighed_NG,
         len(products_CT),
         start,
         products_CT.shape[1],
         ids_CU.shape[1],
-        0 if averaged_FT is None else averaged_FT.stride(0),
-        0 if weighing_GT is None else weighing_GT.stride(0),
-        **_options(bias_T, ids_CU, products_CT, walk, vectors),
+        **_options(bias_T, ids_CU, products_CT, walk),
     )
 
 
 def turn_into_gradient(
-    products_CT: Tensor,
-    bias_T: Tensor | None,
-    part: LogitGradient,
-    ids_CU: Tensor,
-    start: int,
-    walk: Walk,
-    vectors: Vectors | None = None,
+    products_CT: Tensor, bias_T: Tensor | None, part: LogitGradient, ids_CU: Tensor, start: int, walk: Walk
 ) -> Tensor:
     """The loss gradient by hidden @ weight.T + bias, in `operand_dtype` and in the same memory.
 
@@ -76,13 +55,6 @@ def turn_into_gradient(
         [C, T] in `walk.operand_dtype`; where that is half precision, rows are 2 T numbers apart.
     """
     width = products_CT.shape[1]
-    if vectors is None or part.by_vectors is None:
-        averaged, weighing, strides = (products_CT,) * 3, (products_CT,) * 2, (0, 0)
-    else:
-        by = part.by_vectors
-        averaged = (vectors.averaged_FV, by.averaged_NF, by.moment_N)
-        weighing = (vectors.weighing_GV, by.weighing_NG)
-        strides = (vectors.averaged_FV.stride(0), vectors.weighing_GV.stride(0))
     grad_CT = products_CT.view(walk.operand_dtype)[:, :width]
     triton_tiles.gradient_rows[_grid(products_CT)](
         products_CT,
@@ -92,15 +64,12 @@ def turn_into_gradient(
         part.max_N,
         part.scale_N,
         part.requested_NU,
-        *averaged,
-        *weighing,
         len(products_CT),
         start,
         width,
         grad_CT.stride(0),
         ids_CU.shape[1],
-        *strides,
-        **_options(bias_T, ids_CU, products_CT, walk, vectors),
+        **_options(bias_T, ids_CU, products_CT, walk),
     )
     return grad_CT
 
@@ -113,9 +82,7 @@ def _grid(products_CT: Tensor) -> tuple[int]:
     return (-(-len(products_CT) // _rows(products_CT)),)
 
 
-def _options(
-    bias_T: Tensor | None, ids_CU: Tensor, products_CT: Tensor, walk: Walk, vectors: Vectors | None
-) -> dict[str, Any]:
+def _options(bias_T: Tensor | None, ids_CU: Tensor, products_CT: Tensor, walk: Walk) -> dict[str, Any]:
     num_requested = ids_CU.shape[1]
     return {
         "softcap": 1.0 if walk.softcap is None else walk.softcap,
@@ -123,8 +90,6 @@ def _options(
         "HAS_BIAS": bias_T is not None,
         "HAS_SOFTCAP": walk.softcap is not None,
         "HAS_TEMPERATURE": walk.temperature != 1.0,
-        "NUM_AVERAGED": 0 if vectors is None else len(vectors.averaged_FV),
-        "NUM_WEIGHING": 0 if vectors is None else len(vectors.weighing_GV),
         "ROWS": _rows(products_CT),
         "BLOCK_T": min(BLOCK_TOKENS, _power_of_two(products_CT.shape[1])),
         "BLOCK_U": _power_of_two(num_requested) if num_requested else 0,

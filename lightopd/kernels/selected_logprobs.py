@@ -90,7 +90,7 @@ def selected_logprobs(
         chunk_tokens: positions per tile; changes speed and memory, not results.
         tile_vocab: vocabulary entries per tile; changes speed and memory, not results.
         fused: read each tile once, in a kernel of Triton's, and not in several of torch's; None does so on a
-            GPU where Triton is installed. Not for float64.
+            GPU where Triton is installed. Not for float64, nor with vectors, which torch's operations sum.
 
     Raises:
         ValueError: shapes or dtypes do not fit, a number is out of range, or an id lies outside the
@@ -106,6 +106,7 @@ def selected_logprobs(
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
     vectors = vectors_for(averaged_FV, weighing_GV, len(head_VD), hidden_ND, walk.dtype)
+    walk = walk._replace(is_fused=walk.is_fused and vectors is None)
     given = (*inputs, walk, _distinct(ids_NM, member_NSM), own_top_k, vectors)
     outputs = cast(tuple[Tensor, ...], _SelectedLogprobs.apply(*given))  # type: ignore[no-untyped-call]
     logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own = outputs[:6]

@@ -68,31 +68,20 @@ def absorb_rows(
     running_sum,
     running_moment,
     requested,
-    averaged,
-    running_averages,
-    weighing,
-    running_weighed,
     num_rows,
     start,
     width,
     num_requested,
-    averaged_stride,
-    weighing_stride,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    NUM_AVERAGED: tl.constexpr,
-    NUM_WEIGHING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """Running maximum, sum and moment of rows, without the requested tokens, whose logits are kept.
-
-    So are the sums against vectors; those that weigh logits count requested tokens too.
-    """
+    """Running maximum, sum and moment of rows, without the requested tokens, whose logits are kept."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = row < num_rows
     base = logits + row * width
@@ -106,13 +95,6 @@ def absorb_rows(
             own, bias, column, is_inside, softcap, temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
         )
         tl.store(requested + place, own, mask=is_inside)
-        for vector in tl.static_range(NUM_WEIGHING):
-            own_weight = tl.load(weighing + vector * weighing_stride + column, mask=is_inside, other=0.0)
-            sums = running_weighed + row * NUM_WEIGHING + vector
-            before = tl.load(sums, mask=is_row, other=0.0)
-            tl.debug_barrier()
-            part = tl.sum(tl.where(is_inside, own * own_weight, 0.0), 1, keep_dims=True)
-            tl.store(sums, before + part, mask=is_row)
         tl.debug_barrier()
     peak = tl.load(running_max + row, mask=is_row, other=0.0)
     total = tl.load(running_sum + row, mask=is_row, other=0.0)
@@ -133,22 +115,6 @@ def absorb_rows(
         moment = (moment + total * shift) * scale + tl.sum(share * below, 1, keep_dims=True)
         total = total * scale + tl.sum(share, 1, keep_dims=True)
         peak = highest
-        for vector in tl.static_range(NUM_AVERAGED):
-            value = tl.load(averaged + vector * averaged_stride + token, mask=token < width, other=0.0)
-            sums = running_averages + row * NUM_AVERAGED + vector
-            before = tl.load(sums, mask=is_row, other=0.0) * scale
-            tl.debug_barrier()
-            tl.store(sums, before + tl.sum(share * value, 1, keep_dims=True), mask=is_row)
-        for vector in tl.static_range(NUM_WEIGHING):
-            weight = tl.load(weighing + vector * weighing_stride + token, mask=token < width, other=0.0)
-            sums = running_weighed + row * NUM_WEIGHING + vector
-            before = tl.load(sums, mask=is_row, other=0.0)
-            tl.debug_barrier()
-            part = tl.sum(tl.where(product < SUNK_BELOW, 0.0, logit * weight), 1, keep_dims=True)
-            tl.store(sums, before + part, mask=is_row)
-        if NUM_AVERAGED + NUM_WEIGHING > 0:
-            # Threads hold copies of a row's sums: all see what one of them has stored.
-            tl.debug_barrier()
     tl.store(running_max + row, peak, mask=is_row)
     tl.store(running_sum + row, total, mask=is_row)
     tl.store(running_moment + row, moment, mask=is_row)
@@ -163,25 +129,16 @@ def gradient_rows(
     row_max,
     row_scale,
     requested,
-    averaged,
-    row_averaged,
-    row_moment,
-    weighing,
-    row_weighing,
     num_rows,
     start,
     width,
     gradient_stride,
     num_requested,
-    averaged_stride,
-    weighing_stride,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
-    NUM_AVERAGED: tl.constexpr,
-    NUM_WEIGHING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -201,11 +158,7 @@ def gradient_rows(
         own, own_slope = finish(
             own, bias, column, is_inside, softcap, temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
         )
-        by_own = tl.load(requested + place, mask=is_inside, other=0.0)
-        for vector in tl.static_range(NUM_WEIGHING):
-            own_weight = tl.load(weighing + vector * weighing_stride + column, mask=is_inside, other=0.0)
-            by_own += own_weight * tl.load(row_weighing + row * NUM_WEIGHING + vector, mask=is_row, other=0.0)
-        own = by_own * own_slope
+        own = tl.load(requested + place, mask=is_inside, other=0.0) * own_slope
     peak = tl.load(row_max + row, mask=is_row, other=0.0)
     factor = tl.load(row_scale + row, mask=is_row, other=0.0)
     for first in range(0, width, BLOCK_T):
@@ -217,17 +170,7 @@ def gradient_rows(
         logit, slope = finish(
             product, bias, token, token < width, softcap, temperature, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
         )
-        value = factor
-        if NUM_AVERAGED > 0:
-            value += tl.load(row_moment + row, mask=is_row, other=0.0) * (logit - peak)
-        for vector in tl.static_range(NUM_AVERAGED):
-            entry = tl.load(averaged + vector * averaged_stride + token, mask=token < width, other=0.0)
-            value += entry * tl.load(row_averaged + row * NUM_AVERAGED + vector, mask=is_row, other=0.0)
-        value = value * tl.exp(logit - peak)
-        for vector in tl.static_range(NUM_WEIGHING):
-            entry = tl.load(weighing + vector * weighing_stride + token, mask=token < width, other=0.0)
-            value += entry * tl.load(row_weighing + row * NUM_WEIGHING + vector, mask=is_row, other=0.0)
-        value = value * slope
+        value = factor * tl.exp(logit - peak) * slope
         tl.store(target + token, value.to(gradient.dtype.element_ty), mask=is_token)
     if BLOCK_U > 0:
         # The loop gave tokens requested the gradient of others, which may be infinite there.

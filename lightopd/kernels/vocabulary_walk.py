@@ -45,7 +45,7 @@ def vocabulary_sums(
         ids_NU: int64, distinct within a row, -1 in slots without a token.
         walk: form of the logits and size of the pieces.
         own_top_k: how many of the largest logits to keep at each position, 0 for none.
-        vectors: what else is summed against; None for nothing.
+        vectors: what else is summed against, where the walk is not fused; None for nothing.
     """
     ids_NU = ids_NU.contiguous()
     sums = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k, vectors)
@@ -182,7 +182,7 @@ def _absorb(
         return
     from lightopd.kernels import fused_tiles
 
-    fused_tiles.absorb(part, products_CT, bias_T, ids_CU, start, walk, vectors)
+    fused_tiles.absorb(part, products_CT, bias_T, ids_CU, start, walk)
 
 
 def _gradient(
@@ -199,7 +199,7 @@ def _gradient(
         return plain_tiles.turn_into_gradient(products_CT, part, ids_CU, start, walk, vectors)
     from lightopd.kernels import fused_tiles
 
-    return fused_tiles.turn_into_gradient(products_CT, bias_T, part, ids_CU, start, walk, vectors)
+    return fused_tiles.turn_into_gradient(products_CT, bias_T, part, ids_CU, start, walk)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -35,9 +35,7 @@ def found_sums(case: Case, given: dict[str, Tensor], **sizes: int) -> tuple[Tens
         for name, value in (options | given | sizes).items()
     }
     inputs = [each.to(Path.device) for each in (case.hidden_ND, case.head_VD, case.ids_NM)]
-    selected = selected_logprobs(
-        *inputs, fused=Path.is_fused and case.head_VD.dtype != torch.float64, **there
-    )
+    selected = selected_logprobs(*inputs, fused=Path.is_fused, **there)
     assert isinstance(selected.fixed, FixedSums)
     return tuple(each.cpu() for each in (*selected.fixed, selected.logprobs_NM, selected.logsumexp_N))
 
@@ -107,17 +105,6 @@ def test_the_entropy_is_detached_where_no_vector_is_averaged():
     assert not entropy_N.requires_grad
     entropy_N, *_ = found_sums(case, {"averaged_FV": torch.ones(1, 37)})
     assert entropy_N.requires_grad
-
-
-@pytest.mark.parametrize("options", [{}, {"with_bias": True, "softcap": 2.0, "temperature": 1.7}])
-def test_one_pass_gives_what_several_give(options, monkeypatch):
-    pytest.importorskip("triton")
-    from lightopd.kernels import fused_tiles
-
-    monkeypatch.setattr(fused_tiles, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(Path, "is_fused", True)
-    case = make_case(seed=3, **options)
-    assert_equal(case, vectors(37, torch.float32), tile_vocab=37)
 
 
 def test_a_position_whose_every_token_is_requested_is_summed_too():

@@ -114,15 +114,11 @@ from lightopd.kernels import triton_tiles
 
 floats, ids = "*fp32", "*i64"
 numbers = dict.fromkeys(("num_rows", "start", "width", "num_requested", "gradient_stride"), "i32")
-numbers |= dict.fromkeys(("averaged_stride", "weighing_stride"), "i32")
 numbers |= dict(softcap="fp32", temperature="fp32", ids=ids)
 tensors = ("logits", "requested", "running_max", "running_sum", "running_moment", "row_max", "row_scale")
-tensors += ("averaged", "running_averages", "weighing", "running_weighed")
-tensors += ("row_averaged", "row_moment", "row_weighing")
 numbers |= dict.fromkeys(tensors, floats)
 for half, shaped, slots in itertools.product(("fp32", "bf16"), (False, True), (0, 1, 128)):
-    vectors = dict.fromkeys(("NUM_AVERAGED", "NUM_WEIGHING"), 2 if shaped else 0)
-    fixed = vectors | dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE"), shaped)
+    fixed = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_TEMPERATURE"), shaped)
     fixed |= dict(ROWS=1, BLOCK_T=4096, BLOCK_U=slots)
     for kernel in (triton_tiles.absorb_rows, triton_tiles.gradient_rows):
         types = numbers | dict.fromkeys(("bias", "gradient"), "*" + half) | dict.fromkeys(fixed, "constexpr")
