@@ -86,7 +86,7 @@ def selected_logprobs(
         temperature: positive; divides the logits after the softcap.
         own_top_k: how many of the student's own most likely tokens to return, 0 to V.
         averaged_FV: fixed vectors, finite; each one's average under the student is in `fixed`.
-        weighing_GV: fixed vectors, finite; the student's logits weighed by each are in `fixed`.
+        weighing_GV: the same, and the student's logits weighed by each.
         chunk_tokens: positions per tile; changes speed and memory, not results.
         tile_vocab: vocabulary entries per tile; changes speed and memory, not results.
         fused: read each tile once, in a kernel of Triton's, and not in several of torch's; None does so on a
@@ -100,8 +100,7 @@ def selected_logprobs(
     if member_NSM is None:
         member_NSM = ids_NM.new_zeros((*ids_NM.shape[:1], 0, *ids_NM.shape[1:]), dtype=torch.bool)
     _check_shapes(hidden_ND, head_VD, ids_NM, member_NSM, bias_V)
-    if ids_NM.device.type == "cpu":
-        _check_ids(ids_NM, num_vocab=head_VD.shape[0])
+    _check_ids(ids_NM, num_vocab=head_VD.shape[0])
     _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
@@ -111,7 +110,7 @@ def selected_logprobs(
     outputs = cast(tuple[Tensor, ...], _SelectedLogprobs.apply(*given))  # type: ignore[no-untyped-call]
     logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own = outputs[:6]
     top_ids_NK, top_NK = own if own_top_k else (None, None)
-    fixed = None if vectors is None else FixedSums(*outputs[6:])
+    fixed = vectors and FixedSums(*outputs[6:])
     return TokenLogprobs(logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK, fixed)
 
 
@@ -342,7 +341,7 @@ def _check_shapes(
 
 def _check_ids(ids_NM: Tensor, num_vocab: int) -> None:
     """One comparison per call; the position is only looked for when there is something to report."""
-    if ids_NM.numel() == 0:
+    if ids_NM.numel() == 0 or ids_NM.device.type != "cpu":
         return
     is_wrong_NM = (ids_NM < PADDING_ID) | (ids_NM >= num_vocab)
     if is_wrong_NM.any():
