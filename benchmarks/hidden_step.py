@@ -26,9 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightopd.models.head import Head, head_of, last_hidden
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
+from lightopd.objectives.base.hidden_states import hidden_signals
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import needs, on_signals
-from lightopd.objectives.whole.hidden_states import hidden_signals
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.student.forward import evaluate_tokens
 

@@ -17,16 +17,16 @@ from torch import Tensor
 from lightopd.errors import ConfigError
 from lightopd.models.head import Head
 from lightopd.objectives.base.batch import RolloutBatch, SignalBatch, StudentTokens
-from lightopd.objectives.base.whole_vocabulary import SpreadTail, outside_in_full, spread_tails
-from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
-from lightopd.objectives.requirements import needs, on_signals
-from lightopd.objectives.whole.hidden_states import (
+from lightopd.objectives.base.hidden_states import (
     HiddenSignal,
     hidden_signals,
     in_order,
     teacher_hidden,
     whole_in_full,
 )
+from lightopd.objectives.base.whole_vocabulary import SpreadTail, outside_in_full, spread_tails
+from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
+from lightopd.objectives.requirements import needs, on_signals
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 

@@ -25,11 +25,11 @@ from lightopd.errors import LightopdError, TrainingError
 from lightopd.models.head import Head, head_of
 from lightopd.objectives import state as states
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
+from lightopd.objectives.base.hidden_states import HiddenSignal, heads_on, hidden_signals
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.whole_vocabulary import SpreadTail
 from lightopd.objectives.loss import collect_step_sums, compute_loss
 from lightopd.objectives.state import ObjectiveState
-from lightopd.objectives.whole.hidden_states import HiddenSignal, heads_on, hidden_signals
 from lightopd.schemas.finetune import FinetuneConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.objectives.weights import LengthCurriculum

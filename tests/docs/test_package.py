@@ -39,7 +39,6 @@ ROOMS = [
     "engines.vllm",
     "engines",
     "objectives.base",
-    "objectives.whole",
     "objectives.parts",
     "objectives",
     "objectives.preparation",

@@ -6,9 +6,9 @@ from lightopd.cache.signals.hidden import head_of_signal
 from lightopd.cache.signals.tail_shape import shape_of
 from lightopd.cache.store import Cache
 from lightopd.models.head import Head, head_of
+from lightopd.objectives.base.hidden_states import hidden_signals
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.whole_vocabulary import SpreadTail, spread_tails
-from lightopd.objectives.whole.hidden_states import hidden_signals
 
 
 def cached_tails(cache: Cache, wanted: Needs, student: PreTrainedModel) -> tuple[SpreadTail, ...]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightopd.objectives.base.batch import BatchTotals
+from lightopd.objectives.base.hidden_states import HiddenSignal
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.requirements import term_needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
-from lightopd.objectives.whole.hidden_states import HiddenSignal
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
 from lightopd.training.data.batches import HostBatch, collate, collect_rows, response_index, show

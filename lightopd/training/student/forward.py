@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
 from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
+from lightopd.objectives.base.hidden_states import HiddenSignal, Live, rebuilt, whole_divergences
 from lightopd.objectives.base.whole_vocabulary import (
     LiveSide,
     SpreadTail,
@@ -22,7 +23,6 @@ from lightopd.objectives.base.whole_vocabulary import (
     linear_sums,
     outside_support,
 )
-from lightopd.objectives.whole.hidden_states import HiddenSignal, Live, rebuilt, whole_divergences
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
 from lightopd.training.student.drift import drift_sums

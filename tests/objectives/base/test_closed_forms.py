@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightopd.objectives.base.closed_forms import closed_form
 from lightopd.objectives.base.divergences import outcome_terms
 from lightopd.objectives.base.part import Outcomes
-from lightopd.objectives.whole.closed_forms import closed_form
 from lightopd.schemas.objectives.targets import DivergenceTarget
 
 CONFIGS = [

@@ -12,11 +12,11 @@ from torch import Tensor
 from lightopd.errors import ConfigError
 from lightopd.models.head import Head
 from lightopd.objectives.base.batch import RolloutBatch, SignalBatch
+from lightopd.objectives.base.hidden_states import hidden_signals
 from lightopd.objectives.base.whole_vocabulary import spread_tails
 from lightopd.objectives.loss import compute_loss
 from lightopd.objectives.plain_tensors import loss_from_logits
 from lightopd.objectives.requirements import needs, on_signals
-from lightopd.objectives.whole.hidden_states import hidden_signals
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.training.student.forward import evaluate_tokens
 

@@ -18,9 +18,9 @@ from lightopd.kernels.selected_logprobs import TokenLogprobs, selected_logprobs
 from lightopd.kernels.two_heads import Frozen, divergence_of_heads
 from lightopd.models.head import Head
 from lightopd.objectives.base.batch import SignalBatch
+from lightopd.objectives.base.closed_forms import closed_form
 from lightopd.objectives.base.divergences import outcome_terms
 from lightopd.objectives.base.part import Needs, Outcomes, WholeTail
-from lightopd.objectives.whole.closed_forms import closed_form
 from lightopd.schemas.objectives.targets import Entries
 
 
