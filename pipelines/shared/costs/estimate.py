@@ -160,8 +160,8 @@ def _told(
     if sample.whole is None:
         return rows, (
             *notes,
-            f"engine {config.engine.kind} gives the most likely tokens only: what a choice loses is not known, "
-            "nor which to name; engine hf tells",
+            f"engine {config.engine.kind} gives the most likely tokens only: what a choice loses is not "
+            "known, nor which to name; engine hf tells",
         )
     if sample.calibration_whole is None:
         notes.append(f"fewer than {2 * MIN_SHAPE_TOKENS} response tokens: kl_shaped is not known")
