@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import (
@@ -25,12 +24,11 @@ from lightopd.cache.contexts import (
 )
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
-from lightopd.cache.reader import check_rollouts
+from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.signals.tail_shape import frozen_shape, read_shape, write_shape
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, SeesWholeTails, keep_ids_below
+from lightopd.engines.base import Engine, KeepsHiddenStates, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -48,9 +46,8 @@ from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.scoring.frozen import Frozen, as_it_began, check_vocabulary, made_now
 from lightopd.pipelines.shared.sequences import (
-    first_sequences,
-    num_response_tokens,
     read_prompts,
     read_sequences,
     response_lengths,
@@ -58,7 +55,6 @@ from lightopd.pipelines.shared.sequences import (
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
-from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.manifest import (
     PLAIN,
     SIGNAL_MANIFEST,
@@ -69,13 +65,9 @@ from lightopd.schemas.manifest import (
 )
 from lightopd.schemas.records import Floats, RolloutSignal
 from lightopd.schemas.records import Sequence as TokenSequence
-from lightopd.schemas.signals.kinds import TailShape
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
-
-SHAPE_TOKENS = 2048
-"""Response tokens for the shape of the tail, where `shape_tokens` is left out."""
 
 
 def run(
@@ -111,6 +103,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     check_top_k(config)
+    check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
@@ -210,9 +203,8 @@ def _score(
     """Score what is missing; response tokens per second, writing included, or None when nothing was."""
     folder = signal_folder(cache.path, config.signal)
     total = cache.manifest.num_shards
-    is_begun, frozen = frozen_shape(folder, total)
-    if is_begun:
-        manifest = manifest.model_copy(update={"tail_shape": _kept_shape(config, cache, frozen, contexts)})
+    frozen = as_it_began(config, cache, manifest, contexts)
+    manifest = frozen.manifest if frozen else manifest
     fingerprint = manifest.fingerprint()
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
@@ -221,19 +213,16 @@ def _score(
         log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
-    if frozen is not None:
-        read_shape(folder, frozen, cache.manifest.vocabulary_size)
     checked = read_sequences(cache, missing[0], contexts)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
         engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
-        if not is_begun:
-            manifest = manifest.model_copy(
-                update={"tail_shape": _make_shape(config, cache, engine, contexts)}
-            )
-        create_signal(cache, manifest.model_copy(update=measured))
+        if frozen is None:
+            frozen = made_now(config, cache, manifest, contexts, engine)
+        made = frozen
+        create_signal(cache, made.manifest.model_copy(update=measured))
         if contexts is not None:
             write_contexts(folder, contexts, load_tokenizer(config.teacher))
         started_s = time.monotonic()
@@ -242,8 +231,8 @@ def _score(
         )
         make_and_write(
             missing,
-            lambda index: _score_shard(config, cache, engine, index, contexts),
-            lambda index, scored: _write_shard(config, cache, manifest, index, scored),
+            lambda index: _score_shard(config, cache, engine, index, contexts, made),
+            lambda index, scored: _write_shard(config, cache, made, index, scored),
             lambda index: progress.advance(tokens=cache.markers[index].tokens),
         )
         seconds = time.monotonic() - started_s
@@ -266,71 +255,43 @@ def _measured(
     return found
 
 
-def _kept_shape(
-    config: PrecomputeConfig, cache: Cache, frozen: TailShape | None, contexts: Contexts | None
-) -> TailShape | None:
-    """The shape that the signal began with, or, where another is requested, one that does not fit it."""
-    if config.shape_tokens is None:
-        return frozen
-    if config.shape_tokens == 0:
-        return None
-    tokens = num_response_tokens(first_sequences(cache, config.shape_tokens, contexts))
-    return TailShape(sha256=frozen.sha256 if frozen else "none yet", tokens=tokens)
-
-
-def _make_shape(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, contexts: Contexts | None
-) -> TailShape | None:
-    """Score the first rollouts for the shape of their tails and store it; None where there is to be none.
-
-    Raises:
-        ConfigError: it was requested, and the cache has too few tokens or the engine sees no tails.
-    """
-    is_possible = config.top_k > 0 and config.support == "teacher" and isinstance(engine, SeesWholeTails)
-    if config.shape_tokens == 0 or (config.shape_tokens is None and not is_possible):
-        return None
-    sample = first_sequences(cache, config.shape_tokens or SHAPE_TOKENS, contexts)
-    tokens = num_response_tokens(sample)
-    if tokens < MIN_SHAPE_TOKENS or not isinstance(engine, SeesWholeTails):
-        if config.shape_tokens is None:
-            return None
-        raise ConfigError(
-            f"shape_tokens: {cache.path} has {tokens} response tokens, the shape of a tail needs "
-            f"{MIN_SHAPE_TOKENS} or more, and engine hf; sample more rollouts, or set shape_tokens: 0"
-        )
-    with doing(f"precompute: the shape of the tail, from {tokens:,} tokens"):
-        sums_V = engine.sum_tails(sample, config.top_k, config.min_probability)
-    width = cache.manifest.vocabulary_size
-    sums_V = np.pad(sums_V[:width], (0, max(0, width - len(sums_V))))
-    if not sums_V.any() and config.shape_tokens is None:
-        return None  # every token of the vocabulary is kept
-    return write_shape(signal_folder(cache.path, config.signal), sums_V, tokens)
-
-
 def _score_shard(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
+    config: PrecomputeConfig,
+    cache: Cache,
+    engine: Engine,
+    index: int,
+    contexts: Contexts | None,
+    frozen: Frozen,
 ) -> tuple[list[str], list[RolloutSignal]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config))
     tokens = cache.markers[index].tokens
+    top_k, least = own_top_k(config), config.min_probability
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
-        scores = engine.score(sequences, own_top_k(config), config.min_probability)
+        if frozen.rebuilder is not None:
+            assert isinstance(engine, KeepsHiddenStates), "refused when they were to be made"
+            scores = engine.score_hidden(sequences, top_k, least, frozen.channels)
+        else:
+            scores = engine.score(sequences, top_k, least)
     return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
 def _write_shard(
     config: PrecomputeConfig,
     cache: Cache,
-    manifest: SignalManifest,
+    frozen: Frozen,
     index: int,
     scored: tuple[list[str], list[RolloutSignal]],
 ) -> None:
+    table = scores_to_table(*scored, config.topk_dtype, frozen.manifest.hidden)
+    if frozen.rebuilder is not None:
+        frozen.rebuilder.refuse(table, read_columns(cache, index, ["response_ids"]), index)
     write_shard(
         signal_folder(cache.path, config.signal),
         index,
-        scores_to_table(*scored, config.topk_dtype),
+        table,
         kind=f"signals/{config.signal}",
-        fingerprint=manifest.fingerprint(),
-        made_from=manifest,
+        fingerprint=frozen.manifest.fingerprint(),
+        made_from=frozen.manifest,
     )
 
 
