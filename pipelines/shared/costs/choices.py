@@ -176,7 +176,7 @@ def _lost(
     place_C = np.repeat(np.arange(len(counts_N)), counts_N)
 
     def summed(values_C: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(place_C, values_C, len(counts_N))
+        return np.bincount(place_C, values_C, len(counts_N)).astype(np.float64)
 
     probs_C = np.exp(exact_C.astype(np.float64))
     stored_C = rounded(exact_C, PRECISION).astype(np.float64)
