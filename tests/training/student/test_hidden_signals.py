@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightopd
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.store import open_cache
 from lightopd.config import load_stage
 from lightopd.models.load import load_model
+from lightopd.objectives.plain_tensors import loss_from_logits
 from lightopd.pipelines import precompute, rollout
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.measures.metrics_file import read_metrics
@@ -122,3 +124,14 @@ def test_a_head_that_is_not_the_signals_is_refused_before_the_first_step(
 def test_methods_check_knows_what_hidden_states_serve(lightopd, kept):
     code, out, _ = lightopd("methods", "check", "f_reverse_kl", kept)
     assert code == 0, out
+
+
+def test_in_python_the_batches_and_the_head_of_a_cache_give_the_loss(world, kept):
+    opened = lightopd.open_cache(kept)
+    batch = next(opened.batches(4, ["teacher"])).rollouts
+    logits_NV = torch.zeros(len(batch.ids_N), open_cache(kept).manifest.vocabulary_size, requires_grad=True)
+    whole = {"target": {"kind": "divergence", "tail": "whole"}}
+    loss = loss_from_logits(whole, batch, logits_NV, heads={"teacher": opened.head("teacher")})
+    loss.value.backward()
+    assert float(loss.value) > 0
+    assert logits_NV.grad.abs().sum() > 0
