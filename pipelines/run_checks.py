@@ -16,6 +16,7 @@ from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.chains.phases import phase_folder
+from lightopd.pipelines.scoring.horizons import check_horizon_below
 from lightopd.pipelines.shared.preflight import (
     check_dense_answers,
     check_head_holds,
@@ -99,6 +100,7 @@ def _check_scoring(
     rendered: RenderedPrompts,
 ) -> None:
     check_top_k(precompute)
+    check_horizon_below(precompute, rollout.sampling.max_tokens)
     check_ids(precompute.teacher, identified_tokenizer(speaks)[1], precompute.allow, "precompute")
     if precompute.context is None:
         longest = max(len(ids) for ids in rendered.prompt_ids)
@@ -130,7 +132,10 @@ def _check_objective(
     wanted = needs(train.objective)
     columns |= {"teacher_reward"} if wanted.answers and all(map(_is_cache, wanted.answers)) else set()
     planned = precompute.signal if precompute is not None else None
-    facts = CacheFacts(str(train.cache), signals, frozenset(columns), planned=planned)
+    horizons = {name: own for name, signal in there.items() if (own := signal.manifest.horizon) is not None}
+    if precompute is not None and precompute.horizon is not None:
+        horizons[precompute.signal] = precompute.horizon
+    facts = CacheFacts(str(train.cache), signals, frozenset(columns), horizons=horizons, planned=planned)
     lines = missing(train.objective, facts)
     if lines:
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")

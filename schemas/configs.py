@@ -10,6 +10,7 @@ from lightopd.schemas.base import StrictModel
 from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
+from lightopd.schemas.engines import Horizon as Horizon
 from lightopd.schemas.engines import SamplingConfig as SamplingConfig
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
@@ -231,6 +232,9 @@ class PrecomputeConfig(StageConfig):
     or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
+    horizon: Horizon | None = None
+    """Score the beginning of each response alone: so many tokens (512), or a share of it (0.3); the rest is
+    masked in training. None: all of it."""
     max_noise_nats: float = Field(0.05, gt=0)
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field, JsonValue
 
 from lightopd.schemas.base import StrictModel, canonical_hash
-from lightopd.schemas.configs import Allowed, SamplingConfig
+from lightopd.schemas.configs import Allowed, Horizon, SamplingConfig
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 
 CACHE_MANIFEST = "lightopd.json"
@@ -254,6 +254,8 @@ class SignalManifest(StrictModel):
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     tail_shape: TailShape | None = None
     """How the mass outside the kept tokens lies, on average; None where it was not made."""
+    horizon: Horizon | None = None
+    """Tokens, or share, of each response that were scored, from its first; None for whole responses."""
     engine: EngineRecord | None
     """What ran it."""
     noise: NoiseFloor | None = None

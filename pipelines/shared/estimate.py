@@ -9,7 +9,7 @@ from lightopd.cache.store import Cache
 from lightopd.cache.tables import scores_to_table
 from lightopd.engines.base import Engine
 from lightopd.pipelines.shared.reports import Report
-from lightopd.pipelines.shared.sequences import read_sequences
+from lightopd.pipelines.shared.sequences import read_sequences, response_lengths
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PrecomputeConfig
 from lightopd.schemas.manifest import SignalManifest
 
@@ -40,6 +40,8 @@ def estimate(
     With a given rate no model is loaded, and the bytes are those of uncompressed columns: an upper bound.
     """
     tokens = cache.num_tokens
+    if config.horizon is not None:
+        tokens = sum(response_lengths(cache, config.horizon).values())
     if tokens_per_s is None:
         tokens_per_s, bytes_per_token = _measure(config, cache, load, contexts)
         basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
@@ -51,10 +53,11 @@ def estimate(
         out=str(config.cache),
         figures={
             "rollouts": cache.num_rollouts,
-            "response_tokens": tokens,
+            "response_tokens": cache.num_tokens,
+            **({} if config.horizon is None else {"scored_tokens": tokens}),
             "tokens_per_s": tokens_per_s,
             "hours": tokens / tokens_per_s / 3600,
-            "bytes_per_token": bytes_per_token,
+            "bytes_per_token": bytes_per_token * tokens / max(1, cache.num_tokens),
             "bytes": int(tokens * bytes_per_token),
         },
         notes=(f"dry run: nothing was written; {basis}",),
@@ -67,7 +70,7 @@ def _measure(
     load: Callable[[EngineConfig, ModelConfig], Engine],
     contexts: Contexts | None,
 ) -> tuple[float, float]:
-    ids, sequences = read_sequences(cache, 0, contexts, support_of(config))
+    ids, sequences = read_sequences(cache, 0, contexts, support_of(config), config.horizon)
     ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
     engine = load(config.engine, config.teacher)
     try:

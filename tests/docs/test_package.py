@@ -54,6 +54,7 @@ ROOMS = [
     "pipelines",
     "pipelines.shared",
     "pipelines.sampling",
+    "pipelines.scoring",
     "pipelines.caches",
     "pipelines.chains",
     "pipelines.stages",
