@@ -42,6 +42,9 @@ CrossCheck = Annotated[
     int | None,
     typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
 ]
+Keep = Annotated[
+    str | None, typer.Option("--keep", help="topk, or hidden: what gives the whole vocabulary again.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", help="Columns of other names: --map prompt=question,answer=solution."),

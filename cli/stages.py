@@ -121,6 +121,7 @@ def precompute(
     ] = None,
     top_k: options.TopK = None,
     horizon: options.Horizon = None,
+    keep: options.Keep = None,
     sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
@@ -154,7 +155,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags |= {"horizon": horizon, "cross_check": cross_check, "sft_teacher": sft_teacher}
+    flags |= {"keep": keep, "horizon": horizon, "cross_check": cross_check, "sft_teacher": sft_teacher}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}

@@ -25,12 +25,11 @@ from lightopd.cache.contexts import (
 )
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
-from lightopd.cache.reader import check_rollouts
+from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import read_marker, valid_shard, write_shard
-from lightopd.cache.signals.tail_shape import frozen_shape, read_shape
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, keep_ids_below
+from lightopd.engines.base import Engine, KeepsHiddenStates, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
@@ -41,15 +40,15 @@ from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.scoring.horizons import check_horizon, check_support_reaches
-from lightopd.pipelines.scoring.report import precompute_report
-from lightopd.pipelines.scoring.shapes import kept_shape, make_shape
 from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.scoring.frozen import Frozen, as_it_began, check_vocabulary, made_now
+from lightopd.pipelines.shared.scoring.horizons import check_horizon, check_support_reaches
+from lightopd.pipelines.shared.scoring.report import precompute_report
 from lightopd.pipelines.shared.sequences import (
     num_response_tokens,
     read_prompts,
@@ -110,6 +109,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     limits = model_limits(config.teacher)
     check_top_k(config)
     check_horizon(config, cache)
+    check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
@@ -212,9 +212,8 @@ def _score(
     """Score what is missing; response tokens per second, writing included, or None when nothing was."""
     folder = signal_folder(cache.path, config.signal)
     total = cache.manifest.num_shards
-    is_begun, frozen = frozen_shape(folder, total)
-    if is_begun:
-        manifest = manifest.model_copy(update={"tail_shape": kept_shape(config, cache, frozen, contexts)})
+    frozen = as_it_began(config, cache, manifest, contexts)
+    manifest = frozen.manifest if frozen else manifest
     fingerprint = manifest.fingerprint()
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
@@ -223,17 +222,16 @@ def _score(
         log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
-    if frozen is not None:
-        read_shape(folder, frozen, cache.manifest.vocabulary_size)
     checked = read_sequences(cache, missing[0], contexts, horizon=config.horizon)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
         engine = load(config.engine, config.teacher)
     try:
         measured = _measured(config, engine, checked, reference)
-        if not is_begun:
-            manifest = manifest.model_copy(update={"tail_shape": make_shape(config, cache, engine, contexts)})
-        create_signal(cache, manifest.model_copy(update=measured))
+        if frozen is None:
+            frozen = made_now(config, cache, manifest, contexts, engine)
+        made = frozen
+        create_signal(cache, made.manifest.model_copy(update=measured))
         if contexts is not None:
             write_contexts(folder, contexts, load_tokenizer(config.teacher))
         started_s = time.monotonic()
@@ -242,8 +240,8 @@ def _score(
         )
         make_and_write(
             missing,
-            lambda index: _score_shard(config, cache, engine, index, contexts),
-            lambda index, scored: _write_shard(config, cache, manifest, index, scored),
+            lambda index: _score_shard(config, cache, engine, index, contexts, made),
+            lambda index, scored: _write_shard(config, cache, made, index, scored),
             lambda index: progress.advance(tokens=_scored(folder, index)),
         )
         seconds = time.monotonic() - started_s
@@ -273,27 +271,40 @@ def _measured(
 
 
 def _score_shard(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
+    config: PrecomputeConfig,
+    cache: Cache,
+    engine: Engine,
+    index: int,
+    contexts: Contexts | None,
+    frozen: Frozen,
 ) -> tuple[list[str], list[RolloutSignal]]:
     ids, sequences = read_sequences(cache, index, contexts, support_of(config), config.horizon)
     tokens = num_response_tokens(sequences)
+    top_k, least = own_top_k(config), config.min_probability
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
-        scores = engine.score(sequences, own_top_k(config), config.min_probability)
+        if frozen.rebuilder is not None:
+            assert isinstance(engine, KeepsHiddenStates), "refused when they were to be made"
+            scores = engine.score_hidden(sequences, top_k, least, frozen.channels)
+        else:
+            scores = engine.score(sequences, top_k, least)
     return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
 
 
 def _write_shard(
     config: PrecomputeConfig,
     cache: Cache,
-    manifest: SignalManifest,
+    frozen: Frozen,
     index: int,
     scored: tuple[list[str], list[RolloutSignal]],
 ) -> None:
+    table = scores_to_table(*scored, config.topk_dtype, frozen.manifest.hidden)
+    if frozen.rebuilder is not None:
+        frozen.rebuilder.refuse(table, read_columns(cache, index, ["response_ids"]), index)
     write_shard(
         signal_folder(cache.path, config.signal),
         index,
-        scores_to_table(*scored, config.topk_dtype),
+        table,
         kind=f"signals/{config.signal}",
-        fingerprint=manifest.fingerprint(),
-        made_from=manifest,
+        fingerprint=frozen.manifest.fingerprint(),
+        made_from=frozen.manifest,
     )

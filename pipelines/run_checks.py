@@ -16,7 +16,6 @@ from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines.chains.phases import phase_folder
-from lightopd.pipelines.scoring.horizons import check_horizon_below
 from lightopd.pipelines.shared.preflight import (
     check_dense_answers,
     check_head_holds,
@@ -26,6 +25,7 @@ from lightopd.pipelines.shared.preflight import (
     check_training,
     said_now,
 )
+from lightopd.pipelines.shared.scoring.horizons import check_horizon_below
 from lightopd.prompts.render import RenderedPrompts, render_prompts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import (

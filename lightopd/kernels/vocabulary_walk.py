@@ -88,6 +88,30 @@ def visit_tiles(inputs: Inputs, walk: Walk, visit: Callable[[Tensor, slice, slic
                 visit(products_CT, rows, tile)
 
 
+class LogitTiles:
+    """Tiles of the logits of a head that is walked beside another one, on the other's division.
+
+    Args:
+        inputs: any float dtypes.
+        walk: form of these logits; its pieces are at least as large as those that will be read.
+    """
+
+    def __init__(self, inputs: Inputs, walk: Walk) -> None:
+        self._inputs, self._walk = inputs, walk
+        self._buffer = _tile_buffer(inputs, walk)
+        self._start = -1
+        self._head: tuple[Tensor, Tensor | None]
+
+    def read(self, rows: slice, tile: slice) -> Tensor:
+        """Finished logits [C, T], good until the next reading; they may be overwritten."""
+        if tile.start != self._start:
+            self._head, self._start = _tile_of_head(self._inputs, tile, self._walk), tile.start
+        weight_TD, bias_T = self._head
+        products_CT = _products(self._inputs.hidden_ND[rows], weight_TD, self._walk, self._buffer)
+        plain_tiles.finish_logits(products_CT, bias_T, self._walk)
+        return products_CT
+
+
 def propagate_tiles(
     inputs: Inputs, walk: Walk, wanted: tuple[bool, bool, bool], gradient_of: TileGradient
 ) -> Gradients:

@@ -291,7 +291,7 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     shown = next(iter(run.needed.shown), None)
-    reading = FirstReading(run.cache, signals, topk, limit, shown)
+    reading = FirstReading(run.cache, signals, topk, limit, shown, run.needed.hidden)
     held_out, width = run.finetune.held_out, _id_limit(run)
     selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained

@@ -54,7 +54,6 @@ ROOMS = [
     "pipelines",
     "pipelines.shared",
     "pipelines.sampling",
-    "pipelines.scoring",
     "pipelines.caches",
     "pipelines.chains",
     "pipelines.stages",

@@ -51,7 +51,7 @@ class LiveSide(NamedTuple):
 def spread_tails(
     tails: Sequence[WholeTail], shapes: Mapping[str, NDArray[np.float32]], num_vocab: int
 ) -> tuple[SpreadTail, ...]:
-    """The tails that an objective needs, with their shapes.
+    """The tails that an objective needs, with their shapes; those of hidden states are left out.
 
     Args:
         tails: of `needs(objective)`.
@@ -61,7 +61,8 @@ def spread_tails(
     Raises:
         ConfigError: a shape is not there, or is one of another vocabulary.
     """
-    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in tails)
+    spread = (tail for tail in tails if tail.target.tail != "whole")
+    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in spread)
 
 
 def _log_shape(tail: WholeTail, shapes: Mapping[str, NDArray[np.float32]], num_vocab: int) -> Tensor:

@@ -283,3 +283,8 @@ def test_training_is_to_the_bit_that_of_a_loss_mask_cut_at_the_horizon(world, tm
     assert found[0][0] == found[1][0]
     left, right = found[0][1], found[1][1]
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_hidden_states_go_with_whole_responses(world, cache):
+    with pytest.raises(ConfigError, match="keep: hidden keeps the states of whole responses"):
+        score(world, cache, "keep=hidden", horizon=HORIZON)

@@ -9,11 +9,12 @@ from lightopd.schemas.manifest import SignalManifest
 
 
 def check_horizon(config: PrecomputeConfig, cache: Cache) -> None:
-    """Refuse a horizon behind every response's end.
+    """Refuse a horizon behind every response's end, and one of hidden states.
 
     Raises:
         ConfigError: names it, and the longest response.
     """
+    _check_kind(config)
     if isinstance(config.horizon, int):
         longest = max(response_lengths(cache).values(), default=0)
         _check_below(config.horizon, longest, f"the longest response of {cache.path} has {longest}")
@@ -25,8 +26,16 @@ def check_horizon_below(config: PrecomputeConfig, max_tokens: int) -> None:
     Raises:
         ConfigError: names it, and the limit of the sampling.
     """
+    _check_kind(config)
     if isinstance(config.horizon, int):
         _check_below(config.horizon, max_tokens, f"rollout.sampling.max_tokens is {max_tokens}")
+
+
+def _check_kind(config: PrecomputeConfig) -> None:
+    if config.horizon is not None and config.keep == "hidden":
+        raise ConfigError(
+            "keep: hidden keeps the states of whole responses, and horizon would cut them; leave one out"
+        )
 
 
 def _check_below(horizon: int, longest: int, where: str) -> None:
