@@ -135,7 +135,16 @@ def _check_objective(
     horizons = {name: own for name, signal in there.items() if (own := signal.manifest.horizon) is not None}
     if precompute is not None and precompute.horizon is not None:
         horizons[precompute.signal] = precompute.horizon
-    facts = CacheFacts(str(train.cache), signals, frozenset(columns), horizons=horizons, planned=planned)
+    hidden = {name for name, signal in there.items() if signal.manifest.hidden is not None}
+    hidden |= {precompute.signal} if precompute is not None and precompute.keep == "hidden" else set()
+    facts = CacheFacts(
+        str(train.cache),
+        signals,
+        frozenset(columns),
+        hidden=frozenset(hidden),
+        horizons=horizons,
+        planned=planned,
+    )
     lines = missing(train.objective, facts)
     if lines:
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")

@@ -16,7 +16,13 @@ from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
 from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
 from lightopd.objectives.base.hidden_states import HiddenSignal, Live, rebuilt, whole_divergences
-from lightopd.objectives.base.whole_vocabulary import LiveSide, SpreadTail, outside_support
+from lightopd.objectives.base.whole_vocabulary import (
+    LiveSide,
+    SpreadTail,
+    fixed_vectors,
+    linear_sums,
+    outside_support,
+)
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
 from lightopd.training.student.drift import drift_sums
@@ -89,7 +95,7 @@ def evaluate_tokens(
         hidden: signals that keep hidden states, and what is made of them.
     """
     hidden_ND, weight_VD = _in_compute_format(hidden_ND, head.weight_VD)
-    head = replace(head, weight_VD=weight_VD)
+    head, vectors = replace(head, weight_VD=weight_VD), fixed_vectors(tails)
     own = Live(hidden_ND, head)
     made = {each.name: rebuilt(each, rollouts.signals[each.name], own) for each in hidden if each.entries}
     signals = rollouts.signals | made
@@ -104,15 +110,17 @@ def evaluate_tokens(
         bias_V=head.bias_V,
         softcap=head.softcap,
         temperature=head.temperature,
+        averaged_FV=vectors.averaged_FV,
+        weighing_GV=vectors.weighing_GV,
     )
     sampled_N1, *on_supports = torch.split(selected.logprobs_NM, widths, dim=1)
     topk_NK = dict(zip(supports, on_supports, strict=True))
     tail_N = dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True))
     outside_N = {}
-    for tail in tails:
+    for tail, linear in zip(tails, linear_sums(tails, selected), strict=True):
         name = tail.what.signal
         student_NM = torch.cat([topk_NK[name], tail_N[name][:, None]], dim=1)
-        live = LiveSide(hidden_ND, head, selected.logsumexp_N, student_NM)
+        live = LiveSide(hidden_ND, head, selected.logsumexp_N, student_NM, linear)
         outside_N[tail.what.key] = outside_support(tail, signals[name], live)
     for each in hidden:
         outside_N |= whole_divergences(each, rollouts.signals[each.name], own)

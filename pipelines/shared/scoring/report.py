@@ -20,11 +20,12 @@ def precompute_report(
     signal = cache.signals[config.signal]
     seconds = time.monotonic() - started_s
     tokens = sum(marker.tokens for marker in cache.markers)
+    scored = sum(marker.tokens for marker in signal.markers)
     figures = {
         "rollouts": sum(marker.rows for marker in signal.markers),
         "response_tokens": tokens,
         **_horizon_figures(signal),
-        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
+        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, scored),
         **gap_figures(cache, config.signal),
         **_shape_figures(signal.manifest),
         "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
