@@ -10,7 +10,7 @@ from lightopd.cache.contexts import Contexts
 from lightopd.cache.shards import shard_bytes
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, SeesWholeTails
+from lightopd.engines.base import Engine, KeepsHiddenStates, SeesWholeTails
 from lightopd.pipelines.shared.costs.choices import (
     LARGEST_LOSS_NATS,
     PRECISION,
@@ -23,7 +23,12 @@ from lightopd.pipelines.shared.costs.choices import (
 )
 from lightopd.pipelines.shared.costs.disk import write_rate
 from lightopd.pipelines.shared.reports import Report
-from lightopd.pipelines.shared.sequences import first_sequences, num_response_tokens, read_sequences
+from lightopd.pipelines.shared.sequences import (
+    first_sequences,
+    num_response_tokens,
+    read_sequences,
+    response_lengths,
+)
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PrecomputeConfig
 from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.manifest import SignalManifest
@@ -59,19 +64,23 @@ def estimate(
     nothing is known of other choices.
     """
     tokens = cache.num_tokens
+    if config.horizon is not None:
+        tokens = sum(response_lengths(cache, config.horizon).values())
     if tokens_per_s is None:
         trial = _measure(config, cache, load, contexts)
         basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
     else:
         trial = _Trial(tokens_per_s, _columns_bytes(manifest))
         basis = "rate as given; bytes before compression, other choices not measured"
+        basis += ", those of hidden states left out" if config.keep == "hidden" else ""
     disk = write_rate(config.cache)
     return Report(
         stage="precompute",
         out=str(config.cache),
         figures={
             "rollouts": cache.num_rollouts,
-            "response_tokens": tokens,
+            "response_tokens": cache.num_tokens,
+            **({} if config.horizon is None else {"scored_tokens": tokens}),
             "tokens_per_s": trial.tokens_per_s,
             "hours": tokens / trial.tokens_per_s / 3600,
             "bytes_per_token": trial.bytes_per_token,
@@ -100,7 +109,7 @@ def _measure(
     load: Callable[[EngineConfig, ModelConfig], Engine],
     contexts: Contexts | None,
 ) -> _Trial:
-    ids, sequences = read_sequences(cache, 0, contexts, support_of(config))
+    ids, sequences = read_sequences(cache, 0, contexts, support_of(config), config.horizon)
     ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
     engine = load(config.engine, config.teacher)
     try:
@@ -109,11 +118,34 @@ def _measure(
         scores = engine.score(sequences, own_top_k(config), config.min_probability)
         seconds = time.monotonic() - started_s
         sample, vocabulary = _sample(config, cache, engine, contexts), engine.vocabulary_size
+        size = engine.own_head().weight_VD.shape[1] if isinstance(engine, KeepsHiddenStates) else None
     finally:
         engine.close()
     tokens = max(1, num_response_tokens(sequences))
     content = shard_bytes(scores_to_table(ids, scores, config.topk_dtype), kind="trial", fingerprint="")
-    return _Trial(tokens / max(seconds, 1e-9), len(content) / tokens, *_told(config, sample, vocabulary))
+    hidden = _hidden_bytes(size, config.hidden_format) if config.keep == "hidden" and size else 0
+    rows, notes = _told(config, sample, vocabulary)
+    if rows and size:
+        rows = (*rows, _hidden_row(rows[0], size))
+        notes = (
+            *notes,
+            "hidden: D + 2 bytes beside the sampled token, the head once; its loss is not measured",
+        )
+    return _Trial(tokens / max(seconds, 1e-9), len(content) / tokens + hidden, rows, notes)
+
+
+def _hidden_bytes(size: int, form: str) -> int:
+    """Bytes a token of a hidden state: int8 with a scale, or bfloat16; they compress little."""
+    return size + 2 if form == "int8" else 2 * size
+
+
+def _hidden_row(sampled: dict[str, JsonValue], size: int) -> dict[str, JsonValue]:
+    """Whole vocabularies from hidden states in int8; what is lost would need them quantised."""
+    more = _hidden_bytes(size, "int8")
+    sizes = {
+        name: round(float(str(sampled[name])) + more, 1) for name in ("bytes_float16", f"bytes_{PRECISION}")
+    }
+    return {**sampled, "choice": "hidden", **sizes}
 
 
 def _sample(
@@ -122,7 +154,7 @@ def _sample(
     """Scored responses with as many entries as the engine gives; None where ids are not the model's own."""
     if config.support != "teacher":
         return None
-    sequences = first_sequences(cache, SAMPLE_TOKENS, contexts)
+    sequences = first_sequences(cache, SAMPLE_TOKENS, contexts, config.horizon)
     sees_all = isinstance(engine, SeesWholeTails)
     half = _half(sequences) if sees_all else 0
     first, rest = sequences[:half], sequences[half:]

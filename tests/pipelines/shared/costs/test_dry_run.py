@@ -16,7 +16,7 @@ def test_a_dry_run_prints_choices_and_keeps_nothing(world, lightopd, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     names = [row["choice"] for row in report["rows"]]
-    assert names[0] == "sampled"
+    assert (names[0], names[-1]) == ("sampled", "hidden")
     assert {"p > 0.003", "p > 0.001"} <= set(names)
     lost = {row["choice"]: row["kl_uniform"] for row in report["rows"]}
     assert lost["sampled"] is None
@@ -43,6 +43,28 @@ def test_the_table_fits_into_a_hundred_columns(world, lightopd):
     table = [line for line in out.splitlines() if line.startswith(("choice", "top-", "p > ", "sampled"))]
     assert len(table) >= 5
     assert max(map(len, table)) <= 100
+
+
+def test_hidden_states_count_in_the_bytes_and_their_loss_is_not_made_up(world, lightopd):
+    command = (
+        "precompute",
+        "--cache",
+        world.cache,
+        "--teacher",
+        world.teacher,
+        "--signal",
+        "new",
+        "--dry-run",
+    )
+    figures = {}
+    for kept in ("topk", "hidden"):
+        code, out, err = lightopd(*command, "--top-k", 0, "--set", f"keep={kept}", "--json")
+        assert code == 0, err
+        report = json.loads(out)
+        figures[kept] = report["figures"]["bytes_per_token"]
+        assert report["rows"][-1]["kl_uniform"] is None
+    size = json.loads((world.teacher / "config.json").read_text())["hidden_size"]
+    assert figures["hidden"] - figures["topk"] > size
 
 
 def test_with_a_given_rate_no_choice_is_measured(world, lightopd):
