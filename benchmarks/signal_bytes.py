@@ -15,6 +15,7 @@ docs/decisions/0012-bytes-of-a-signal.md draws the decision from it.
 import argparse
 import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from support.kept_entries import (
     synthetic_teachers,
     widest,
 )
+from support.layout_candidates import synthetic_capture
 from support.signal_encodings import Encoding, encodings, frequency_codes
 
 THRESHOLDS = (3e-3, 2e-3, 1.5e-3, 1e-3, 8e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4)
@@ -151,12 +153,12 @@ def _written(way: Encoding, exact: Kept, losses: Measure, place: int) -> dict:
     return row
 
 
-def _seconds(read: Callable, content: bytes) -> float:
+def _seconds(read: Callable, content: bytes, readings: int = READINGS) -> float:
     """CPU seconds of one reading, over as many as a clock can tell; other work on the machine counts less."""
     began_s = time.process_time()
-    for _ in range(READINGS):
+    for _ in range(readings):
         read(content)
-    return (time.process_time() - began_s) / READINGS
+    return (time.process_time() - began_s) / readings
 
 
 def _coded(before: Kept, exact: Kept, losses: Measure, place: int, vocabulary: int) -> dict:
@@ -168,6 +170,26 @@ def _coded(before: Kept, exact: Kept, losses: Measure, place: int, vocabulary: i
     row = {"name": "quarters, entropy coder", "bytes": round(size / num, 2)}
     row |= {"kl_shaped": round(losses.kl_lost(exact, stored, place), 4)}
     return row | {"decode_tokens_per_s": round(num / seconds)}
+
+
+def measure_decoding() -> dict[str, dict]:
+    """Tokens a second into arrays, by vocabulary and encoding, of 32,768 synthetic tokens with 32 entries."""
+    found: dict[str, dict] = {}
+    for vocabulary in (49_152, SYNTHETIC_VOCABULARY):
+        made = synthetic_capture(vocabulary, 32)
+        num, top_k = made.ids_NK.shape
+        counts_N, lengths_R = np.full(num, top_k), np.full(num // 256, 256)
+        values = (made.ids_NK.ravel(), made.logprobs_NK.ravel(), made.tail_N, made.logprobs_NK[:, 0])
+        kept = Kept(counts_N, *values, lengths_R)
+        ways = [way for way in encodings(np.arange(vocabulary, dtype=np.int32), None) if way.name in CURVE]
+        told = {}
+        for way in ways:
+            if way.read is not None:
+                content = way.write(way.store(kept))
+                seconds = min(_seconds(way.read, content, 1) for _ in range(REPEATS))
+                told[way.name] = {"bytes": round(len(content) / num, 1), "tokens_per_s": round(num / seconds)}
+        found[str(vocabulary)] = told
+    return found
 
 
 def bytes_at(found: dict, goal: float) -> dict[str, float]:
@@ -187,19 +209,19 @@ def bytes_at(found: dict, goal: float) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--scores", type=Path, required=True, help="folder of the samples; made where it is missing"
-    )
+    parser.add_argument("--scores", type=Path, help="folder that keeps the samples; made where it is missing")
     parser.add_argument("--calibrate", type=int, default=2048, help="response tokens for the shape")
     parser.add_argument("--tokens", type=int, default=2048, help="response tokens that are measured")
     parser.add_argument("--no-synthetic", action="store_true", help="SmolLM2 alone")
     parser.add_argument("--json", type=Path, help="file for the same JSON, indented")
     asked = parser.parse_args(arguments)
-    asked.scores.mkdir(parents=True, exist_ok=True)
-    for part, tokens, seed in (("calibration", asked.calibrate, 0), ("measured", asked.tokens, 1)):
-        sample_once(asked.scores, part, tokens, seed)
-    parts = [load_teachers(asked.scores, part) for part in ("calibration", "measured")]
-    found = {"smollm2": measure(*parts)}
+    with tempfile.TemporaryDirectory() as folder:
+        scores = asked.scores or Path(folder)
+        scores.mkdir(parents=True, exist_ok=True)
+        for part, tokens, seed in (("calibration", asked.calibrate, 0), ("measured", asked.tokens, 1)):
+            sample_once(scores, part, tokens, seed)
+        parts = [load_teachers(scores, part) for part in ("calibration", "measured")]
+        found = {"decode_top32": measure_decoding(), "smollm2": measure(*parts)}
     for name, spread in () if asked.no_synthetic else SYNTHETIC.items():
         made = [synthetic_teachers(spread, SYNTHETIC_TOKENS, SYNTHETIC_VOCABULARY, seed) for seed in (0, 1)]
         found[name] = measure(*made)

@@ -39,7 +39,7 @@ from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
+from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k, support_of
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now

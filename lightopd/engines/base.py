@@ -34,6 +34,10 @@ class SeesWholeTails(Protocol):
         """The probabilities outside what `Engine.score` keeps, added up over all response tokens, [V]."""
         ...
 
+    def sum_negentropies(self, sequences: Sequence[records.Sequence]) -> float:
+        """Sum of T log T over the vocabulary, added up over all response tokens, nats."""
+        ...
+
 
 @runtime_checkable
 class KeepsHiddenStates(Protocol):

@@ -6,6 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from lightopd.cache.store import Cache
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.exposure import at_signal
@@ -26,6 +27,17 @@ def needs(config: ObjectiveConfig) -> Needs:
         shown=() if config.shown is None else (config.shown,),
     )
     return reduce(or_, [*of_terms, *of_selections, of_objective], Needs())
+
+
+def kept_hidden(cache: Cache) -> dict[str, int]:
+    """The signals that keep hidden states, and the number of top-k entries they keep beside them."""
+    manifests = {name: signal.manifest for name, signal in cache.signals.items()}
+    return {name: manifest.top_k for name, manifest in manifests.items() if manifest.hidden is not None}
+
+
+def needs_on(config: ObjectiveConfig, cache: Cache) -> Needs:
+    """What the objective reads of this cache: of some signals hidden states in the place of a top-k."""
+    return on_signals(needs(config), kept_hidden(cache))
 
 
 def on_signals(wanted: Needs, hidden: Mapping[str, int]) -> Needs:

@@ -22,7 +22,7 @@ from lightopd.engines.noise import compare, measure_noise
 from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.shared.estimate import own_top_k, support_of
+from lightopd.pipelines.shared.costs.estimate import own_top_k, support_of
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.cache import SIGNALS

@@ -72,6 +72,12 @@ class TransformersEngine:
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
         return hf_score.sum_tails(self._loaded, sequences, self._score_settings(top_k, min_probability))
 
+    def sum_negentropies(self, sequences: Sequence[records.Sequence]) -> float:
+        """Sum of T log T; see `SeesWholeTails.sum_negentropies`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, 0, self.vocabulary_size, self.context_length)
+        return hf_score.sum_negentropies(self._loaded, sequences, self._score_settings(0, 0.0))
+
     def own_head(self) -> Head:
         """The output layer in the model's own number format; see `KeepsHiddenStates.own_head`."""
         assert self._loaded is not None, "the engine is closed"

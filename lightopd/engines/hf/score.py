@@ -18,6 +18,7 @@ from lightopd.engines.hf.batching import plan_batches
 from lightopd.engines.hf.head_scores import (
     PendingScores,
     PositionScores,
+    logit_slices,
     score_positions,
     score_support,
     support_ids,
@@ -89,6 +90,27 @@ def sum_tails(
             total_V += tail_sums(loaded.head, hidden_ND, settings.top_k, settings.min_probability)
     sums_V: NDArray[np.float64] = total_V.cpu().numpy()
     return sums_V
+
+
+@torch.inference_mode()
+def sum_negentropies(
+    loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
+) -> float:
+    """Sum of T log T over the vocabulary and all response tokens, nats.
+
+    Raises:
+        EngineError: not enough memory for a batch.
+    """
+    settings = _fitting(loaded, settings)
+    filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    total = 0.0
+    with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
+        for _, hidden_ND in _batches(loaded, sequences, filled, settings):
+            for _, logits_CV in logit_slices(loaded.head, hidden_ND):
+                logprobs_CV = logits_CV.log_softmax(1)
+                finite_CV = logprobs_CV.clamp(min=torch.finfo(logprobs_CV.dtype).min)
+                total += float((logprobs_CV.exp() * finite_CV).sum(dtype=torch.float64))
+    return total
 
 
 @torch.inference_mode()

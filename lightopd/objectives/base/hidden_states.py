@@ -74,10 +74,22 @@ def _checked_head(name: str, heads: Mapping[str, Head], num_vocab: int) -> Head:
     return heads[name]
 
 
-def on_device(head: Head, device: torch.device) -> Head:
-    """The head with its tensors on the device."""
-    bias_V = None if head.bias_V is None else head.bias_V.to(device)
-    return replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V)
+def heads_on(
+    heads: Mapping[str, Head], device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Head]:
+    """The heads with their tensors on the device; one that several signals share is there once.
+
+    Args:
+        heads: by the name of a signal.
+        device: of the student.
+        dtype: that the products of the step are made in, for the weights; None leaves them as they are.
+    """
+    moved: dict[int, Head] = {}
+    for head in heads.values():
+        if id(head) not in moved:
+            bias_V = None if head.bias_V is None else head.bias_V.to(device)
+            moved[id(head)] = replace(head, weight_VD=head.weight_VD.to(device, dtype), bias_V=bias_V)
+    return {name: moved[id(head)] for name, head in heads.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import torch
 from cache_cases import table_to_rollouts
 from fake_engine import FakeEngine
 
-import lightopd
+import lightopd as package
+from lightopd.cache.formats.dataset import export_dataset
+from lightopd.cache.index import query
 from lightopd.cache.shards import write_shard
 from lightopd.cache.signals.channels import channels_from_sums, hidden_columns, read_channels
 from lightopd.cache.signals.hidden import (
@@ -29,6 +31,7 @@ from lightopd.models.head import Head, last_hidden
 from lightopd.models.load import load_model
 from lightopd.objectives.base.batch import BatchTotals
 from lightopd.pipelines import precompute, rollout
+from lightopd.pipelines.caches.rescore import rescore
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.data.batches import collate, collect_rows, response_index, show
 from lightopd.training.data.shard_store import FirstReading, index_cache
@@ -226,7 +229,7 @@ def test_a_signal_without_hidden_states_has_no_head(world):
 
 
 def test_batches_hold_the_hidden_states_of_their_tokens(kept):
-    found = [batch.rollouts.signals["teacher"] for batch in lightopd.open_cache(kept).batches(5)]
+    found = [batch.rollouts.signals["teacher"] for batch in package.open_cache(kept).batches(5)]
     assert torch.equal(torch.cat([each.hidden_ND for each in found]), stored_states(kept))
     assert found[0].topk_ids_NK.shape[1] == 0
 
@@ -270,3 +273,37 @@ def test_a_hidden_state_that_is_no_number_stops_the_first_reading(kept, tmp_path
         CacheError, match=r"part-00000.parquet row 1: hidden is NaN or infinite at position 0"
     ):
         list(FirstReading(open_cache(cache), ("teacher",), (), 2**30, hidden=("teacher",)))
+
+
+def test_views_and_plain_files_of_a_cache_hold_its_signals_of_every_kind(world, kept, tmp_path):
+    cache = copied(kept, tmp_path)
+    score(world, cache, keep="topk", top_k=2, signal="alike")
+    found = query(cache, "SELECT name, keeps, hidden_size FROM signals ORDER BY name").to_pylist()
+    states = {"name": "teacher", "keeps": "hidden", "hidden_size": 32}
+    assert found == [{"name": "alike", "keeps": "topk", "hidden_size": None}, states]
+    apart = "SELECT max(abs(a.logprob_signal - b.logprob_signal)) AS apart, count(*) AS tokens FROM tokens a"
+    apart += " JOIN tokens b USING (rollout_id, pos) WHERE a.signal = 'alike' AND b.signal = 'teacher'"
+    (row,) = query(cache, apart).to_pylist()
+    assert row["apart"] < 1e-5
+    assert row["tokens"] == open_cache(cache).num_tokens
+    entries = query(cache, "SELECT count(*) AS n FROM topk WHERE signal = 'teacher'")
+    assert entries.to_pylist() == [{"n": 0}]
+    export_dataset(open_cache(cache), tmp_path / "plain")
+    assert "its hidden states are left out" in (tmp_path / "plain" / "README.md").read_text()
+    assert pq.read_table(tmp_path / "plain" / "data")["teacher_logprobs"].null_count == 0
+
+
+def test_a_cache_with_hidden_states_is_held_against_its_teacher_again(kept):
+    report, agrees = rescore(kept, "teacher", 4)
+    assert agrees
+    assert report.figures["rollouts"] == 4
+
+
+def test_the_command_keeps_hidden_states_and_verifies_them(world, rolled, tmp_path, lightopd):
+    cache = copied(rolled, tmp_path)
+    code, _, err = lightopd("precompute", "--cache", cache, "--teacher", world.teacher, "--keep", "hidden")
+    assert code == 0, err
+    assert lightopd("verify", cache)[0] == 0
+    code, _, err = lightopd("precompute", "--cache", cache, "--teacher", world.teacher, "--keep", "logits")
+    assert code != 0
+    assert "keep: input should be 'topk' or 'hidden', found 'logits'" in err
