@@ -10,6 +10,7 @@ second teacher or a reference model is added later without touching what is ther
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -25,14 +26,14 @@ from lightopd.cache.contexts import (
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
 from lightopd.cache.reader import check_rollouts, read_columns
-from lightopd.cache.shards import valid_shard, write_shard
+from lightopd.cache.shards import read_marker, valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_signal, open_cache
 from lightopd.cache.tables import scores_to_table
 from lightopd.engines.base import Engine, KeepsHiddenStates, keep_ids_below
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_role, check_student, precision_note
+from lightopd.lineage.checks import check_role, check_student
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.models.limits import ModelLimits, model_limits, precision_of
 from lightopd.models.tokenizer import load_tokenizer
@@ -40,14 +41,16 @@ from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k, support_of
-from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.progress import StageProgress
-from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.scoring.frozen import Frozen, as_it_began, check_vocabulary, made_now
+from lightopd.pipelines.shared.scoring.horizons import check_horizon, check_support_reaches
+from lightopd.pipelines.shared.scoring.report import precompute_report
 from lightopd.pipelines.shared.sequences import (
+    num_response_tokens,
     read_prompts,
     read_sequences,
     response_lengths,
@@ -93,7 +96,9 @@ def run(
         tokens_per_s = _score(config, cache, manifest, contexts, load)
         folder = signal_folder(config.cache, config.signal)
         save_config(config, "precompute", folder)
-        report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
+        report = precompute_report(
+            config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
+        )
         refresh_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
@@ -103,6 +108,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     check_top_k(config)
+    check_horizon(config, cache)
     check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
@@ -129,6 +135,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
+        horizon=config.horizon,
         engine=engine,
         overrides=overrides + allowed,
     )
@@ -155,10 +162,11 @@ def _contexts(
         return PLAIN, None
     if isinstance(config.context, WrittenContext):
         contexts = dict(shown_prompts(cache, config.context.text))
-        check_lengths(contexts, response_lengths(cache), limits.context_length, config.teacher.path)
+        longest = response_lengths(cache, config.horizon)
+        check_lengths(contexts, longest, limits.context_length, config.teacher.path)
         described: dict[str, JsonValue] = {"kind": "written", "text": config.context.text}
         return described | {"prompts": contexts_hash(contexts)}, contexts
-    own, longest = read_prompts(cache)
+    own, longest = read_prompts(cache, config.horizon)
     rendered = render_contexts(
         config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
     )
@@ -179,6 +187,7 @@ def _support(
         "content": content_id(there, [config.support_signal]),
     }
     made = there.signals[config.support_signal].manifest
+    check_support_reaches(config, made)
     if made.model is None:
         raise ConfigError(
             f"signal {config.support_signal} was imported: no model is named; make it with the student"
@@ -213,7 +222,7 @@ def _score(
         log.info("precompute: nothing to do, all %d shards are there", total)
         return None
     check_rollouts(cache)
-    checked = read_sequences(cache, missing[0], contexts)[1]
+    checked = read_sequences(cache, missing[0], contexts, horizon=config.horizon)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
         engine = load(config.engine, config.teacher)
@@ -233,12 +242,18 @@ def _score(
             missing,
             lambda index: _score_shard(config, cache, engine, index, contexts, made),
             lambda index, scored: _write_shard(config, cache, made, index, scored),
-            lambda index: progress.advance(tokens=cache.markers[index].tokens),
+            lambda index: progress.advance(tokens=_scored(folder, index)),
         )
         seconds = time.monotonic() - started_s
     finally:
         engine.close()
-    return sum(cache.markers[index].tokens for index in missing) / seconds
+    return sum(_scored(folder, index) for index in missing) / seconds
+
+
+def _scored(folder: Path, index: int) -> int:
+    """Response tokens that were scored of a shard."""
+    marker = read_marker(folder, index)
+    return marker.tokens if marker is not None else 0
 
 
 def _measured(
@@ -263,8 +278,8 @@ def _score_shard(
     contexts: Contexts | None,
     frozen: Frozen,
 ) -> tuple[list[str], list[RolloutSignal]]:
-    ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    tokens = cache.markers[index].tokens
+    ids, sequences = read_sequences(cache, index, contexts, support_of(config), config.horizon)
+    tokens = num_response_tokens(sequences)
     top_k, least = own_top_k(config), config.min_probability
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
         if frozen.rebuilder is not None:
@@ -293,57 +308,3 @@ def _write_shard(
         fingerprint=frozen.manifest.fingerprint(),
         made_from=frozen.manifest,
     )
-
-
-def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, started_s: float) -> Report:
-    signal = cache.signals[config.signal]
-    seconds = time.monotonic() - started_s
-    tokens = sum(marker.tokens for marker in cache.markers)
-    figures = {
-        "rollouts": sum(marker.rows for marker in signal.markers),
-        "response_tokens": tokens,
-        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
-        **gap_figures(cache, config.signal),
-        **_shape_figures(signal.manifest),
-        "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
-        "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
-        **_cross_check_figures(signal.manifest.cross_check),
-        "tokens_per_s": tokens_per_s,
-        "seconds": round(seconds, 2),
-    }
-    precision = precision_note(cache.manifest.precision, signal.manifest.precision)
-    notes = (
-        *(
-            [verdict(measured_gap(cache, config.signal), cache.manifest.sampling)]
-            if config.role == "teacher"
-            else []
-        ),
-        *([precision] if precision else []),
-        *_width_notes(cache, config),
-        *override_notes(signal.manifest.overrides),
-    )
-    return Report(
-        "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
-    )
-
-
-def _shape_figures(manifest: SignalManifest) -> dict[str, int]:
-    return {} if manifest.tail_shape is None else {"tail_shape_tokens": manifest.tail_shape.tokens}
-
-
-def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
-    """What became of the ids that the teacher has and the student has not."""
-    limit = cache.signals[config.signal].manifest.id_limit
-    if limit is None:
-        return []
-    outputs = model_limits(config.teacher).vocabulary_size
-    return [
-        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
-        f"to the tail"
-    ]
-
-
-def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:
-    if found is None:
-        return {}
-    return {"cross_check_mean_nats": found.mean_nats, "cross_check_max_nats": found.max_nats}
