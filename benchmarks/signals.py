@@ -131,7 +131,7 @@ def make_batch(vocabulary: int, top_k: int, tokens: int) -> RolloutBatch:
 
 
 def measure_steps(vocabulary: int, hidden: int, top_k: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Processor seconds of head and loss by divergence and tail, the least of a few, and the ratio to the bucket's.
+    """Processor seconds of head and loss by divergence, the least of a few, and the ratio to the bucket's.
 
     The two tails take turns, so that a busy machine slows both.
     """
