@@ -12,6 +12,7 @@ from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import SamplingConfig as SamplingConfig
 from lightopd.schemas.engines import ServerEngine as ServerEngine
+from lightopd.schemas.engines import SharingConfig as SharingConfig
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import FORWARD_KL_OBJECTIVE, MLE_OBJECTIVE, ObjectiveConfig
@@ -176,6 +177,8 @@ class RolloutConfig(StageConfig):
     """Rollouts in one shard, the unit of work and of resume; groups of one prompt stay together."""
     keep_text: bool = True
     """Store prompt and response text beside the ids, for reading only."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes make the shards together."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
@@ -235,6 +238,8 @@ class PrecomputeConfig(StageConfig):
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)
     """Also compare so many rollouts with transformers in float32, held to the same limit."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes score the shards together."""
 
     @model_validator(mode="after")
     def _support_fits(self) -> "PrecomputeConfig":
