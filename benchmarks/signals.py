@@ -46,7 +46,6 @@ PROMPTS = (
     "Describe how bread is made.",
 )
 REPEATS = 3
-STEP_TOKENS = 256
 
 
 def sample(engine: TransformersEngine, teacher: Path, tokens: int, seed: int) -> list[TokenSequence]:
@@ -103,53 +102,60 @@ def measure_kl(teacher: Path, top_ks: Sequence[int], calibrate: int, tokens: int
     return {"kl": kl, "calibration_tokens": counts[0], "measured_tokens": counts[1]}
 
 
-def make_batch(vocabulary: int, top_k: int) -> RolloutBatch:
+def make_batch(vocabulary: int, top_k: int, tokens: int) -> RolloutBatch:
     """A signal of random, peaked teachers over one long rollout."""
     random = torch.Generator().manual_seed(0)
-    teacher_NV = (3 * torch.randn(STEP_TOKENS, vocabulary, generator=random)).log_softmax(1)
+    teacher_NV = (3 * torch.randn(tokens, vocabulary, generator=random)).log_softmax(1)
     topk_NK, ids_NK = teacher_NV.topk(top_k)
     tail_N = torch.log1p(-topk_NK.exp().sum(1))
-    zeros_N = torch.zeros(STEP_TOKENS, dtype=torch.int64)
+    zeros_N = torch.zeros(tokens, dtype=torch.int64)
     return RolloutBatch(
         ids_N=ids_NK[:, 0],
         row_N=zeros_N,
-        index_N=torch.arange(STEP_TOKENS),
-        loss_mask_N=torch.ones(STEP_TOKENS, dtype=torch.bool),
+        index_N=torch.arange(tokens),
+        loss_mask_N=torch.ones(tokens, dtype=torch.bool),
         turns_N=zeros_N,
         ref_logprobs_N=None,
         signals={"teacher": SignalBatch(topk_NK[:, 0], ids_NK, topk_NK, tail_N)},
-        lengths_R=torch.tensor([STEP_TOKENS]),
+        lengths_R=torch.tensor([tokens]),
         rewards_R=torch.zeros(1),
         is_truncated_R=torch.zeros(1, dtype=torch.bool),
         groups_R=torch.zeros(1, dtype=torch.int64),
         domains=(None,),
         rollout_ids=("r",),
-        totals=BatchTotals(1, STEP_TOKENS),
-        longest=STEP_TOKENS,
+        totals=BatchTotals(1, tokens),
+        longest=tokens,
         num_turns=1,
     )
 
 
-def measure_steps(vocabulary: int, hidden: int, top_k: int) -> dict[str, dict[str, float]]:
-    """Seconds of head and loss by divergence and tail, the least of a few, and the ratio to the bucket's."""
+def measure_steps(vocabulary: int, hidden: int, top_k: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Seconds of head and loss by divergence and tail, the least of a few, and the ratio to the bucket's.
+
+    The two tails take turns, so that a busy machine slows both.
+    """
     random = torch.Generator().manual_seed(1)
     weight_VD = torch.randn(vocabulary, hidden, generator=random).mul_(0.05).requires_grad_()
-    hidden_ND = torch.randn(STEP_TOKENS, hidden, generator=random).requires_grad_()
+    hidden_ND = torch.randn(tokens, hidden, generator=random).requires_grad_()
     shapes = {"teacher": torch.randn(vocabulary, generator=random).softmax(0).numpy()}
-    batch, head = make_batch(vocabulary, top_k), Head(weight_VD, None, None, 1.0)
+    batch, head = make_batch(vocabulary, top_k, tokens), Head(weight_VD, None, None, 1.0)
     found: dict[str, dict[str, float]] = {}
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
-        seconds = {}
-        for tail in ("bucket", "shaped"):
-            target = {"kind": "divergence", "divergence": divergence, "tail": tail}
-            objective = ObjectiveConfig.model_validate({"target": target})
-            wanted = needs(objective)
-            tails = spread_tails(wanted.tails, shapes, vocabulary)
-            seconds[tail] = min(
-                _step_seconds(objective, batch, hidden_ND, head, tails) for _ in range(REPEATS)
+        target = {"kind": "divergence", "divergence": divergence}
+        bucket, shaped = (
+            ObjectiveConfig.model_validate({"target": target | {"tail": tail}})
+            for tail in ("bucket", "shaped")
+        )
+        tails = spread_tails(needs(shaped).tails, shapes, vocabulary)
+        rounds = [
+            (
+                _step_seconds(bucket, batch, hidden_ND, head, ()),
+                _step_seconds(shaped, batch, hidden_ND, head, tails),
             )
-        ratio = round(seconds["shaped"] / seconds["bucket"], 2)
-        found[divergence] = {"bucket_s": round(seconds["bucket"], 3), "shaped_ratio": ratio}
+            for _ in range(REPEATS)
+        ]
+        bucket_s, shaped_s = (min(seconds) for seconds in zip(*rounds, strict=True))
+        found[divergence] = {"bucket_s": round(bucket_s, 3), "shaped_ratio": round(shaped_s / bucket_s, 2)}
     return found
 
 
@@ -167,13 +173,15 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--calibrate", type=int, default=384, help="response tokens for the shape")
     parser.add_argument("--tokens", type=int, default=384, help="response tokens that are measured")
+    parser.add_argument("--step-tokens", type=int, nargs="+", default=[256, 2048], help="of a timed step")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         teacher = asked.teacher or convert_gguf(find_smollm2(), Path(folder) / "teacher")
         found = measure_kl(teacher, asked.top_k, asked.calibrate, asked.tokens, asked.seed)
         rows, columns = load_model(ModelConfig(path=str(teacher)), "cpu").get_output_embeddings().weight.shape
-    steps = measure_steps(rows, columns, min(asked.top_k))
+    top_k = min(asked.top_k)
+    steps = {str(tokens): measure_steps(rows, columns, top_k, tokens) for tokens in asked.step_tokens}
     print(json.dumps({**found, "step": steps, "threads": torch.get_num_threads()}))
 
 

@@ -34,6 +34,9 @@ Server = Annotated[
     list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]
+Keep = Annotated[
+    str | None, typer.Option("--keep", help="topk, or hidden: what gives the whole vocabulary again.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", help="Columns of other names: --map prompt=question,answer=solution."),

@@ -123,6 +123,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    keep: options.Keep = None,
     sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
@@ -161,7 +162,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
+    flags |= {"keep": keep, "cross_check": cross_check, "sft_teacher": sft_teacher}
     flags |= {"sharing": {"replicas": replicas, "exclusive": exclusive}, **_common(engine, server, allow)}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):

@@ -31,11 +31,12 @@ from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.shared.estimate import estimate, own_top_k
+from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.scoring.frozen import check_vocabulary
 from lightopd.pipelines.shared.sequences import (
     read_prompts,
     response_lengths,
@@ -116,6 +117,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     check_top_k(config)
+    check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")

@@ -130,7 +130,11 @@ def _check_objective(
     wanted = needs(train.objective)
     columns |= {"teacher_reward"} if wanted.answers and all(map(_is_cache, wanted.answers)) else set()
     planned = precompute.signal if precompute is not None else None
-    facts = CacheFacts(str(train.cache), signals, frozenset(columns), planned=planned)
+    hidden = {name for name, signal in there.items() if signal.manifest.hidden is not None}
+    hidden |= {precompute.signal} if precompute is not None and precompute.keep == "hidden" else set()
+    facts = CacheFacts(
+        str(train.cache), signals, frozenset(columns), hidden=frozenset(hidden), planned=planned
+    )
     lines = missing(train.objective, facts)
     if lines:
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")

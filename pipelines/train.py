@@ -18,7 +18,7 @@ from lightopd.lineage.checks import check_student, check_teacher, check_tokenize
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
 from lightopd.models.load import context_length_of, outline
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
-from lightopd.objectives.requirements import needs
+from lightopd.objectives.requirements import needs, needs_on
 from lightopd.pipelines.shared.gap import suggestion
 from lightopd.pipelines.shared.model_card import scored_by, write_model_card
 from lightopd.pipelines.shared.preflight import check_training
@@ -28,7 +28,8 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.training.fit import FitResult, cached_entries, fit
+from lightopd.training.data.sizes import cached_sizes
+from lightopd.training.fit import FitResult, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.privacy.record import planned_privacy, privacy_notes
 from lightopd.training.student.adapters import trained_student
@@ -143,8 +144,8 @@ def _memory(config: TrainConfig, cache: Cache) -> tuple[str, ...]:
         model_folder(config.student).path, trust_remote_code=config.student.trust_remote_code
     ).requires_grad_(config.adapter is None)
     longest = min(config.micro_batch_tokens, context_length_of(student))
-    entries = cached_entries(cache, needs(config.objective))
-    estimate = estimate_memory(student, config, longest, cached_entries=entries)
+    wanted = needs_on(config.objective, cache)
+    estimate = estimate_memory(student, config, longest, cached_sizes(cache, wanted))
     more = "" if config.adapter is None else "; the adapter's own weights are not in it"
     return (estimate.sentence(available) + more,)
 

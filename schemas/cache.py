@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 import pyarrow as pa
 
 from lightopd.schemas.records import Bools, Floats, Ids, Rollout, RolloutSignal
+from lightopd.schemas.signals.kinds import HiddenStates
 
 SCHEMA_VERSION = 3
 """Of the manifests and shards written now; 1 hashes a manifest's defaults too, 1 and 2 have no
@@ -36,7 +37,11 @@ _ARROW_TYPES = {
 def schema_of(record: type, version: int = SCHEMA_VERSION) -> pa.Schema:
     """Columns of a record's table in a file of a schema version; those that may be None may be null."""
     hints = get_type_hints(record)
-    columns = [one.name for one in fields(record) if one.metadata.get("since", 1) <= version]
+    columns = [
+        one.name
+        for one in fields(record)
+        if one.metadata.get("since", 1) <= version and "kind" not in one.metadata
+    ]
     options = {name: get_args(hints[name]) for name in columns}
     return pa.schema(
         [
@@ -61,8 +66,23 @@ STUDENTS_OWN = tuple(name for name in TOKEN_COLUMNS if ROLLOUTS.field(name).null
 SIGNALS = pa.schema([ROLLOUTS.field("rollout_id"), *schema_of(RolloutSignal)])
 """Columns of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
 
-Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values; the column stays float32,
-which every reader knows, and the zero bits compress away."""
+The writer rounds `topk_logprobs` to the values of the signal's `topk_dtype`, and `tail_logprobs` too under
+steps of a nat; the columns stay float32, which every reader knows, and bytes that repeat compress away."""
+
+
+HIDDEN_COLUMNS = (
+    pa.field("hidden", pa.large_binary(), nullable=False),
+    pa.field("hidden_scales", list_of(pa.float32()), nullable=False),
+)
+"""Columns that a signal of kind `hidden` has beside those of `SIGNALS`: the hidden states of a rollout's
+tokens end to end, D bytes a token as int8 or 2 D as little-endian bfloat16; and the scales of int8."""
+
+
+def signal_columns(hidden: HiddenStates | None) -> pa.Schema:
+    """Columns of the shards of a signal that keeps such hidden states, or none."""
+    if hidden is None:
+        return SIGNALS
+    return pa.schema([*SIGNALS, *HIDDEN_COLUMNS[: 1 if hidden.channels is None else 2]])
 
 
 def shard_metadata(kind: str, fingerprint: str, version: int = SCHEMA_VERSION) -> dict[str, str]:

@@ -28,6 +28,7 @@ from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
 from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
+from lightopd.schemas.signals.precision import TopkDtype
 
 Allowed = Literal[
     "teacher-mismatch",
@@ -227,11 +228,19 @@ class PrecomputeConfig(StageConfig):
     """Entries at a position: this model's top-k, the ids of `support_signal` there, or both together."""
     support_signal: str = "rollout_student"
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
-    topk_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    topk_dtype: TopkDtype = "float16"
+    """Precision of the top-k log-probabilities; those of sampled tokens are float32. `float16` saves a third,
+    `sixteenths`, `eighths`, `quarters` of a nat, of the tail as well, a fifth to a quarter of the rest."""
     shape_tokens: int | None = Field(None, ge=0)
     """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
     or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
+    keep: Literal["topk", "hidden"] = "topk"
+    """`hidden` keeps the last hidden state of every token too, which gives the whole vocabulary (engine hf);
+    `top_k` is 0 then, where it is left out."""
+    hidden_format: Literal["int8", "bfloat16"] = "int8"
+    """Format of the hidden states: D + 2 bytes a token, standardised per channel, or 2 D."""
+    hidden_tokens: int = Field(2048, ge=MIN_SHAPE_TOKENS)
+    """Response tokens, from the first rollouts, that the statistics of int8 are made from."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
     max_noise_nats: float = Field(0.05, gt=0)
@@ -252,6 +261,23 @@ class PrecomputeConfig(StageConfig):
             )
         if self.min_probability or self.support_signal == self.signal:
             raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hidden_states_need_no_entries(cls, given: Any) -> Any:
+        is_bare = isinstance(given, dict) and given.get("keep") == "hidden" and "top_k" not in given
+        return {**given, "top_k": 0} if is_bare else given
+
+    @model_validator(mode="after")
+    def _hidden_states_can_be_had(self) -> "PrecomputeConfig":
+        if self.keep == "hidden" and self.engine.kind != "hf":
+            raise ValueError(
+                f"keep: hidden needs the hidden states that the head reads, which engine {self.engine.kind} "
+                "does not give (vLLM's come without the final norm); use engine hf"
+            )
+        if self.keep == "hidden" and self.support != "teacher":
+            raise ValueError(f"keep: hidden has every id, support: {self.support} adds none; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from pydantic import Field, JsonValue
 from lightopd.schemas.base import StrictModel, canonical_hash
 from lightopd.schemas.configs import Allowed, SamplingConfig
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
+from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK, TopkDtype
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -208,15 +209,6 @@ class CacheManifest(StrictModel):
         return _fingerprint(self)
 
 
-class TailShape(StrictModel):
-    """The mean of a model's probabilities outside what a signal keeps, in a file beside its shards."""
-
-    sha256: str
-    """SHA-256 of `tail_shape.safetensors`."""
-    tokens: int = Field(ge=1)
-    """Response tokens it was made from: the cache's first rollouts."""
-
-
 class SignalManifest(StrictModel):
     """`signals/<name>/signal.json`: one model's scores over the rollouts."""
 
@@ -248,12 +240,14 @@ class SignalManifest(StrictModel):
     """Entries below this were left to the tail."""
     id_limit: int | None = None
     """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
-    topk_dtype: Literal["float16", "float32"]
-    """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
+    topk_dtype: TopkDtype
+    """Precision of the top-k log-probabilities in their float32 column; parts of a nat are the tail's too."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     tail_shape: TailShape | None = None
     """How the mass outside the kept tokens lies, on average; None where it was not made."""
+    hidden: HiddenStates | None = None
+    """The hidden states beside the log-probabilities; None where they are not kept."""
     engine: EngineRecord | None
     """What ran it."""
     noise: NoiseFloor | None = None
@@ -267,6 +261,15 @@ class SignalManifest(StrictModel):
     def kind(self) -> str:
         """What its shards are, and their folder in the cache."""
         return f"signals/{self.name}"
+
+    @property
+    def keeps(self) -> Kept:
+        """What it holds of the model's distributions."""
+        if self.hidden is not None:
+            return Hidden(states=self.hidden, entries=self.top_k, shape=self.tail_shape)
+        if self.top_k == 0:
+            return Sampled()
+        return TopK(entries=self.top_k, min_probability=self.min_probability, shape=self.tail_shape)
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""

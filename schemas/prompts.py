@@ -128,6 +128,8 @@ class RunningTotalsPrompts(PromptRendering):
     """Seed of the generator."""
     split: Literal["train", "heldout"] = "train"
     """The two splits share no prompt, whatever their seeds."""
+    addends: int = Field(4, ge=2, le=64)
+    """Numbers in a sum; a response has one total fewer."""
 
 
 def as_prompts(value: Any) -> Any:

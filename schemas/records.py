@@ -15,6 +15,7 @@ from lightopd.schemas.base import canonical_hash
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+HiddenCodes = NDArray[np.int8] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,11 @@ class RolloutSignal:
     """[C], their log-probabilities."""
     tail_logprobs: Floats
     """[R], log of the probability outside the kept entries; -inf when nothing is outside."""
+    hidden: HiddenCodes | None = field(default=None, metadata={"kind": "hidden"})
+    """[R, D], the last hidden state after the final norm: int8 codes, or bfloat16 as its 16 bits; None where
+    it is not kept."""
+    hidden_scales: Floats | None = field(default=None, metadata={"kind": "hidden"})
+    """[R], what one step of a token's int8 codes is worth, a float16 value; None for bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import logging
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
 from lightopd.files import output_error, own_suffix, replaced_file
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -62,6 +62,9 @@ RAW_MANIFESTS = pa.schema(
         ("min_probability", pa.float64()),
         ("topk_dtype", pa.string()),
         ("tail", pa.string()),
+        ("keeps", pa.string()),
+        ("hidden_size", pa.int64()),
+        ("hidden_format", pa.string()),
         ("shards", pa.int64()),
         ("num_shards", pa.int64()),
         ("rows", pa.int64()),
@@ -206,6 +209,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
         [f"{prefix}{file}" for file in signals],
         f"{name}, {place}",
         SIGNALS,
+        "union_by_name = true",
+        without=_hidden_names(cache),
     )
     _text_views(connection, cache, prefix, place)
     _table(
@@ -216,6 +221,12 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
     )
     _table(connection, "raw_lineage", RAW_LINEAGE, list(_lineage_rows(cache.path)))
     connection.execute((files("lightopd.schemas") / "sql" / "views.sql").read_text())
+
+
+def _hidden_names(cache: Cache) -> list[str]:
+    """Columns of hidden states in the signals' files: bytes that no view shows."""
+    schemas = [signal_columns(each.manifest.hidden) for each in cache.signals.values() if each.shards]
+    return sorted({name for schema in schemas for name in schema.names} - set(SIGNALS.names))
 
 
 def _newer_columns(cache: Cache) -> list[str]:
@@ -244,15 +255,15 @@ def _raw_view(
     extra: str,
     schema: pa.Schema,
     *options: str,
+    without: Sequence[str] = (),
 ) -> None:
-    """A view of the files' columns and where each row lies; without files, no rows of the same types."""
+    """A view of the files' columns, but for some, and where each row lies; without files, no rows."""
     if paths:
         names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
         given = ", ".join(("filename = true", "file_row_number = true", *options))
         source = f"read_parquet([{names}], {given})"
-        connection.execute(
-            f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM {source}"
-        )
+        hidden = ", ".join(("filename", "file_row_number", *without))
+        connection.execute(f"CREATE VIEW {name} AS SELECT * EXCLUDE ({hidden}), {extra} FROM {source}")
         return
     empty = schema.append(pa.field("filename", pa.string())).append(pa.field("file_row_number", pa.int64()))
     connection.register("empty_rows", empty.empty_table())
@@ -280,6 +291,9 @@ def _signal_row(cache: Cache, signal: Signal) -> dict[str, Any]:
         "model": manifest.model.identity if manifest.model else None,
         "model_source": manifest.model.source if manifest.model else None,
         "tail": manifest.tail,
+        "keeps": manifest.keeps.kind,
+        "hidden_size": manifest.hidden.size if manifest.hidden else None,
+        "hidden_format": manifest.hidden.format if manifest.hidden else None,
         "shards": len(signal.shards),
         "num_shards": cache.manifest.num_shards,
         "rows": sum(marker.rows for marker in signal.markers),

@@ -8,7 +8,7 @@ positions; nats throughout. Offsets are int64, start at 0 and have one entry mor
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
 from lightopd.cache.shards import read_table
+from lightopd.cache.signals.channels import HiddenColumns, hidden_columns, read_channels
+from lightopd.cache.signals.hidden_checks import hidden_faults
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, TOKEN_COLUMNS
+from lightopd.schemas.cache import HIDDEN_COLUMNS, ROLLOUTS, SIGNALS, TOKEN_COLUMNS
 from lightopd.schemas.records import Bools, Floats, Ids
 
 Offsets = NDArray[np.int64]
@@ -44,6 +47,8 @@ class SignalColumns:
     """Most likely first within a position."""
     topk_logprobs_C: Floats | None
     """float32; rounded to float16 values where the signal was written so."""
+    hidden: HiddenColumns | None = None
+    """Hidden states, as they are stored; None where they are not wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +100,7 @@ def read_shard_columns(
     topk: Collection[str] | None = None,
     contents: Mapping[Path, pa.Buffer] | None = None,
     seen: set[str] | None = None,
+    hidden: Collection[str] = (),
 ) -> ShardColumns:
     """Read one shard of rollouts and signals for training.
 
@@ -106,6 +112,7 @@ def read_shard_columns(
         contents: of the shard's files, where a caller has read and checked them; None reads the files.
         seen: rollout ids of the shards before, at a first reading, which checks every row and adds the
             shard's; None where that was done.
+        hidden: those whose hidden states are wanted as well.
 
     Raises:
         CacheError: a file is missing or damaged, a row is not what it must be, or a signal is not aligned
@@ -133,7 +140,10 @@ def read_shard_columns(
         rewards_R=table.column("reward").to_numpy().astype(np.float32),
         is_truncated_R=table.column("truncated").to_numpy().astype(np.bool_),
         signals={
-            name: _signal_columns(cache, name, shard, table, name in wanted, contents, seen is not None)
+            name: _with_hidden(
+                _signal_columns(cache, name, shard, table, name in wanted, contents, seen is not None),
+                _hidden_columns(cache, name, shard, table, contents) if name in hidden else None,
+            )
             for name in signals
         },
         **tokens,
@@ -255,6 +265,23 @@ def _signal_columns(
     tails, found = flat_column(table.column("tail_logprobs"))
     check_offsets(path, "tail_logprobs", found, offsets)
     return SignalColumns(logprobs, tails, *topk_columns(path, table, offsets))
+
+
+def _with_hidden(columns: SignalColumns, hidden: HiddenColumns | None) -> SignalColumns:
+    return columns if hidden is None else replace(columns, hidden=hidden)
+
+
+def _hidden_columns(
+    cache: Cache, name: str, shard: int, rollouts: pa.Table, contents: Mapping[Path, pa.Buffer]
+) -> HiddenColumns:
+    """The hidden states of a signal, every row checked: it costs little beside the reading."""
+    path, described = cache.file(shard, name), cache.signals[name].manifest.hidden
+    if described is None:
+        raise CacheError(f"signal {name} of {cache.path} keeps no hidden states")
+    names = [field.name for field in HIDDEN_COLUMNS][: 1 if described.channels is None else 2]
+    table = read_columns(cache, shard, names, name, contents.get(path))
+    refuse_faults(path, hidden_faults(table, rollouts, described))
+    return hidden_columns(table, described, read_channels(signal_folder(cache.path, name), described))
 
 
 def check_rollout_ids(path: Path, found: pa.ChunkedArray, wanted: pa.ChunkedArray) -> None:

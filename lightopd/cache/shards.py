@@ -17,7 +17,14 @@ from pydantic import ValidationError
 
 from lightopd.errors import CacheError
 from lightopd.files import file_sha256, json_bytes, put_if_absent, write_atomically
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, schema_of, shard_metadata
+from lightopd.schemas.cache import (
+    HIDDEN_COLUMNS,
+    ROLLOUTS,
+    SCHEMA_VERSION,
+    SIGNALS,
+    schema_of,
+    shard_metadata,
+)
 from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
 from lightopd.schemas.records import Rollout
 
@@ -47,6 +54,7 @@ SPLIT_COLUMNS = (
     "topk_ids",
     "topk_logprobs",
     "tail_logprobs",
+    "hidden_scales",
 )
 """Columns of numbers, written byte by byte (BYTE_STREAM_SPLIT): their high bytes repeat."""
 
@@ -257,7 +265,7 @@ def read_table(
         CacheError: the file is missing or damaged, belongs elsewhere, or has other columns.
     """
     content = read_content(path, marker) if content is None else content
-    schema = ROLLOUTS if kind == "rollouts" else SIGNALS
+    schema = ROLLOUTS if kind == "rollouts" else pa.schema([*SIGNALS, *HIDDEN_COLUMNS])
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
             fault = _schema_fault(file.schema_arrow, kind, marker.fingerprint)
@@ -283,7 +291,7 @@ def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
     for key, value in shard_metadata(kind, fingerprint, version).items():
         if found.get(key) != value:
             return f"is another part: its metadata {key} is {found.get(key)!r}, not {value!r}"
-    wanted = schema_of(Rollout, version) if kind == "rollouts" else SIGNALS
+    wanted = schema_of(Rollout, version) if kind == "rollouts" else _signal_schema(schema)
     for field in wanted:
         if field.name not in schema.names:
             return f"has other columns than a cache has: {field.name} is missing"
@@ -294,6 +302,11 @@ def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
         more = ", ".join(sorted(set(schema.names) - set(wanted.names))) or "the order differs"
         return f"has other columns than a cache has: {more}"
     return None
+
+
+def _signal_schema(found: pa.Schema) -> pa.Schema:
+    """Columns that a signal's file must have; those of hidden states where it has any of them."""
+    return pa.schema([*SIGNALS, *(field for field in HIDDEN_COLUMNS if field.name in found.names)])
 
 
 def _response_tokens(table: pa.Table) -> int:

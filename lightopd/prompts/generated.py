@@ -37,10 +37,14 @@ def reasoning_gym_prompts(config: ReasoningGymPrompts) -> list[Prompt]:
 
 def running_totals_prompts(config: RunningTotalsPrompts) -> list[Prompt]:
     """Sums of the demo task, each with its final total as the answer."""
-    from lightopd.rewards.running_totals import running_totals
+    from lightopd.rewards.running_totals import NUM_ADDENDS, running_totals
 
+    # What a prompt of the usual length says of itself is part of every cache's hash of its prompts.
+    metadata = {} if config.addends == NUM_ADDENDS else {"addends": config.addends}
     try:
-        rows: Iterable[dict[str, str]] = running_totals(config.seed, config.count, config.split)
+        rows: Iterable[dict[str, str]] = running_totals(
+            config.seed, config.count, config.split, config.addends
+        )
     except ValueError as error:
         raise ConfigError(f"running_totals: {error}") from error
     return [
@@ -51,6 +55,7 @@ def running_totals_prompts(config: RunningTotalsPrompts) -> list[Prompt]:
             answer=row["answer"],
             domain="running_totals",
             verifier="running_totals",
+            metadata=metadata,
         )
         for row in islice(rows, config.limit)
     ]

@@ -82,9 +82,9 @@ def _imported(name: str) -> Verifier:
 
 
 def _running_totals(response: str, answer: str, metadata: Mapping[str, Any]) -> float:
-    from lightopd.rewards.running_totals import total_reward
+    from lightopd.rewards.running_totals import NUM_ADDENDS, total_reward
 
-    return total_reward(response, answer)
+    return total_reward(response, answer, int(metadata.get("addends", NUM_ADDENDS)))
 
 
 BUILT_IN: dict[str, Verifier] = {

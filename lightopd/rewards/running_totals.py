@@ -1,4 +1,4 @@
-"""The demo task: add up four numbers and write down every running total.
+"""The demo task: add up a few numbers, four unless told otherwise, and write down every running total.
 
 A prompt reads ``12+7+30+41=`` and the right response is ``19,49,90``: the sum of the first two
 numbers, then of the first three, then of all four. The task suits a model of a few hundred
@@ -21,7 +21,9 @@ HELD_OUT_SHARE = 16
 Split = Literal["train", "heldout"]
 
 
-def running_totals(seed: int, count: int, split: Split = "train") -> list[dict[str, str]]:
+def running_totals(
+    seed: int, count: int, split: Split = "train", addends: int = NUM_ADDENDS
+) -> list[dict[str, str]]:
     """Draw `count` different prompts of one split, each with its final total as `answer`.
 
     The same seed gives the same list, and a shorter list is a prefix of a longer one. The split
@@ -35,13 +37,19 @@ def running_totals(seed: int, count: int, split: Split = "train") -> list[dict[s
     """
     if not 0 <= count <= 100_000:
         raise ValueError(f"count must lie in 0..100000, got {count}")
+    there_are = MAX_ADDEND**addends // HELD_OUT_SHARE * (1 if split == "heldout" else HELD_OUT_SHARE - 1)
+    if count > there_are // 2:
+        raise ValueError(
+            f"{count} prompts of {addends} numbers cannot be drawn from about {there_are} of split {split}; "
+            "ask for at most half of them, or for more addends"
+        )
     rng = random.Random(seed)
     rows: dict[str, str] = {}
     while len(rows) < count:
-        addends = [rng.randint(1, MAX_ADDEND) for _ in range(NUM_ADDENDS)]
-        prompt = "+".join(map(str, addends)) + "="
+        numbers = [rng.randint(1, MAX_ADDEND) for _ in range(addends)]
+        prompt = "+".join(map(str, numbers)) + "="
         if split_of(prompt) == split:
-            rows[prompt] = str(sum(addends))
+            rows[prompt] = str(sum(numbers))
     return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 
 
@@ -51,11 +59,11 @@ def split_of(prompt: str) -> Split:
     return "heldout" if int.from_bytes(digest[:8]) % HELD_OUT_SHARE == 0 else "train"
 
 
-def total_reward(response: str, answer: str) -> float:
-    """1.0 if the response is three totals and the last is exactly the answer, else 0.0.
+def total_reward(response: str, answer: str, addends: int = NUM_ADDENDS) -> float:
+    """1.0 if the response has every running total and the last is exactly the answer, else 0.0.
 
     Earlier totals may be wrong. The comparison is of text, so a leading zero counts as wrong, and
     so does a response that has spaces, too few or too many numbers.
     """
-    totals = re.fullmatch(r"[0-9]+,[0-9]+,([0-9]+)", response)
+    totals = re.fullmatch(rf"(?:[0-9]+,){{{addends - 2}}}([0-9]+)", response)
     return float(totals is not None and totals[1] == answer)

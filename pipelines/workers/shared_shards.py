@@ -71,11 +71,6 @@ class SharedShards:
         self._store, self._claims = store, claims
         self._poll_s = min(MOST_POLL_S, lease_s / 10)
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether other processes may make shards of this part at the same time."""
-        return self._claims is not None
-
     def refuse_other_settings(self, path: Path, manifest: Manifest) -> None:
         """Leave a part alone that living processes make under another contract, even if nothing is made yet.
 

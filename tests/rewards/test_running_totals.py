@@ -51,9 +51,27 @@ def test_the_reference_response_holds_every_running_total():
     assert demo_responses.reference_response("12+7+30+41=") == "19,49,90"
 
 
-def test_the_stated_lengths_are_the_longest():
-    assert len("50+50+50+50=") == demo_responses.MAX_PROMPT_CHARS
-    assert len(demo_responses.reference_response("50+50+50+50=")) == demo_responses.MAX_RESPONSE_CHARS
+def test_the_longest_prompt_is_longer_than_all_that_are_drawn():
+    longest = demo_responses.longest_prompt(4)
+    rows = tasks.running_totals(0, 2000)
+    assert longest == "50+50+50+50="
+    assert max(len(row["prompt"]) for row in rows) <= len(longest)
+    responses = [demo_responses.reference_response(row["prompt"]) for row in rows]
+    assert max(map(len, responses)) <= len(demo_responses.reference_response(longest))
+
+
+def test_a_longer_sum_has_as_many_numbers_as_requested_and_needs_every_total():
+    for row in tasks.running_totals(3, 50, "heldout", addends=8):
+        assert row["prompt"].count("+") == 7
+        right = demo_responses.reference_response(row["prompt"])
+        assert tasks.total_reward(right, row["answer"], addends=8) == 1.0
+        assert tasks.total_reward(right, row["answer"]) == 0.0
+        assert tasks.total_reward(right.partition(",")[2], row["answer"], addends=8) == 0.0
+
+
+def test_more_prompts_than_a_short_sum_has_are_refused_with_what_there_are():
+    with pytest.raises(ValueError, match="2000 prompts of 2 numbers cannot be drawn from about 156"):
+        tasks.running_totals(0, 2000, "heldout", addends=2)
 
 
 def test_a_corrupted_response_has_one_wrong_digit_and_goes_on_from_what_is_written():

@@ -86,7 +86,8 @@ def _card(cache: Cache) -> str:
     name = f" ({sampler.source}, {sampler.identity})" if sampler else ""
     signals = "".join(
         f"- signal `{name}` ({signal.manifest.role}, top {signal.manifest.top_k}): `{name}_logprobs`, "
-        f"`{name}_tail_logprobs`, `{name}_topk_ids`, `{name}_topk_logprobs`\n"
+        f"`{name}_tail_logprobs`, `{name}_topk_ids`, `{name}_topk_logprobs`"
+        f"{'; its hidden states are left out' if signal.manifest.hidden else ''}\n"
         for name, signal in cache.signals.items()
     )
     return CARD.format(

@@ -17,7 +17,8 @@ from lightopd.cache.shards import read_marker
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.files import write_atomically
-from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest, TailShape
+from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest
+from lightopd.schemas.signals.kinds import TailShape
 
 TAIL_SHAPE = "tail_shape.safetensors"
 """File of the shape in a signal's folder: one tensor `shape`, float32 [V]."""
@@ -100,17 +101,16 @@ def shape_of(cache: Cache, signal: str) -> Shape | None:
     return read_shape(folder, manifest.tail_shape, cache.manifest.vocabulary_size)
 
 
-def frozen_shape(folder: Path, num_shards: int) -> tuple[bool, TailShape | None]:
-    """Whether a signal's scoring has begun, and the shape that it began with.
+def begun_manifest(folder: Path, num_shards: int) -> SignalManifest | None:
+    """The manifest that a signal's scoring began with; None where it has not begun.
 
     Raises:
         CacheError: the signal's manifest is broken.
     """
     if (folder / SIGNAL_MANIFEST).exists():
-        return True, read_manifest(folder / SIGNAL_MANIFEST, SignalManifest).tail_shape
+        return read_manifest(folder / SIGNAL_MANIFEST, SignalManifest)
     for index in range(num_shards):
         marker = read_marker(folder, index)
-        if marker is not None:
-            found = (marker.made_from or {}).get("tail_shape")
-            return True, None if found is None else TailShape.model_validate(found)
-    return False, None
+        if marker is not None and marker.made_from is not None:
+            return SignalManifest.model_validate(marker.made_from)
+    return None

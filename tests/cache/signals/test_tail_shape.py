@@ -22,7 +22,7 @@ from lightopd.models.load import load_model
 from lightopd.objectives.plain_tensors import loss_from_logits
 from lightopd.pipelines import precompute, rollout, train
 from lightopd.schemas.configs import ModelConfig
-from lightopd.schemas.manifest import TailShape
+from lightopd.schemas.signals.kinds import TailShape
 
 FOLDER = "signals/teacher"
 

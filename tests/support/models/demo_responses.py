@@ -3,8 +3,10 @@
 import random
 from itertools import accumulate
 
-MAX_PROMPT_CHARS = len("50+50+50+50=")
-MAX_RESPONSE_CHARS = len("100,150,200")
+
+def longest_prompt(addends: int) -> str:
+    """The longest prompt of so many numbers, ``50+50+50+50=`` for four."""
+    return "+".join(["50"] * addends) + "="
 
 
 def reference_response(prompt: str) -> str:

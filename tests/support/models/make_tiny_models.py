@@ -17,7 +17,7 @@ package's own SFT stage, so that a change of that stage does not change the ship
     python -m make_tiny_models --out pipelines/demo
 
 takes about a quarter of an hour on two CPU cores. `--reuse-teacher` keeps the teacher that lies
-in the output folder and makes the two students again.
+in the output folder and makes the two students again; `--without-student` makes teacher and base only.
 """
 
 # B = sequences, T = positions, V = vocabulary
@@ -27,20 +27,29 @@ import hashlib
 import json
 import logging
 import math
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from demo_responses import MAX_PROMPT_CHARS, MAX_RESPONSE_CHARS, corrupted_response, reference_response
+from demo_batches import (
+    CORRUPTED_SHARE,
+    IGNORED,
+    STUDENT_BATCH,
+    TEACHER_BATCH,
+    Task,
+    encode,
+    shuffled_batches,
+    stack,
+    teacher_batches,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.lineage.fingerprint import fingerprint_model, write_student_lineage
-from lightopd.rewards.running_totals import running_totals, total_reward
+from lightopd.rewards.running_totals import NUM_ADDENDS, running_totals, total_reward
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.manifest import SftLineage, StudentLineage
 
@@ -49,13 +58,9 @@ log = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+=,-*/()<>?!.:; \n[]"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-MAX_NEW_TOKENS = MAX_RESPONSE_CHARS + 3
-"""The end token, and room for a slip that makes a total a digit longer."""
-SEQUENCE_TOKENS = MAX_PROMPT_CHARS + MAX_NEW_TOKENS
-IGNORED = -100
 
-TEACHER_STEPS, TEACHER_BATCH, TEACHER_PEAK_LR, CORRUPTED_SHARE = 2500, 96, 3e-3, 0.3
-STUDENT_STEPS, STUDENT_BATCH, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 1800, 64, 2e-3, 3000
+TEACHER_STEPS, TEACHER_PEAK_LR = 2500, 3e-3
+STUDENT_STEPS, STUDENT_PEAK_LR, NUM_SFT_ANSWERS = 1800, 2e-3, 3000
 NUM_HELD_OUT = 2000
 # One seed per use, added to the seed of the run: no two draws of prompts share a stream.
 SFT_SEED, HELD_OUT_SEED = 1, 2
@@ -67,54 +72,70 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher, base and student")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; results depend on them")
+    parser.add_argument("--addends", type=int, default=NUM_ADDENDS, help="numbers in a sum")
     parser.add_argument("--reuse-teacher", action="store_true", help="keep the teacher in --out")
+    parser.add_argument("--without-student", action="store_true", help="make teacher and base only")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
     # Sure predictions have probabilities below 1e-38, slow on some CPUs; no gain was measured here.
     torch.set_flush_denormal(True)
-    tokenizer = character_tokenizer()
+    task = Task(arguments.addends)
+    tokenizer = character_tokenizer(task)
     if not arguments.reuse_teacher:
-        make_teacher(arguments.out / "teacher", tokenizer, arguments.seed)
-    make_student(arguments.out, tokenizer, arguments.seed)
+        make_teacher(arguments.out / "teacher", tokenizer, task, arguments.seed)
+    base = make_base(arguments.out / "base", tokenizer, task, arguments.seed)
+    if not arguments.without_student:
+        make_student(arguments.out, base, tokenizer, task, arguments.seed)
 
 
-def make_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+def make_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, task: Task, seed: int) -> None:
     """Train the teacher on right and corrupted responses, measure it, save it with provenance."""
-    model = random_model(tokenizer, hidden_size=128, num_layers=4, seed=seed)
-    batches = teacher_batches(tokenizer, seed)
+    model = random_model(tokenizer, task, hidden_size=128, num_layers=4, seed=seed)
+    batches = teacher_batches(tokenizer, task, seed)
     train(model, batches, TEACHER_STEPS, TEACHER_PEAK_LR)
     save(
         folder,
         model,
         tokenizer,
+        task,
         {
             "seed": seed,
             "steps": TEACHER_STEPS,
             "batch_size": TEACHER_BATCH,
             "peak_learning_rate": TEACHER_PEAK_LR,
             "data": (
-                "running totals of four numbers from 1 to 50, training prompts only, drawn afresh at "
-                f"every step; {CORRUPTED_SHARE:.0%} of the responses carry one wrong digit, without a "
+                f"running totals of {task.addends} numbers from 1 to 50, training prompts only, drawn afresh "
+                f"at every step; {CORRUPTED_SHARE:.0%} of the responses carry one wrong digit, without a "
                 "loss on it, and go on correctly from there"
             ),
-            "held_out_accuracy": accuracy(model, tokenizer, seed + HELD_OUT_SEED),
+            "held_out_accuracy": accuracy(model, tokenizer, task, seed + HELD_OUT_SEED),
         },
     )
 
 
-def make_student(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Save a random base, train it on answers sampled from the teacher in `out`, save the student."""
+def make_base(folder: Path, tokenizer: PreTrainedTokenizerFast, task: Task, seed: int) -> Qwen3ForCausalLM:
+    """Save the student before any training."""
+    model = random_model(tokenizer, task, hidden_size=96, num_layers=3, seed=seed)
+    save(folder, model, tokenizer, task, {"seed": seed, "steps": 0, "data": "none: random weights"})
+    return model
+
+
+def make_student(
+    out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, seed: int
+) -> None:
+    """Train the base on answers sampled from the teacher in `out`, save the student."""
     teacher = Qwen3ForCausalLM.from_pretrained(out / "teacher").eval()
-    model = random_model(tokenizer, hidden_size=96, num_layers=3, seed=seed)
-    save(out / "base", model, tokenizer, {"seed": seed, "steps": 0, "data": "none: random weights"})
-    prompts = [row["prompt"] for row in running_totals(seed + SFT_SEED, NUM_SFT_ANSWERS)]
-    answers = sample(teacher, tokenizer, prompts, seed + SFT_SEED)
-    train(model, shuffled_batches(tokenizer, prompts, answers, seed), STUDENT_STEPS, STUDENT_PEAK_LR)
+    prompts = [
+        row["prompt"] for row in running_totals(seed + SFT_SEED, NUM_SFT_ANSWERS, addends=task.addends)
+    ]
+    answers = sample(teacher, tokenizer, task, prompts, seed + SFT_SEED)
+    train(model, shuffled_batches(tokenizer, task, prompts, answers, seed), STUDENT_STEPS, STUDENT_PEAK_LR)
     save(
         out / "student",
         model,
         tokenizer,
+        task,
         {
             "seed": seed,
             "steps": STUDENT_STEPS,
@@ -123,9 +144,9 @@ def make_student(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> No
             "data": f"{NUM_SFT_ANSWERS:,} answers of the teacher, sampled at temperature 1",
             "base_sha256": sha256_of(out / "base" / "model.safetensors"),
             "teacher_sha256": sha256_of(out / "teacher" / "model.safetensors"),
-            "held_out_accuracy": accuracy(model, tokenizer, seed + HELD_OUT_SEED),
+            "held_out_accuracy": accuracy(model, tokenizer, task, seed + HELD_OUT_SEED),
             "held_out_kl_to_teacher_nats_per_token": kl_to_teacher(
-                model, teacher, tokenizer, seed + HELD_OUT_SEED
+                model, teacher, tokenizer, task, seed + HELD_OUT_SEED
             ),
         },
     )
@@ -144,7 +165,7 @@ def record_lineage(out: Path) -> None:
     )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     """A fast tokenizer with one token per character, 32 in all, and a template of bare content."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -156,7 +177,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         padding_side="left",
-        model_max_length=64,
+        model_max_length=task.context_tokens,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -164,7 +185,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def random_model(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, task: Task, hidden_size: int, num_layers: int, seed: int
 ) -> Qwen3ForCausalLM:
     """A Qwen3 model with random weights from the seed, float32, embeddings tied."""
     config = Qwen3Config(
@@ -175,7 +196,7 @@ def random_model(
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=hidden_size // 4,
-        max_position_embeddings=64,
+        max_position_embeddings=task.context_tokens,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -184,57 +205,6 @@ def random_model(
     )
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(config)
-
-
-def teacher_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of fresh training prompts, `CORRUPTED_SHARE` of them with a wrong digit."""
-    rng = random.Random(seed)
-    while True:
-        prompts = [row["prompt"] for row in running_totals(rng.getrandbits(64), TEACHER_BATCH)]
-        pairs = [
-            corrupted_response(prompt, rng)
-            if rng.random() < CORRUPTED_SHARE
-            else (reference_response(prompt), None)
-            for prompt in prompts
-        ]
-        rows = [
-            encode(tokenizer, prompt, tokenizer.convert_tokens_to_ids([*response, "<eos>"]), wrong_index)
-            for prompt, (response, wrong_index) in zip(prompts, pairs, strict=True)
-        ]
-        yield stack(rows)
-
-
-def shuffled_batches(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[str], answers: list[list[int]], seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of the given pairs, in a new order in every epoch."""
-    ids_BT, labels_BT = stack([encode(tokenizer, *pair) for pair in zip(prompts, answers, strict=True)])
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(ids_BT), generator=generator)
-        for start in range(0, len(order) - STUDENT_BATCH + 1, STUDENT_BATCH):
-            rows = order[start : start + STUDENT_BATCH]
-            yield ids_BT[rows], labels_BT[rows]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, response_ids: list[int], wrong_index: int | None = None
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of one example, both `SEQUENCE_TOKENS` long and padded on the right.
-
-    Labels are ids on the response and `IGNORED` on the prompt, the padding and the wrong digit.
-    """
-    ids = tokenizer.convert_tokens_to_ids([*prompt]) + response_ids
-    labels = [IGNORED] * len(prompt) + response_ids
-    if wrong_index is not None:
-        labels[len(prompt) + wrong_index] = IGNORED
-    padding = SEQUENCE_TOKENS - len(ids)
-    return ids + [tokenizer.pad_token_id] * padding, labels + [IGNORED] * padding
-
-
-def stack(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Ids and labels as two int64 tensors, (B, T)."""
-    return torch.tensor([ids for ids, _ in rows]), torch.tensor([labels for _, labels in rows])
 
 
 def train(
@@ -264,11 +234,11 @@ def train(
 
 @torch.no_grad()
 def sample(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, prompts: list[str], seed: int
 ) -> list[list[int]]:
     """The ids of one response per prompt, at temperature 1 from the whole vocabulary.
 
-    Each ends with the end token, unless it was cut at `MAX_NEW_TOKENS`.
+    Each ends with the end token, unless it was cut at `task.max_new_tokens`.
     """
     torch.manual_seed(seed)
     responses: list[list[int]] = []
@@ -277,7 +247,7 @@ def sample(
         ids_BT = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            generation_config=generation_config(tokenizer),
+            generation_config=generation_config(tokenizer, task),
         )
         for ids in ids_BT[:, batch["input_ids"].shape[1] :].tolist():
             end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
@@ -285,25 +255,28 @@ def sample(
     return responses
 
 
-def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerFast, task: Task) -> GenerationConfig:
     """Plain sampling: the defaults of the library would cut the vocabulary to 50 tokens."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=task.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
+def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, seed: int) -> float:
     """Share of `NUM_HELD_OUT` held-out prompts answered rightly by one sample each."""
-    rows = running_totals(seed, NUM_HELD_OUT, split="heldout")
-    sampled = sample(model, tokenizer, [row["prompt"] for row in rows], seed)
+    rows = running_totals(seed, NUM_HELD_OUT, "heldout", task.addends)
+    sampled = sample(model, tokenizer, task, [row["prompt"] for row in rows], seed)
     responses = tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    scores = [total_reward(response, row["answer"]) for response, row in zip(responses, rows, strict=True)]
+    scores = [
+        total_reward(response, row["answer"], task.addends)
+        for response, row in zip(responses, rows, strict=True)
+    ]
     share = sum(scores) / len(scores)
     log.info("sampled accuracy on %d held-out prompts: %.4f", NUM_HELD_OUT, share)
     return share
@@ -311,15 +284,21 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
 
 @torch.no_grad()
 def kl_to_teacher(
-    student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
+    student: Qwen3ForCausalLM,
+    teacher: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    seed: int,
 ) -> float:
     """Mean KL(student || teacher) in nats at the response positions of the student's own samples.
 
     Over the whole vocabulary, on the held-out prompts, the end token included.
     """
-    prompts = [row["prompt"] for row in running_totals(seed, NUM_HELD_OUT, split="heldout")]
-    responses = sample(student, tokenizer, prompts, seed)
-    ids_BT, labels_BT = stack([encode(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)])
+    prompts = [row["prompt"] for row in running_totals(seed, NUM_HELD_OUT, "heldout", task.addends)]
+    responses = sample(student, tokenizer, task, prompts, seed)
+    ids_BT, labels_BT = stack(
+        [encode(tokenizer, task, *pair) for pair in zip(prompts, responses, strict=True)]
+    )
     student_BTV = student(ids_BT[:, :-1]).logits.log_softmax(-1)
     teacher_BTV = teacher(ids_BT[:, :-1]).logits.log_softmax(-1)
     kl_BT = (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1)
@@ -327,10 +306,14 @@ def kl_to_teacher(
 
 
 def save(
-    folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any]
+    folder: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    facts: dict[str, Any],
 ) -> None:
     """Write weights, tokenizer and `provenance.json`: `facts`, the weights' hash and the versions."""
-    model.generation_config = generation_config(tokenizer)
+    model.generation_config = generation_config(tokenizer, task)
     model.save_pretrained(folder)
     tokenizer.backend_tokenizer.no_padding()  # set by the last padded batch, and saved with the tokenizer
     tokenizer.save_pretrained(folder)
