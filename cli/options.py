@@ -34,6 +34,14 @@ Server = Annotated[
     list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]
+Horizon = Annotated[
+    str | None,
+    typer.Option("--horizon", help="Score each response's first tokens alone: 512, or a share (0.3)."),
+]
+CrossCheck = Annotated[
+    int | None,
+    typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
+]
 Keep = Annotated[
     str | None, typer.Option("--keep", help="topk, or hidden: what gives the whole vocabulary again.")
 ]

@@ -123,6 +123,7 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    horizon: options.Horizon = None,
     keep: options.Keep = None,
     sft_teacher: options.SftTeacher = None,
     context: Annotated[
@@ -136,10 +137,7 @@ def precompute(
         typer.Option("--prompts", help="With --context: the rollouts' prompts and the template's columns."),
     ] = None,
     columns: options.Map = None,
-    cross_check: Annotated[
-        int | None,
-        typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
-    ] = None,
+    cross_check: options.CrossCheck = None,
     engine: options.Engine = None,
     server: options.Server = None,
     replicas: options.Replicas = None,
@@ -162,7 +160,7 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags |= {"keep": keep, "cross_check": cross_check, "sft_teacher": sft_teacher}
+    flags |= {"keep": keep, "horizon": horizon, "cross_check": cross_check, "sft_teacher": sft_teacher}
     flags |= {"sharing": {"replicas": replicas, "exclusive": exclusive}, **_common(engine, server, allow)}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):

@@ -25,18 +25,19 @@ from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
 from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_role, check_student, precision_note
+from lightopd.lineage.checks import check_role, check_student
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k
-from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
-from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
 from lightopd.pipelines.shared.scoring.frozen import check_vocabulary
+from lightopd.pipelines.shared.scoring.horizons import check_horizon, check_support_reaches
+from lightopd.pipelines.shared.scoring.report import precompute_report
 from lightopd.pipelines.shared.sequences import (
     read_prompts,
     response_lengths,
@@ -52,7 +53,6 @@ from lightopd.schemas.manifest import (
     PLAIN,
     SIGNAL_MANIFEST,
     ModelFingerprint,
-    NoiseFloor,
     Override,
     SignalManifest,
 )
@@ -89,7 +89,9 @@ def run(
         cache = _copied(config, source, shards)
         tokens_per_s = score_shards(config, cache, manifest, contexts, load, shards)
         save_config(config, "precompute", folder)
-        report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
+        report = precompute_report(
+            config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
+        )
         refresh_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
@@ -117,6 +119,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     check_top_k(config)
+    check_horizon(config, cache)
     check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
@@ -143,6 +146,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
+        horizon=config.horizon,
         engine=engine,
         overrides=overrides + allowed,
     )
@@ -169,10 +173,11 @@ def _contexts(
         return PLAIN, None
     if isinstance(config.context, WrittenContext):
         contexts = dict(shown_prompts(cache, config.context.text))
-        check_lengths(contexts, response_lengths(cache), limits.context_length, config.teacher.path)
+        longest = response_lengths(cache, config.horizon)
+        check_lengths(contexts, longest, limits.context_length, config.teacher.path)
         described: dict[str, JsonValue] = {"kind": "written", "text": config.context.text}
         return described | {"prompts": contexts_hash(contexts)}, contexts
-    own, longest = read_prompts(cache)
+    own, longest = read_prompts(cache, config.horizon)
     rendered = render_contexts(
         config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
     )
@@ -193,6 +198,7 @@ def _support(
         "content": content_id(there, [config.support_signal]),
     }
     made = there.signals[config.support_signal].manifest
+    check_support_reaches(config, made)
     if made.model is None:
         raise ConfigError(
             f"signal {config.support_signal} was imported: no model is named; make it with the student"
@@ -205,57 +211,3 @@ def _support(
             "under another name, and set support_signal"
         )
     return described, min(theirs + own_top_k(config), limits.vocabulary_size), overrides
-
-
-def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, started_s: float) -> Report:
-    signal = cache.signals[config.signal]
-    seconds = time.monotonic() - started_s
-    tokens = sum(marker.tokens for marker in cache.markers)
-    figures = {
-        "rollouts": sum(marker.rows for marker in signal.markers),
-        "response_tokens": tokens,
-        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
-        **gap_figures(cache, config.signal),
-        **_shape_figures(signal.manifest),
-        "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
-        "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
-        **_cross_check_figures(signal.manifest.cross_check),
-        "tokens_per_s": tokens_per_s,
-        "seconds": round(seconds, 2),
-    }
-    precision = precision_note(cache.manifest.precision, signal.manifest.precision)
-    notes = (
-        *(
-            [verdict(measured_gap(cache, config.signal), cache.manifest.sampling)]
-            if config.role == "teacher"
-            else []
-        ),
-        *([precision] if precision else []),
-        *_width_notes(cache, config),
-        *override_notes(signal.manifest.overrides),
-    )
-    return Report(
-        "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
-    )
-
-
-def _shape_figures(manifest: SignalManifest) -> dict[str, int]:
-    return {} if manifest.tail_shape is None else {"tail_shape_tokens": manifest.tail_shape.tokens}
-
-
-def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
-    """What became of the ids that the teacher has and the student has not."""
-    limit = cache.signals[config.signal].manifest.id_limit
-    if limit is None:
-        return []
-    outputs = model_limits(config.teacher).vocabulary_size
-    return [
-        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
-        f"to the tail"
-    ]
-
-
-def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:
-    if found is None:
-        return {}
-    return {"cross_check_mean_nats": found.mean_nats, "cross_check_max_nats": found.max_nats}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
@@ -76,7 +77,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
             accuracy=accuracy,
         )
         leave_unless(result.is_main)
-        report = _report(config, result, overrides, started_s)
+        report = _report(config, cache, result, overrides, started_s)
         _write_lineage(config, cache, student, overrides, result.student, result.exported_step)
         save_config(config, "train", config.out)
         save_report(report, config.out)
@@ -173,13 +174,14 @@ def _plan(
         notes=(
             "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
         )
+        + tuple(horizon_notes(cache, needs(config.objective).signals))
         + memory
         + ((suggested,) if suggested else ()),
     )
 
 
 def _report(
-    config: TrainConfig, result: FitResult, overrides: tuple[Override, ...], started_s: float
+    config: TrainConfig, cache: Cache, result: FitResult, overrides: tuple[Override, ...], started_s: float
 ) -> Report:
     seconds = time.monotonic() - started_s
     best = (
@@ -201,6 +203,7 @@ def _report(
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
         notes=(
             *privacy_notes(result.privacy),
+            *horizon_notes(cache, needs(config.objective).signals),
             *_staleness(result),
             *best,
             *result.notes,

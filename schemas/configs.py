@@ -10,6 +10,7 @@ from lightopd.schemas.base import StrictModel
 from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
+from lightopd.schemas.engines import Horizon as Horizon
 from lightopd.schemas.engines import SamplingConfig as SamplingConfig
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import SharingConfig as SharingConfig
@@ -243,6 +244,8 @@ class PrecomputeConfig(StageConfig):
     """Response tokens, from the first rollouts, that the statistics of int8 are made from."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
+    horizon: Horizon | None = None
+    """Score the first tokens (512), or share (0.3), of each response alone; training masks the rest."""
     max_noise_nats: float = Field(0.05, gt=0)
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)
@@ -293,9 +296,7 @@ class PrecomputeConfig(StageConfig):
     @model_validator(mode="after")
     def _rollouts_are_another_folder(self) -> "PrecomputeConfig":
         if self.rollouts == self.cache:
-            raise ValueError(
-                f"rollouts and cache are both {self.cache}; leave rollouts out to score in place"
-            )
+            raise ValueError(f"rollouts and cache are both {self.cache}; leave rollouts out, to score in it")
         return self
 
 

@@ -1,6 +1,7 @@
 """What runs a model, and how it draws: transformers or vLLM in this process, or a vLLM server elsewhere."""
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -11,6 +12,26 @@ MAX_STOP_BYTES = 1000
 """Longest text that ends a response: it is looked for at every token."""
 MIN_SHAPE_TOKENS = 256
 """Fewer distributions have a mean that says more of them than of the model."""
+
+
+def _as_horizon(value: Any) -> int | float:
+    """A number of tokens or a share, also as text, as a command line gives it."""
+    found: Any = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            found = float(value) if "." in value else int(value)
+    if isinstance(found, int) and not isinstance(found, bool) and found >= 1:
+        return found
+    if isinstance(found, float) and 0 < found < 1:
+        return found
+    raise ValueError(
+        f"{value!r} is no horizon; give a number of tokens, 1 or more, such as 512, or a share of each "
+        "response between 0 and 1, such as 0.3; leave it out for whole responses"
+    )
+
+
+Horizon = Annotated[int | float, BeforeValidator(_as_horizon)]
+"""How far into each response a signal goes: so many tokens, or a share of its tokens."""
 
 
 class HfEngine(StrictModel):

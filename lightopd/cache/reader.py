@@ -23,6 +23,7 @@ from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_fault
 from lightopd.cache.shards import read_table
 from lightopd.cache.signals.channels import HiddenColumns, hidden_columns, read_channels
 from lightopd.cache.signals.hidden_checks import hidden_faults
+from lightopd.cache.signals.horizon import scored_offsets, scored_tokens, spread
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
@@ -36,7 +37,10 @@ NOT_TRAINED_ON = ("answer", "prompt_text", "response_text")
 
 @dataclass(frozen=True, slots=True)
 class SignalColumns:
-    """One signal over a shard; the four top-k columns are None where only the sampled token is wanted."""
+    """One signal over a shard; the four top-k columns are None where only the sampled token is wanted.
+
+    Behind the signal's horizon log-probabilities are NaN, and there are no entries.
+    """
 
     logprobs_N: Floats
     tail_logprobs_N: Floats | None
@@ -258,6 +262,13 @@ def _signal_columns(
         manifest, width = cache.signals[name].manifest, cache.manifest.vocabulary_size
         refuse_faults(path, score_faults(table, rollouts, manifest, width))
     _, offsets = flat_column(rollouts.column("response_ids"))
+    horizon = cache.signals[name].manifest.horizon
+    found = _signal_values(path, table, scored_offsets(horizon, offsets), with_topk)
+    return found if horizon is None else _at_full_length(found, scored_tokens(horizon, offsets))
+
+
+def _signal_values(path: Path, table: pa.Table, offsets: Offsets, with_topk: bool) -> SignalColumns:
+    """A signal's columns as they lie on disk."""
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)
     if not with_topk:
@@ -265,6 +276,21 @@ def _signal_columns(
     tails, found = flat_column(table.column("tail_logprobs"))
     check_offsets(path, "tail_logprobs", found, offsets)
     return SignalColumns(logprobs, tails, *topk_columns(path, table, offsets))
+
+
+def _at_full_length(signal: SignalColumns, is_scored_N: Bools) -> SignalColumns:
+    """A signal with a horizon at the length of the responses."""
+    logprobs_N = spread(signal.logprobs_N, is_scored_N, np.nan)
+    if signal.tail_logprobs_N is None or signal.topk_offsets is None:
+        return SignalColumns(logprobs_N, None, None, None, None)
+    ends = spread(np.diff(signal.topk_offsets), is_scored_N, 0).cumsum()
+    return SignalColumns(
+        logprobs_N,
+        spread(signal.tail_logprobs_N, is_scored_N, np.nan),
+        np.concatenate([np.zeros(1, np.int64), ends]),
+        signal.topk_ids_C,
+        signal.topk_logprobs_C,
+    )
 
 
 def _with_hidden(columns: SignalColumns, hidden: HiddenColumns | None) -> SignalColumns:

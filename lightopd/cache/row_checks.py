@@ -13,10 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.cache.shards import AGAIN
+from lightopd.cache.signals.horizon import in_words, scored_lengths, scored_offsets, scored_tokens
 from lightopd.cache.signals.rounding import largest_error, largest_tail_error
 from lightopd.cache.tables import flat_column, rollout_id
 from lightopd.errors import CacheError
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
+from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import CacheManifest, SignalManifest
 
 BLOCK_ROWS = 64
@@ -116,14 +118,14 @@ def _block_of_scores(
     own, theirs = table.column("rollout_id").to_pylist(), rollouts.column("rollout_id").to_pylist()
     is_other = np.array([a != b for a, b in zip(own, theirs, strict=True)], dtype=np.bool_)
     yield from _at_rows("alignment", is_other, "its rollout_id is not that of the rollouts' row")
-    length_faults = list(_score_length_faults(table, rollouts))
+    length_faults = list(_score_length_faults(table, rollouts, signal.horizon))
     yield from length_faults
     if length_faults or is_other.any():
         return
     if "topk_ids" not in table.column_names:
         yield from _logprob_faults("logprobs", *flat_column(table.column("logprobs")))
         return
-    scores = _scores(table, rollouts)
+    scores = _scores(table, rollouts, signal.horizon)
     yield from _score_range_faults(scores, signal, vocabulary_size)
     yield from _topk_order_faults(scores, vocabulary_size)
     yield from _mass_faults(scores, signal.topk_dtype)
@@ -222,12 +224,13 @@ def _token_column_faults(
         yield from _at_tokens(name, is_broken, offsets, values, "is negative or goes back")
 
 
-def _score_length_faults(table: pa.Table, rollouts: pa.Table) -> Iterator[Fault]:
-    wanted = np.diff(flat_column(rollouts.column("response_ids"))[1])
+def _score_length_faults(table: pa.Table, rollouts: pa.Table, horizon: Horizon | None) -> Iterator[Fault]:
+    wanted = scored_lengths(horizon, np.diff(flat_column(rollouts.column("response_ids"))[1]))
+    needed = "response_ids" if horizon is None else f"the {in_words(horizon)} of response_ids"
     is_whole = "topk_counts" in table.column_names
     for name in ("logprobs", "topk_counts", "tail_logprobs") if is_whole else ("logprobs",):
         found = np.diff(flat_column(table.column(name))[1])
-        yield from _at_rows(f"{name} length", found != wanted, f"{name} is not as long as response_ids")
+        yield from _at_rows(f"{name} length", found != wanted, f"{name} is not as long as {needed}")
     if not is_whole:
         return
     counts, offsets = flat_column(table.column("topk_counts"))
@@ -237,8 +240,10 @@ def _score_length_faults(table: pa.Table, rollouts: pa.Table) -> Iterator[Fault]
         yield from _at_rows(f"{name} length", found != totals, f"{name} is not as long as topk_counts say")
 
 
-def _scores(table: pa.Table, rollouts: pa.Table) -> _Scores:
-    sampled, offsets = flat_column(rollouts.column("response_ids"))
+def _scores(table: pa.Table, rollouts: pa.Table, horizon: Horizon | None) -> _Scores:
+    sampled, of_responses = flat_column(rollouts.column("response_ids"))
+    offsets = scored_offsets(horizon, of_responses)
+    sampled = sampled if horizon is None else sampled[scored_tokens(horizon, of_responses)]
     flat = {name: flat_column(table.column(name))[0] for name in table.column_names if name != "rollout_id"}
     counts = flat["topk_counts"]
     return _Scores(

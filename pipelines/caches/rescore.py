@@ -65,7 +65,9 @@ def rescore(
     engine = load(config.engine, config.teacher)
     try:
         cached, again = _score_again(cache, config, _drawn(cache, count, seed), engine, contexts)
-        noise = measure_noise(engine, read_sequences(cache, cache.shards[0], contexts)[1])
+        noise = measure_noise(
+            engine, read_sequences(cache, cache.shards[0], contexts, horizon=config.horizon)[1]
+        )
     finally:
         engine.close()
     found = compare([one.logprobs for one in cached], [one.logprobs for one in again])
@@ -115,7 +117,7 @@ def _score_again(
     cached: list[RolloutSignal] = []
     again: list[RolloutSignal] = []
     for shard, chosen in rows.items():
-        sequences = read_sequences(cache, shard, contexts, support_of(config))[1]
+        sequences = read_sequences(cache, shard, contexts, support_of(config), config.horizon)[1]
         scored = engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
         limit = cache.signals[config.signal].manifest.id_limit
         again += scored if limit is None else [keep_ids_below(each, limit) for each in scored]

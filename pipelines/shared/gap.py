@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightopd.cache.index import query
 from lightopd.cache.reader import read_columns
-from lightopd.cache.store import Cache
+from lightopd.cache.signals.horizon import scored_tokens, spread
+from lightopd.cache.store import Cache, Signal
 from lightopd.cache.tables import flat_column
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
@@ -62,8 +63,11 @@ def measured_gap(cache: Cache, signal: str) -> Gap | None:
             return None
         scored = read_columns(cache, shard, ["logprobs"], signal)
         student_N, offsets = flat_column(rollouts.column("logprobs"))
-        signal_N, _ = flat_column(scored.column("logprobs"))
         loss_mask_N, _ = flat_column(rollouts.column("loss_mask"))
+        signal_N, _ = flat_column(scored.column("logprobs"))
+        if (horizon := cache.signals[signal].manifest.horizon) is not None:
+            is_scored_N = scored_tokens(horizon, offsets)
+            signal_N, loss_mask_N = spread(signal_N, is_scored_N, 0.0), loss_mask_N & is_scored_N
         gap_N = np.where(loss_mask_N, student_N.astype(np.float64) - signal_N, 0.0)
         for values_N, found in ((gap_N, sums), (loss_mask_N.astype(np.float64), counts)):
             found.append(np.diff(np.concatenate([[0.0], np.cumsum(values_N)])[offsets]))
@@ -148,7 +152,7 @@ def suggestion(
         return None
     signal = risky[0].signal
     gap = measured_gap(cache, signal)
-    reasons = gap and _reasons(cache, gap, steps, batch_sequences, learning_rate)
+    reasons = gap and _reasons(cache.signals[signal], gap, steps, batch_sequences, learning_rate)
     if not reasons:
         return None
     lacks = "" if cache.signals[signal].manifest.top_k else ", once the signal has a top-k"
@@ -159,10 +163,11 @@ def suggestion(
     )
 
 
-def _reasons(cache: Cache, gap: Gap, steps: int, batch_sequences: int, learning_rate: float) -> list[str]:
+def _reasons(signal: Signal, gap: Gap, steps: int, batch_sequences: int, learning_rate: float) -> list[str]:
     """Why a sampled-token loss is likely to lose; a small batch and passes matter only once weights move."""
-    tokens = round(batch_sequences * cache.num_tokens / cache.num_rollouts)
-    passes = steps * batch_sequences / cache.num_rollouts
+    rollouts = sum(marker.rows for marker in signal.markers)
+    tokens = round(batch_sequences * sum(marker.tokens for marker in signal.markers) / rollouts)
+    passes = steps * batch_sequences / rollouts
     reasons = [str(gap)] * (gap.nats > SMALL_NATS)
     if learning_rate * steps > SMALL_MOVE:
         reasons += [f"about {tokens:,} response tokens a step"] * (tokens < SMALL_BATCH_TOKENS)

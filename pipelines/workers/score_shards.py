@@ -23,7 +23,7 @@ from lightopd.pipelines.shared.costs.estimate import own_top_k, support_of
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.scoring.frozen import Frozen, as_it_began, made_now
-from lightopd.pipelines.shared.sequences import read_sequences
+from lightopd.pipelines.shared.sequences import num_response_tokens, read_sequences
 from lightopd.pipelines.workers.shared_shards import SharedShards
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import SIGNAL_MANIFEST, NoiseFloor, SignalManifest
@@ -56,7 +56,7 @@ def score_shards(
         shards.finish()
         return None
     check_rollouts(cache)
-    checked = read_sequences(cache, missing[0], contexts)[1]
+    checked = read_sequences(cache, missing[0], contexts, horizon=config.horizon)[1]
     reference = reference_logprobs(config.teacher, checked[: config.cross_check])
     with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
         engine = load(config.engine, config.teacher)
@@ -113,18 +113,19 @@ def _score_missing(
     folder, total = signal_folder(cache.path, config.signal), cache.manifest.num_shards
     fingerprint, started_s = frozen.manifest.fingerprint(), time.monotonic()
     progress = StageProgress("precompute", folder / "journal.jsonl", "shards", total, total - len(missing))
-    made: set[int] = set()
+    made: dict[int, int] = {}  # response tokens that were scored, by shard
 
     def write(index: int, scored: tuple[list[str], list[RolloutSignal]]) -> None:
         table = scores_to_table(*scored, config.topk_dtype, frozen.manifest.hidden)
         if frozen.rebuilder is not None:
             frozen.rebuilder.refuse(table, read_columns(cache, index, ["response_ids"]), index)
-        if shards.write(index, table, fingerprint=fingerprint, made_from=frozen.manifest) is not None:
-            made.add(index)
+        marker = shards.write(index, table, fingerprint=fingerprint, made_from=frozen.manifest)
+        if marker is not None:
+            made[index] = marker.tokens
 
     def done(index: int) -> None:
         if index in made:
-            progress.advance(tokens=cache.markers[index].tokens)
+            progress.advance(tokens=made[index])
 
     while missing:
         make_and_write(
@@ -134,7 +135,7 @@ def _score_missing(
             done,
         )
         missing = shards.unfinished(missing)
-    return sum(cache.markers[index].tokens for index in made) / (time.monotonic() - started_s)
+    return sum(made.values()) / (time.monotonic() - started_s)
 
 
 def _measured(
@@ -159,8 +160,8 @@ def _score_shard(
     contexts: Contexts | None,
     frozen: Frozen,
 ) -> tuple[list[str], list[RolloutSignal]]:
-    ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    tokens = cache.markers[index].tokens
+    ids, sequences = read_sequences(cache, index, contexts, support_of(config), config.horizon)
+    tokens = num_response_tokens(sequences)
     top_k, least = own_top_k(config), config.min_probability
     with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
         if frozen.rebuilder is not None:

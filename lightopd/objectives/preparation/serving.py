@@ -5,19 +5,21 @@ only the values of the cache can tell (NaN, missing rewards, single rollouts) is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import read_columns
+from lightopd.cache.signals.horizon import horizons_of
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.parts.targets import load_custom
 from lightopd.objectives.requirements import kept_hidden, needs, on_signals, term_needs
+from lightopd.schemas.configs import Horizon
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import (
     ConstantExtrapolation,
@@ -26,7 +28,7 @@ from lightopd.schemas.objectives.targets import (
     DivergenceTarget,
     LogRatioTarget,
 )
-from lightopd.schemas.objectives.weights import DriftFadeWeight
+from lightopd.schemas.objectives.weights import DriftFadeWeight, HorizonWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class CacheFacts:
     """Signals that have a shape of their tail."""
     hidden: frozenset[str] = frozenset()
     """Signals that keep hidden states."""
+    horizons: Mapping[str, Horizon] = field(default_factory=dict)
+    """Of the signals that have one."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
     is_teacher_known: bool = True
@@ -83,6 +87,7 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
         texts,
         shapes,
         frozenset(kept_hidden(cache)),
+        horizons_of(cache, cache.signals),
         remarks,
         is_teacher_known=cache.manifest.sft.proof != "unknown",
     )
@@ -216,6 +221,7 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.shown
         if name not in facts.texts
     ]
+    lines += _shares_of_shares(config, wanted, facts)
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -229,6 +235,20 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         _, what, source = COLUMN_SOURCES[name]
         lines.append(f"it has no {what}; they come from {source}")
     return lines
+
+
+def _shares_of_shares(config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> list[str]:
+    """Token weights that would take a share of what a signal's horizon has left."""
+    weights = [part for term in config.terms for part in term.token_weights]
+    shares = {part.share for part in weights if isinstance(part, HorizonWeight) and part.share is not None}
+    return [
+        f"signal {name} has a horizon of {facts.horizons[name]}, and token weight horizon would train the "
+        f"share {share:g} of that alone; take the weight out (-c methods/lightning_opd), or score whole "
+        f"responses under another name"
+        for share in sorted(shares)
+        for name in wanted.signals
+        if name in facts.horizons
+    ]
 
 
 def _missing_hidden(config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> list[str]:

@@ -18,6 +18,8 @@ from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import ShardColumns, read_shard_columns
 from lightopd.cache.shards import read_content, shard_path
 from lightopd.cache.signals.channels import BYTES
+from lightopd.cache.signals.horizon import horizons_of
+from lightopd.cache.signals.trained_part import trained_part
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
@@ -66,7 +68,9 @@ def index_cache(
     """
     if parts is None:
         seen: set[str] = set()
-        parts = [index_shard(n, read_shard_columns(cache, n, seen=seen)) for n in cache.shards]
+        horizons = horizons_of(cache, signals)
+        shards = ((n, read_shard_columns(cache, n, seen=seen)) for n in cache.shards)
+        parts = [index_shard(n, trained_part(columns, horizons)) for n, columns in shards]
     shard_P, row_P, prompts_P, responses_P, trained_P, groups_P = (
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
         for column in range(6)
@@ -144,6 +148,7 @@ class FirstReading:
                 seen=self._seen,
                 hidden=self.hidden,
             )
+            columns = trained_part(columns, horizons_of(self.cache, self.signals))
             columns = under_prompts(self.cache, shard, columns, self.shown)
             part = index_shard(shard, columns)
             self.parts.append(part)
@@ -247,7 +252,8 @@ def _read_unchanged(cache: Cache, shard: int, read: Read, stamps: Stamps) -> Sha
                 f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
                 f"{cache.path}`, and start again from the last checkpoint"
             )
-    return read_shard_columns(cache, shard, signals, topk=topk, hidden=hidden)
+    columns = read_shard_columns(cache, shard, signals, topk=topk, hidden=hidden)
+    return trained_part(columns, horizons_of(cache, signals))
 
 
 def _read_ahead(cache: Cache, signals: Sequence[str]) -> Iterator[tuple[int, Files]]:

@@ -23,7 +23,12 @@ from lightopd.pipelines.shared.costs.choices import (
 )
 from lightopd.pipelines.shared.costs.disk import write_rate
 from lightopd.pipelines.shared.reports import Report
-from lightopd.pipelines.shared.sequences import first_sequences, num_response_tokens, read_sequences
+from lightopd.pipelines.shared.sequences import (
+    first_sequences,
+    num_response_tokens,
+    read_sequences,
+    response_lengths,
+)
 from lightopd.schemas.configs import EngineConfig, ModelConfig, PrecomputeConfig
 from lightopd.schemas.engines import MIN_SHAPE_TOKENS
 from lightopd.schemas.manifest import SignalManifest
@@ -59,6 +64,8 @@ def estimate(
     nothing is known of other choices.
     """
     tokens = cache.num_tokens
+    if config.horizon is not None:
+        tokens = sum(response_lengths(cache, config.horizon).values())
     if tokens_per_s is None:
         trial = _measure(config, cache, load, contexts)
         basis = f"rate and size measured on {TRIAL_ROLLOUTS} rollouts"
@@ -72,7 +79,8 @@ def estimate(
         out=str(config.cache),
         figures={
             "rollouts": cache.num_rollouts,
-            "response_tokens": tokens,
+            "response_tokens": cache.num_tokens,
+            **({} if config.horizon is None else {"scored_tokens": tokens}),
             "tokens_per_s": trial.tokens_per_s,
             "hours": tokens / trial.tokens_per_s / 3600,
             "bytes_per_token": trial.bytes_per_token,
@@ -101,7 +109,7 @@ def _measure(
     load: Callable[[EngineConfig, ModelConfig], Engine],
     contexts: Contexts | None,
 ) -> _Trial:
-    ids, sequences = read_sequences(cache, 0, contexts, support_of(config))
+    ids, sequences = read_sequences(cache, 0, contexts, support_of(config), config.horizon)
     ids, sequences = ids[:TRIAL_ROLLOUTS], sequences[:TRIAL_ROLLOUTS]
     engine = load(config.engine, config.teacher)
     try:
@@ -146,7 +154,7 @@ def _sample(
     """Scored responses with as many entries as the engine gives; None where ids are not the model's own."""
     if config.support != "teacher":
         return None
-    sequences = first_sequences(cache, SAMPLE_TOKENS, contexts)
+    sequences = first_sequences(cache, SAMPLE_TOKENS, contexts, config.horizon)
     sees_all = isinstance(engine, SeesWholeTails)
     half = _half(sequences) if sees_all else 0
     first, rest = sequences[:half], sequences[half:]

@@ -116,7 +116,7 @@ def _kept_shape(
         return frozen
     if config.shape_tokens == 0:
         return None
-    tokens = num_response_tokens(first_sequences(cache, config.shape_tokens, contexts))
+    tokens = num_response_tokens(first_sequences(cache, config.shape_tokens, contexts, config.horizon))
     return TailShape(sha256=frozen.sha256 if frozen else NOT_YET, tokens=tokens)
 
 
@@ -131,7 +131,7 @@ def _make_shape(
     is_possible = config.top_k > 0 and config.support == "teacher" and isinstance(engine, SeesWholeTails)
     if config.shape_tokens == 0 or (config.shape_tokens is None and not is_possible):
         return None
-    sample = first_sequences(cache, config.shape_tokens or SHAPE_TOKENS, contexts)
+    sample = first_sequences(cache, config.shape_tokens or SHAPE_TOKENS, contexts, config.horizon)
     tokens = num_response_tokens(sample)
     if tokens < MIN_SHAPE_TOKENS or not isinstance(engine, SeesWholeTails):
         if config.shape_tokens is None:
