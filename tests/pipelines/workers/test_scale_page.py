@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
 BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL))
 
 
