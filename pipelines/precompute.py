@@ -47,7 +47,7 @@ from lightopd.pipelines.workers.score_shards import score_shards
 from lightopd.pipelines.workers.shared_shards import SharedShards, shared_shards
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
+from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     PLAIN,
@@ -56,6 +56,7 @@ from lightopd.schemas.manifest import (
     Override,
     SignalManifest,
 )
+from lightopd.schemas.prompts import WrittenContext
 
 log = logging.getLogger(__name__)
 

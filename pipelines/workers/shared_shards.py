@@ -17,7 +17,7 @@ from lightopd.cache.claims.store import FolderStore
 from lightopd.cache.manifests import Manifest, differences, read_manifest
 from lightopd.cache.shards import marker_path, put_shard, shard_path, valid_shard, write_shard
 from lightopd.errors import OutputError
-from lightopd.schemas.configs import SharingConfig
+from lightopd.schemas.engines import SharingConfig
 from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
 from lightopd.under_way import doing
 
