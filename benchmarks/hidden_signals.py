@@ -50,6 +50,7 @@ def states(folder: Path, sequences: Sequence[TokenSequence], dtype: str) -> Iter
             yield last_hidden(model, input_ids=ids, use_cache=False)[0, len(each.prompt_ids) - 1 : -1].float()
 
 
+@torch.no_grad()
 def kl_sum(head: Head, exact_ND: Tensor, other_ND: Tensor) -> float:
     """Sum over positions of KL(exact || other), one head for both."""
     total = 0.0

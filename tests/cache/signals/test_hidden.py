@@ -129,6 +129,7 @@ def test_entries_can_lie_beside_the_hidden_states(world, rolled, tmp_path):
     assert verify(cache) == []
 
 
+@pytest.mark.slow
 def test_two_signals_of_one_model_share_a_head(world, kept, tmp_path):
     cache = copied(kept, tmp_path)
     score(world, cache, signal="again")
@@ -275,6 +276,7 @@ def test_a_hidden_state_that_is_no_number_stops_the_first_reading(kept, tmp_path
         list(FirstReading(open_cache(cache), ("teacher",), (), 2**30, hidden=("teacher",)))
 
 
+@pytest.mark.slow
 def test_views_and_plain_files_of_a_cache_hold_its_signals_of_every_kind(world, kept, tmp_path):
     cache = copied(kept, tmp_path)
     score(world, cache, keep="topk", top_k=2, signal="alike")
@@ -293,12 +295,14 @@ def test_views_and_plain_files_of_a_cache_hold_its_signals_of_every_kind(world, 
     assert pq.read_table(tmp_path / "plain" / "data")["teacher_logprobs"].null_count == 0
 
 
+@pytest.mark.slow
 def test_a_cache_with_hidden_states_is_held_against_its_teacher_again(kept):
     report, agrees = rescore(kept, "teacher", 4)
     assert agrees
     assert report.figures["rollouts"] == 4
 
 
+@pytest.mark.slow
 def test_the_command_keeps_hidden_states_and_verifies_them(world, rolled, tmp_path, lightopd):
     cache = copied(rolled, tmp_path)
     code, _, err = lightopd("precompute", "--cache", cache, "--teacher", world.teacher, "--keep", "hidden")

@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from safetensors.numpy import load_file, save
 
 import lightopd as package
+from lightopd.cache.index import query
 from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape, shape_of, write_shape
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
@@ -104,6 +105,17 @@ def test_the_report_names_the_tokens_and_a_sound_shape_has_no_findings(world, ro
     cache = copied(rolled, tmp_path)
     assert score(world, cache).figures["tail_shape_tokens"] == open_cache(cache).num_tokens
     assert verify(cache) == []
+
+
+def test_sql_says_which_signals_have_a_shape(world, shaped, tmp_path):
+    cache = copied(shaped, tmp_path)
+    score(world, cache, "signal=bare", "shape_tokens=0")
+    kept = open_cache(cache).signals["teacher"].manifest.tail_shape
+    columns = "name, tail_shape_sha256 AS sha256, tail_shape_tokens AS tokens"
+    assert query(cache, f"SELECT {columns} FROM signals ORDER BY name").to_pylist() == [
+        {"name": "bare", "sha256": None, "tokens": None},
+        {"name": "teacher", "sha256": kept.sha256, "tokens": kept.tokens},
+    ]
 
 
 def test_a_scoring_that_is_resumed_gives_the_same_bytes(world, shaped, tmp_path):
