@@ -7,7 +7,7 @@ from fake_engine import FakeEngine
 
 
 def test_bytes_and_tokens_fall_with_the_horizon():
-    path = Path(__file__).parents[2] / "benchmarks" / "horizon.py"
+    path = Path(__file__).parents[4] / "benchmarks" / "horizon.py"
     spec = importlib.util.spec_from_file_location("horizon_benchmark", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
