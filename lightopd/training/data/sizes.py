@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from lightopd.cache.signals.hidden import head_path
 from lightopd.cache.store import Cache
 from lightopd.objectives.base.part import Needs
 
@@ -16,7 +15,7 @@ class CachedSizes:
     hidden: int = 0
     """Numbers in the hidden states of a position, over all signals that give theirs."""
     heads: int = 0
-    """Bytes of the heads that read them."""
+    """Bytes of the heads that read them, in float32."""
 
 
 NOTHING = CachedSizes()
@@ -25,10 +24,10 @@ NOTHING = CachedSizes()
 def cached_sizes(cache: Cache, needed: Needs) -> CachedSizes:
     """Sizes of what the objective reads; `needed` is what it needs of this cache."""
     kept = [cache.signals[name].manifest.hidden for name in needed.hidden]
-    heads = {each.head for each in kept if each is not None}
+    sizes = {each.head: each.size for each in kept if each is not None}
     return CachedSizes(
         entries=sum(cache.signals[name].manifest.top_k for name in needed.topk)
         + sum(entries.top_k for _, entries in needed.entries),
         hidden=sum(each.size for each in kept if each is not None),
-        heads=sum(head_path(cache.path, head).stat().st_size for head in heads),
+        heads=4 * cache.manifest.vocabulary_size * sum(sizes.values()),
     )
