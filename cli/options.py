@@ -55,6 +55,13 @@ SftTeacher = Annotated[
         "--sft-teacher", help="SFT teacher of a student made elsewhere: declared, not proven; or none."
     ),
 ]
+Exclusive = Annotated[
+    bool | None,
+    typer.Option("--exclusive", help="Refuse a cache that another process writes, instead of joining it."),
+]
+Replicas = Annotated[
+    int | None, typer.Option("--replicas", help="Processes on this machine, each with an engine of its own.")
+]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.engines import MIN_SHAPE_TOKENS
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS, SharingConfig
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
 from lightopd.schemas.engines import Horizon as Horizon
@@ -16,9 +16,6 @@ from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import FORWARD_KL_OBJECTIVE, MLE_OBJECTIVE, ObjectiveConfig
-from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
-from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
-from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
 from lightopd.schemas.prompts import AnyContext as AnyContext
 from lightopd.schemas.prompts import ContextConfig as ContextConfig
 from lightopd.schemas.prompts import FilePrompts as FilePrompts
@@ -26,7 +23,6 @@ from lightopd.schemas.prompts import PromptRendering as PromptRendering
 from lightopd.schemas.prompts import PromptsConfig as PromptsConfig
 from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
-from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
 from lightopd.schemas.signals.precision import TopkDtype
 
@@ -178,6 +174,8 @@ class RolloutConfig(StageConfig):
     """Rollouts in one shard, the unit of work and of resume; groups of one prompt stay together."""
     keep_text: bool = True
     """Store prompt and response text beside the ids, for reading only."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes make the shards together."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
@@ -247,6 +245,8 @@ class PrecomputeConfig(StageConfig):
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)
     """Also compare so many rollouts with transformers in float32, held to the same limit."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes score the shards together."""
 
     @model_validator(mode="after")
     def _support_fits(self) -> "PrecomputeConfig":

@@ -11,7 +11,6 @@ checked only for a better message, since a SELECT can hide a COPY in a common ta
 
 import json
 import logging
-import os
 import re
 import tempfile
 import threading
@@ -32,7 +31,7 @@ from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_fold
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
-from lightopd.files import output_error, replaced_file
+from lightopd.files import output_error, own_suffix, replaced_file
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
 from lightopd.schemas.manifest import (
@@ -113,7 +112,7 @@ def build_index(cache: Cache) -> Path:
     """
     path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        with replaced_file(path, f".{os.getpid()}") as part:
+        with replaced_file(path, own_suffix()) as part:
             part.unlink(missing_ok=True)
             with duckdb.connect(str(part), config=search) as connection:
                 _make_views(connection, cache, "")
