@@ -28,7 +28,7 @@ SMALL_BATCH_TOKENS = 10_000
 SMALL_MOVE = 5e-4
 """Learning rate times steps: 3e-4 in the paper's run, 4.5e-3 in the trials that lost at the smaller rate."""
 SHARDS = 8
-"""Shards that the gap is measured on, evenly spaced; a large cache is not read as a whole for one line."""
+"""Shards that are measured, evenly spaced; a large cache is not read as a whole for one line."""
 TRIMMED = 0.005
 """Share of the tokens that the trimmed mean leaves out at either end."""
 
@@ -51,13 +51,18 @@ class Gap:
         return f"gap {self.nats:.3f} +- {self.error:.3f} nats/token ({self.trimmed:.3f} without outliers)"
 
 
+def some_shards(cache: Cache) -> list[int]:
+    """Numbers of the shards that are measured for a report."""
+    places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
+    return [cache.shards[place] for place in places]
+
+
 def measured_gap(cache: Cache, signal: str) -> Gap | None:
     """None where the cache has no log-probabilities of the student, or no trained token."""
-    places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
     gaps: list[NDArray[np.float64]] = []
     sums: list[NDArray[np.float64]] = []
     counts: list[NDArray[np.float64]] = []
-    for shard in (cache.shards[place] for place in places):
+    for shard in some_shards(cache):
         rollouts = read_columns(cache, shard, ["logprobs", "loss_mask"])
         if rollouts.column("logprobs").null_count:
             return None

@@ -9,6 +9,7 @@ from lightopd.lineage.checks import precision_note
 from lightopd.models.limits import model_limits
 from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
 from lightopd.pipelines.shared.reports import Report, override_notes
+from lightopd.pipelines.shared.scoring.overlap import overlap_figures, overlap_note, student_overlap
 from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import NoiseFloor, SignalManifest
 
@@ -21,6 +22,7 @@ def precompute_report(
     seconds = time.monotonic() - started_s
     tokens = sum(marker.tokens for marker in cache.markers)
     scored = sum(marker.tokens for marker in signal.markers)
+    overlap = student_overlap(cache, config.signal)
     figures = {
         "rollouts": sum(marker.rows for marker in signal.markers),
         "response_tokens": tokens,
@@ -28,6 +30,7 @@ def precompute_report(
         "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, scored),
         **gap_figures(cache, config.signal),
         **_shape_figures(signal.manifest),
+        **(overlap_figures(overlap) if overlap else {}),
         "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
         "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
         **_cross_check_figures(signal.manifest.cross_check),
@@ -43,6 +46,7 @@ def precompute_report(
         ),
         *horizon_notes(cache, [config.signal]),
         *([precision] if precision else []),
+        *([overlap_note(overlap)] if overlap else []),
         *_width_notes(cache, config),
         *override_notes(signal.manifest.overrides),
     )
