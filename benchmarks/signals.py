@@ -5,7 +5,8 @@
 
 One line of JSON. `kl` is KL(teacher || what the signal rebuilds) over the whole vocabulary, nats a token, on
 samples that the shape was not made from; the kept log-probabilities are taken as exact. `step` is the time of
-head and loss, forward and backward, against the same divergence with the tail as one outcome.
+head and loss, forward and backward, against the same divergence with the tail as one outcome, in processor
+seconds of all threads, by the number of positions.
 """
 
 # N = response tokens, V = vocabulary, K = kept tokens, D = hidden size
@@ -130,7 +131,7 @@ def make_batch(vocabulary: int, top_k: int, tokens: int) -> RolloutBatch:
 
 
 def measure_steps(vocabulary: int, hidden: int, top_k: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Seconds of head and loss by divergence and tail, the least of a few, and the ratio to the bucket's.
+    """Processor seconds of head and loss by divergence, the least of a few, and the ratio to the bucket's.
 
     The two tails take turns, so that a busy machine slows both.
     """
@@ -161,10 +162,10 @@ def measure_steps(vocabulary: int, hidden: int, top_k: int, tokens: int) -> dict
 
 def _step_seconds(objective, batch, hidden_ND, head, tails) -> float:
     hidden_ND.grad = head.weight_VD.grad = None
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     student = evaluate_tokens(hidden_ND, head, batch, needs(objective).supports, tails)
     compute_loss(objective, batch, student).value.backward()
-    return time.perf_counter() - began_s
+    return time.process_time() - began_s
 
 
 def main() -> None:

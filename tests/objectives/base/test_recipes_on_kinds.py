@@ -1,6 +1,6 @@
-"""Shipped recipes on a shaped tail, value and gradient held to float64 sums over the whole vocabulary."""
+"""Shipped recipes on shaped tails and hidden states, held to float64 sums over the whole vocabulary."""
 
-# N = tokens, V = vocabulary
+# N = tokens, V = vocabulary, E = hidden size of the teacher
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from objective_cases import METHODS
 from one_rollout import one_rollout
+from torch import Tensor
 from vocabulary_cases import (
     HIDDEN_ND,
     SHAPE_V,
@@ -22,17 +23,23 @@ from vocabulary_cases import (
     student_logprobs,
 )
 
+from lightopd.models.head import Head
+from lightopd.objectives.base.batch import SignalBatch
+from lightopd.objectives.base.hidden_states import hidden_signals
+from lightopd.objectives.loss import compute_loss
+from lightopd.objectives.requirements import needs, on_signals
 from lightopd.pipelines.methods import list_methods
 from lightopd.schemas.objectives.objective import ObjectiveConfig
+from lightopd.training.student.forward import evaluate_tokens
 
 ALL = {method.name: method.objective for method in list_methods(METHODS)}
 SHAPED = ["opsd", "tip", "tip_entropy", "recommended_topk_reverse_kl"]
 SHAPED += [name for name, objective in ALL.items() if name.startswith("f_")]
 
 
-def shaped(objective: ObjectiveConfig) -> ObjectiveConfig:
+def with_tail(objective: ObjectiveConfig, tail: str) -> ObjectiveConfig:
     (term,) = objective.terms
-    target = term.target.model_copy(update={"tail": "shaped"})
+    target = term.target.model_copy(update={"tail": tail})
     return ObjectiveConfig.model_validate(
         objective.model_copy(update={"terms": (term.model_copy(update={"target": target}),)}).model_dump()
     )
@@ -40,16 +47,39 @@ def shaped(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 @pytest.mark.parametrize("name", SHAPED)
 def test_a_recipe_with_a_shaped_tail_is_the_divergence_over_the_whole_vocabulary(name):
-    objective = shaped(ALL[name])
+    objective = with_tail(ALL[name], "shaped")
     (term,) = objective.terms
     head, signal = make_head(), make_signal(TEACHER_NV)
     batch = one_rollout(torch.arange(N) * 3 % V, {term.signal: signal})
     found = loss_and_gradients(objective, batch, HIDDEN_ND, head, {term.signal: SHAPE_V.numpy()})
+    assert_reference(name, found, head, term.target.divergence, rebuilt(signal, SHAPE_V))
 
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_a_recipe_on_hidden_states_is_the_divergence_over_the_whole_vocabulary(name):
+    objective = with_tail(ALL[name], "whole")
+    (term,) = objective.terms
+    teacher = Head(torch.randn(V, 11, generator=torch.Generator().manual_seed(7)), None, None, 1.0)
+    hidden_NE = torch.randn(N, 11, generator=torch.Generator().manual_seed(8))
+    teacher_NV = (hidden_NE.double() @ teacher.weight_VD.double().T).log_softmax(1)
+    none_N0, sampled_N = torch.zeros(N, 0), teacher_NV[:, 0].float()
+    signal = SignalBatch(sampled_N, none_N0.long(), none_N0, torch.zeros(N), hidden_ND=hidden_NE)
+    batch = one_rollout(torch.arange(N) * 3 % V, {term.signal: signal})
+    wanted, head = on_signals(needs(objective), {term.signal: 0}), make_head()
+    hidden = hidden_signals(wanted, {term.signal: teacher}, V)
+    leaf_ND = HIDDEN_ND.detach().requires_grad_()
+    student = evaluate_tokens(leaf_ND, head, batch, wanted.supports, hidden=hidden)
+    value = compute_loss(objective, batch, student).value
+    found = [value.detach(), *torch.autograd.grad(value, [leaf_ND, head.weight_VD])]
+    assert_reference(name, found, head, term.target.divergence, teacher_NV.exp())
+
+
+def assert_reference(name: str, found: list[Tensor], head: Head, divergence: str, teacher_NV: Tensor) -> None:
+    """Value and gradients are those of the mean over the tokens that the recipe trains, in float64."""
     weight_VD = head.weight_VD.detach().double().requires_grad_()
     hidden_ND = HIDDEN_ND.double().requires_grad_()
     student_NV = student_logprobs(hidden_ND, replace(head, weight_VD=weight_VD)).exp()
-    divergence_N = dense_divergence(term.target.divergence, rebuilt(signal, SHAPE_V), student_NV)
+    divergence_N = dense_divergence(divergence, teacher_NV, student_NV)
     # A recipe may choose tokens: those that it trains have a gradient by their hidden state.
     is_trained_N = found[1].abs().sum(1) > 0
     assert is_trained_N.any()
