@@ -14,7 +14,7 @@ BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_t
 
 
 def shards_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
 
 
 @pytest.mark.slow
