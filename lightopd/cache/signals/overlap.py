@@ -37,9 +37,9 @@ class Overlap(NamedTuple):
 class _Tokens(NamedTuple):
     """What both signals say at the trained tokens of a shard."""
 
-    share_N: NDArray[np.float64]
-    teacher_mass_N: NDArray[np.float64]
-    student_mass_N: NDArray[np.float64]
+    share_N: NDArray[np.floating]
+    teacher_mass_N: NDArray[np.floating]
+    student_mass_N: NDArray[np.floating]
     quarter_N: NDArray[np.int64]
 
 
@@ -62,8 +62,8 @@ def measured_overlap(cache: Cache, teacher: str, student: str, shards: list[int]
     tokens = _Tokens(*(np.concatenate(column) for column in zip(*found, strict=True)))
     is_in_QN = tokens.quarter_N == np.arange(4)[:, None]
     quarters = [float(tokens.share_N[is_in_N].mean()) if is_in_N.any() else np.nan for is_in_N in is_in_QN]
-    means = (float(values_N.mean()) for values_N in tokens[:3])
-    return Overlap(top_k, *means, tuple(quarters))
+    share, teacher_mass, student_mass = (float(values_N.mean()) for values_N in tokens[:3])
+    return Overlap(top_k, share, teacher_mass, student_mass, tuple(quarters))
 
 
 def _by_shard(cache: Cache, teacher: str, student: str, shards: list[int], top_k: int) -> Iterator[_Tokens]:
@@ -106,8 +106,9 @@ def _compare(
     )
     place_C, size = common_C // width, len(loss_mask_N)
     shared_N = np.bincount(place_C, minlength=size)
-    teacher_N = np.bincount(place_C, teacher.probabilities_C[of_teacher_C], size)
-    student_N = np.bincount(place_C, student.probabilities_C[of_student_C], size)
+    teacher_N, student_N = np.zeros(size), np.zeros(size)
+    np.add.at(teacher_N, place_C, teacher.probabilities_C[of_teacher_C])
+    np.add.at(student_N, place_C, student.probabilities_C[of_student_C])
     fewer_N = np.minimum(teacher.counts_N, student.counts_N)
     is_told_N = loss_mask_N & (fewer_N > 0)
     return _Tokens(
