@@ -70,6 +70,8 @@ class Sample:
     calibration: Sequence[RolloutSignal] = ()
     """Other responses than those measured; none where there are too few."""
     calibration_whole: Whole | None = None
+    hidden_loss: float | None = None
+    """KL that hidden states in int8 lose, nats a token; None where it is not known."""
 
 
 def fitting(scores: Sequence[RolloutSignal], vocabulary: int) -> list[Choice]:

@@ -10,7 +10,7 @@ from lightopd.cache.contexts import Contexts
 from lightopd.cache.shards import shard_bytes
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, KeepsHiddenStates, SeesWholeTails
+from lightopd.engines.base import Engine, SeesWholeTails
 from lightopd.pipelines.shared.costs.choices import (
     LARGEST_LOSS_NATS,
     PRECISION,
@@ -22,6 +22,13 @@ from lightopd.pipelines.shared.costs.choices import (
     named,
 )
 from lightopd.pipelines.shared.costs.disk import write_rate
+from lightopd.pipelines.shared.costs.hidden import (
+    SETTINGS,
+    hidden_bytes,
+    hidden_loss,
+    hidden_row,
+    hidden_size,
+)
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import (
     first_sequences,
@@ -118,34 +125,14 @@ def _measure(
         scores = engine.score(sequences, own_top_k(config), config.min_probability)
         seconds = time.monotonic() - started_s
         sample, vocabulary = _sample(config, cache, engine, contexts), engine.vocabulary_size
-        size = engine.own_head().weight_VD.shape[1] if isinstance(engine, KeepsHiddenStates) else None
+        size = hidden_size(engine)
     finally:
         engine.close()
     tokens = max(1, num_response_tokens(sequences))
     content = shard_bytes(scores_to_table(ids, scores, config.topk_dtype), kind="trial", fingerprint="")
-    hidden = _hidden_bytes(size, config.hidden_format) if config.keep == "hidden" and size else 0
-    rows, notes = _told(config, sample, vocabulary)
-    if rows and size:
-        rows = (*rows, _hidden_row(rows[0], size))
-        notes = (
-            *notes,
-            "hidden: D + 2 bytes beside the sampled token, the head once; its loss is not measured",
-        )
+    hidden = hidden_bytes(size, config.hidden_format) if config.keep == "hidden" and size else 0
+    rows, notes = _told(config, sample, vocabulary, size)
     return _Trial(tokens / max(seconds, 1e-9), len(content) / tokens + hidden, rows, notes)
-
-
-def _hidden_bytes(size: int, form: str) -> int:
-    """Bytes a token of a hidden state: int8 with a scale, or bfloat16; they compress little."""
-    return size + 2 if form == "int8" else 2 * size
-
-
-def _hidden_row(sampled: dict[str, JsonValue], size: int) -> dict[str, JsonValue]:
-    """Whole vocabularies from hidden states in int8; what is lost would need them quantised."""
-    more = _hidden_bytes(size, "int8")
-    sizes = {
-        name: round(float(str(sampled[name])) + more, 1) for name in ("bytes_float16", f"bytes_{PRECISION}")
-    }
-    return {**sampled, "choice": "hidden", **sizes}
 
 
 def _sample(
@@ -166,7 +153,8 @@ def _sample(
     whole = Whole(engine.sum_tails(rest, 0), engine.sum_negentropies(rest))
     if not first:
         return Sample(names, measured, whole)
-    return Sample(names, measured, whole, engine.score(first, widest), Whole(engine.sum_tails(first, 0)))
+    shape, lost = Whole(engine.sum_tails(first, 0)), hidden_loss(engine, first, rest)
+    return Sample(names, measured, whole, engine.score(first, widest), shape, lost)
 
 
 def _half(sequences: list[TokenSequence]) -> int:
@@ -180,13 +168,17 @@ def _half(sequences: list[TokenSequence]) -> int:
 
 
 def _told(
-    config: PrecomputeConfig, sample: Sample | None, vocabulary: int
+    config: PrecomputeConfig, sample: Sample | None, vocabulary: int, size: int | None
 ) -> tuple[tuple[dict[str, JsonValue], ...], tuple[str, ...]]:
     """A row for each choice, and the sentences about them."""
     if sample is None:
         return (), (f"support: {config.support} keeps given ids: other choices were not measured",)
     choices = fitting(sample.measured, vocabulary)
     rows = tuple(choice_row(each, sample) for each in choices)
+    settings = {each.name: each.settings for each in choices}
+    if rows and size:
+        rows = (*rows, hidden_row(rows[0], size, sample.hidden_loss))
+        settings["hidden"] = SETTINGS
     tokens = sum(len(each.logprobs) for each in sample.measured)
     notes = [f"choices: measured on {tokens} response tokens; kl is nats of the teacher lost, at {PRECISION}"]
     if sample.whole is None:
@@ -198,10 +190,9 @@ def _told(
     if sample.calibration_whole is None:
         notes.append(f"fewer than {2 * MIN_SHAPE_TOKENS} response tokens: kl_shaped is not known")
     name = named(rows)
-    chosen = next((each for each in choices if each.name == name), None)
-    if chosen is not None:
+    if name is not None:
         rule = f"fewest bytes that lose at most {LARGEST_LOSS_NATS} nats, else the least loss"
-        notes.append(f"would choose {name}: {chosen.settings} ({rule})")
+        notes.append(f"would choose {name}: {settings[name]} ({rule})")
     return rows, tuple(notes)
 
 
