@@ -75,7 +75,7 @@ def _states(scores: RolloutSignal, channels: Channels | None, device: torch.devi
 @torch.no_grad()
 def _kl_sum(head: Head, exact_ND: torch.Tensor, rounded_ND: torch.Tensor) -> float:
     def logprobs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pair in zip(exact_ND.split(ROWS), rounded_ND.split(ROWS), strict=True):
+        for pair in zip(torch.split(exact_ND, ROWS), torch.split(rounded_ND, ROWS), strict=True):
             exact_NV, rounded_NV = (head.logits(part_ND).double().log_softmax(1) for part_ND in pair)
             yield exact_NV, rounded_NV
 
