@@ -4,9 +4,10 @@
     python benchmarks/signals.py --teacher FOLDER --top-k 32 64
 
 One line of JSON. `kl` is KL(teacher || what the signal rebuilds) over the whole vocabulary, nats a token, on
-samples that the shape was not made from; the kept log-probabilities are taken as exact. `step` is the time of
-head and loss, forward and backward, against the same divergence with the tail as one outcome, in processor
-seconds of all threads, by the number of positions.
+samples that the shape was not made from; `bias` is that of forward KL's mean gradient by the hidden states at
+the smallest top-k, of a student that is the teacher at temperature 1.3, over the gradient's own length. The
+kept log-probabilities are taken as exact. `step` is the time of head and loss, forward and backward, against
+the same divergence with the tail as one outcome, in processor seconds of all threads, by number of positions.
 """
 
 # N = response tokens, V = vocabulary, K = kept tokens, D = hidden size
@@ -46,6 +47,8 @@ PROMPTS = (
     "Who was Marie Curie?",
     "Describe how bread is made.",
 )
+STUDENT_TEMPERATURE = 1.3
+TAILS = ("bucket", "uniform", "shaped")
 REPEATS = 3
 
 
@@ -80,6 +83,44 @@ def kl_lost(teacher_NV: Tensor, shape_V: Tensor, top_k: int) -> float:
     return float((tail_NV * (teacher_NV - rebuilt_NV).masked_fill(kept_NV, 0)).sum(1).mean())
 
 
+def rebuilt(teacher_NV: Tensor, lies_NV: Tensor, top_k: int) -> Tensor:
+    """The teacher as kept: its top-k, and outside it the mass that is left, as `lies_NV` has it; float64."""
+    kept_NV = torch.zeros_like(teacher_NV, dtype=torch.bool).scatter_(1, teacher_NV.topk(top_k).indices, True)
+    left_N1 = teacher_NV.exp().masked_fill(kept_NV, 0).sum(1, keepdim=True)
+    outside_NV = lies_NV.masked_fill(kept_NV, 0)
+    return torch.where(kept_NV, teacher_NV.exp(), left_N1 * outside_NV / outside_NV.sum(1, keepdim=True))
+
+
+class Bias:
+    """Bias of forward KL's mean gradient by the hidden states, with a fixed head, at one top-k.
+
+    The gradient is the head's mean under student minus teacher, averaged over tokens; the student is the
+    teacher at `STUDENT_TEMPERATURE`. The bias is the length of what a rebuilt teacher adds, over its own.
+    """
+
+    def __init__(self, head_VD: Tensor, shape_V: Tensor, top_k: int) -> None:
+        self._head_VD, self._shape_V, self._top_k = head_VD, shape_V, top_k
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, logits_NV: Tensor) -> None:
+        """The logits of more tokens, float64."""
+        teacher_NV = logits_NV.log_softmax(1)
+        student_NV = (logits_NV / STUDENT_TEMPERATURE).softmax(1)
+        tails = {"bucket": student_NV, "uniform": torch.ones_like(student_NV)}
+        tails["shaped"] = self._shape_V.expand_as(student_NV)
+        off = {
+            name: rebuilt(teacher_NV, lies, self._top_k) - teacher_NV.exp() for name, lies in tails.items()
+        }
+        for name, values_NV in (*off.items(), ("true", student_NV - teacher_NV.exp())):
+            by_hidden_D = self._head_VD.T @ values_NV.sum(0).float()
+            self._sums[name] = self._sums.get(name, 0) + by_hidden_D
+
+    def figures(self) -> dict[str, float]:
+        """The bias by tail."""
+        true = self._sums["true"].norm()
+        return {name: round(float(self._sums[name].norm() / true), 4) for name in TAILS}
+
+
 def measure_kl(teacher: Path, top_ks: Sequence[int], calibrate: int, tokens: int, seed: int) -> dict:
     """KL by support and tail, and how many tokens made and measured it."""
     engine = load_hf_engine(HfEngine(device="cpu"), ModelConfig(path=str(teacher)))
@@ -88,11 +129,14 @@ def measure_kl(teacher: Path, top_ks: Sequence[int], calibrate: int, tokens: int
     engine.close()
     model = load_model(ModelConfig(path=str(teacher)), "cpu")
     sums = {(k, tail): 0.0 for k in top_ks for tail in ("uniform", "shaped")}
-    total = 0
+    total, narrowest = 0, min(top_ks)
+    head_VD = model.get_output_embeddings().weight.detach()
+    bias = Bias(head_VD, shapes[narrowest] / shapes[narrowest].sum(), narrowest)
     for sequence in measured:
         ids = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.response_ids])[None]).long()
         with torch.no_grad():
             logits_NV = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
+        bias.add(logits_NV.double())
         teacher_NV = logits_NV.double().log_softmax(1)
         total += len(teacher_NV)
         for k, shape_V in shapes.items():
@@ -100,7 +144,7 @@ def measure_kl(teacher: Path, top_ks: Sequence[int], calibrate: int, tokens: int
             sums[k, "shaped"] += len(teacher_NV) * kl_lost(teacher_NV, shape_V / shape_V.sum(), k)
     kl = {str(k): {tail: round(sums[k, tail] / total, 4) for tail in ("uniform", "shaped")} for k in top_ks}
     counts = [sum(len(each.response_ids) for each in part) for part in (calibration, measured)]
-    return {"kl": kl, "calibration_tokens": counts[0], "measured_tokens": counts[1]}
+    return {"kl": kl, "bias": bias.figures(), "calibration_tokens": counts[0], "measured_tokens": counts[1]}
 
 
 def make_batch(vocabulary: int, top_k: int, tokens: int) -> RolloutBatch:
