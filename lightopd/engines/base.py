@@ -15,7 +15,7 @@ from lightopd.cache.signals.channels import Channels
 from lightopd.errors import InputError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.records import Ids, RolloutSignal, Sample
+from lightopd.schemas.records import Floats, Ids, RolloutSignal, Sample
 
 if TYPE_CHECKING:
     from lightopd.models.head import Head
@@ -61,6 +61,15 @@ class KeepsHiddenStates(Protocol):
         channels: Channels | None,
     ) -> list[RolloutSignal]:
         """As `Engine.score`, with the hidden states as int8 under such statistics, or as bfloat16."""
+        ...
+
+
+@runtime_checkable
+class AsksServers(Protocol):
+    """What an engine also does that asks servers, behind each of which there may be several replicas."""
+
+    def score_everywhere(self, sequence: records.Sequence, times: int) -> dict[str, list[Floats]]:
+        """Log-probabilities of one response, scored so many times at once by every address that replies."""
         ...
 
 

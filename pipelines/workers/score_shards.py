@@ -14,9 +14,9 @@ from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard
 from lightopd.cache.store import Cache, create_signal
 from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, KeepsHiddenStates, keep_ids_below
+from lightopd.engines.base import AsksServers, Engine, KeepsHiddenStates, keep_ids_below
 from lightopd.engines.kinds import LoadEngine
-from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
+from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise, refuse_replicas
 from lightopd.models.limits import precision_of
 from lightopd.models.tokenizer import load_tokenizer
 from lightopd.pipelines.shared.costs.estimate import own_top_k, support_of
@@ -142,8 +142,10 @@ def _measured(
     config: PrecomputeConfig, engine: Engine, sequences: Sequence[TokenSequence], reference: Sequence[Floats]
 ) -> dict[str, NoiseFloor]:
     """Noise of the engine, and its distance from a reference if there is one; refused beyond the limit."""
-    found = {"noise": measure_noise(engine, sequences)}
     limit, dtype = config.max_noise_nats, precision_of(config.teacher).dtype
+    if isinstance(engine, AsksServers):
+        refuse_replicas(engine, sequences, limit)
+    found = {"noise": measure_noise(engine, sequences)}
     refuse_noise(found["noise"], limit, "two scorings of the same tokens by this engine", dtype)
     if reference:
         scored = [scores.logprobs for scores in engine.score(sequences[: len(reference)], 0)]
