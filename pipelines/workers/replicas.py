@@ -88,13 +88,18 @@ def run_replicas(
 
 
 def end_with_starter() -> None:
-    """In a replica: stop in an orderly way when the process that started it is gone, however it ended."""
+    """In a replica: stop when the process that started it is gone, however it ended.
+
+    In an orderly way, and after `GRACE_S` in any case, as the starter would see to: SIGALRM is not caught and
+    ends the process wherever it is.
+    """
     if REPLICA not in os.environ:
         return
     alive = int(os.environ.pop(REPLICA))
 
     def wait() -> None:
         os.read(alive, 1)
+        signal.alarm(round(GRACE_S))
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True, name="starter").start()
