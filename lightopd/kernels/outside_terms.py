@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.plain_tiles import finish_logits
+from lightopd.kernels.plain_tiles import finish_with_slope, through_logits
 from lightopd.kernels.selected_logprobs import plan_walk
 from lightopd.kernels.tile_types import SUNK, Inputs, Walk
 from lightopd.kernels.two_heads import Divergence
@@ -114,19 +114,14 @@ class _OutsideTerms(torch.autograd.Function):
         walk: Walk = ctx.walk
 
         def gradient_of(products_CT: Tensor, bias_T: Tensor | None, rows: slice, tile: slice) -> Tensor:
-            finish_logits(products_CT, bias_T, walk)
-            inner_CT = None
-            if walk.softcap is not None:
-                inner_CT = 1 - (products_CT * (walk.temperature / walk.softcap)).square_()
+            inner_CT = finish_with_slope(products_CT, bias_T, walk)
             logprobs_CT = products_CT.sub_(logsumexp_N[rows, None])
             student_CT = logprobs_CT.exp()
             fixed_CT = _sink_ids(logprobs_CT, fixed, rows, tile)
             slope_CT = ctx.slopes(fixed_CT, logprobs_CT, student_CT.where(logprobs_CT > SUNK / 2, 0.0))
             # d log s_v / d z_u is 1[u = v] - s_u: every slope is also taken off all logits, by the softmax.
             grad_CT: Tensor = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
-            if inner_CT is not None:
-                grad_CT.mul_(inner_CT)
-            return grad_CT if walk.temperature == 1.0 else grad_CT.div_(walk.temperature)
+            return through_logits(grad_CT, inner_CT, walk)
 
         with torch.autocast(grad_N.device.type, enabled=False):
             gradients = propagate_tiles(inputs, walk, ctx.needs_input_grad[:3], gradient_of)

@@ -114,3 +114,18 @@ def _locate(ids_CU: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 def _sink(logits_CT: Tensor, column_CU: Tensor, is_inside_CU: Tensor) -> None:
     """Take requested tokens out of the tile; ids of other tiles add 0 to whatever column they were given."""
     logits_CT.scatter_add_(1, column_CU, is_inside_CU.to(logits_CT.dtype) * SUNK)
+
+
+def finish_with_slope(products_CT: Tensor, bias_T: Tensor | None, walk: Walk) -> Tensor | None:
+    """`finish_logits`, and the slope of the softcap at each logit; None where there is no softcap."""
+    finish_logits(products_CT, bias_T, walk)
+    if walk.softcap is None:
+        return None
+    return 1 - (products_CT * (walk.temperature / walk.softcap)).square_()
+
+
+def through_logits(grad_CT: Tensor, inner_CT: Tensor | None, walk: Walk) -> Tensor:
+    """A gradient by the logits as one by the products, in place; `inner_CT` is of `finish_with_slope`."""
+    if inner_CT is not None:
+        grad_CT.mul_(inner_CT)
+    return grad_CT if walk.temperature == 1.0 else grad_CT.div_(walk.temperature)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from one_rollout import one_rollout
 from torch import Tensor
+from vocabulary_cases import dense_divergence
 
 from lightopd.errors import ConfigError
 from lightopd.models.head import Head
@@ -92,21 +93,7 @@ def reference(value_of, teacher: Head, student: Head, hidden_ND: Tensor = HIDDEN
 
 def divergence(kind: str, teacher_NM: Tensor, student_NM: Tensor) -> Tensor:
     """Of log-probabilities over all outcomes, [N]."""
-    teacher_NM, student_NM = teacher_NM.exp(), student_NM.exp()
-
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p * (p.log() - q.log())).sum(1)
-
-    mixed_NM = (teacher_NM + student_NM) / 2
-    return {
-        "forward_kl": lambda: kl(teacher_NM, student_NM),
-        "reverse_kl": lambda: kl(student_NM, teacher_NM),
-        "jsd": lambda: (kl(teacher_NM, mixed_NM) + kl(student_NM, mixed_NM)) / 2,
-        "skew_forward_kl": lambda: kl(teacher_NM, 0.1 * teacher_NM + 0.9 * student_NM),
-        "skew_reverse_kl": lambda: kl(student_NM, 0.1 * student_NM + 0.9 * teacher_NM),
-        "tv": lambda: (teacher_NM - student_NM).abs().sum(1) / 2,
-        "alpha": lambda: 4 * (1 - (teacher_NM * student_NM).sqrt().sum(1)),
-    }[kind]()
+    return dense_divergence(kind, teacher_NM.exp(), student_NM.exp())
 
 
 def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
