@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lightopd.cache.manifests import COPY_AGAIN, read_named
 from lightopd.errors import CacheError
 from lightopd.files import write_atomically
-from lightopd.schemas.manifest import SIGNAL_MANIFEST
 from lightopd.schemas.records import Floats, HiddenCodes
 from lightopd.schemas.signals.kinds import HiddenStates
 
 CHANNELS = "hidden_channels.safetensors"
 """File in a signal's folder: tensors `mean` and `std`, float32 [D]."""
-AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 BYTES = {"int8": 1, "bfloat16": 2}
 """Of a value, by format."""
 
@@ -92,21 +91,16 @@ def read_channels(folder: Path, described: HiddenStates) -> Channels | None:
     if described.channels is None:
         return None
     path = folder / CHANNELS
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
-    if hashlib.sha256(content).hexdigest() != described.channels:
-        raise CacheError(f"{path} is not the file that {SIGNAL_MANIFEST} names; {AGAIN}")
+    content = read_named(path, described.channels, "file")
     try:
         tensors = load(content)
         channels = Channels(tensors["mean"], tensors["std"])
     except (SafetensorError, KeyError) as error:
-        raise CacheError(f"{path} does not hold the tensors mean and std ({error}); {AGAIN}") from None
+        raise CacheError(f"{path} does not hold the tensors mean and std ({error}); {COPY_AGAIN}") from None
     for name, values_D in tensors.items():
         if values_D.shape != (described.size,) or values_D.dtype != np.float32:
             found = f"{values_D.dtype} {values_D.shape}"
-            raise CacheError(f"{path}: {name} is {found}, not float32 ({described.size},); {AGAIN}")
+            raise CacheError(f"{path}: {name} is {found}, not float32 ({described.size},); {COPY_AGAIN}")
     _check(path, channels)
     return channels
 
@@ -116,7 +110,7 @@ def _check(path: Path, channels: Channels) -> None:
     if is_bad_D.any():
         place = int(is_bad_D.argmax())
         found = f"mean {channels.mean_D[place]:g} and deviation {channels.std_D[place]:g}"
-        raise CacheError(f"{path}: channel {place} has {found}, no statistics; {AGAIN}")
+        raise CacheError(f"{path}: channel {place} has {found}, no statistics; {COPY_AGAIN}")
 
 
 def hidden_columns(table: pa.Table, described: HiddenStates, channels: Channels | None) -> HiddenColumns:

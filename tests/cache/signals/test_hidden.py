@@ -9,6 +9,7 @@ import pytest
 import torch
 from cache_cases import table_to_rollouts
 from fake_engine import FakeEngine
+from scored_caches import roll, score_with
 
 import lightopd as package
 from lightopd.cache.formats.dataset import export_dataset
@@ -30,7 +31,6 @@ from lightopd.errors import CacheError, ConfigError, OutputError
 from lightopd.models.head import Head, last_hidden
 from lightopd.models.load import load_model
 from lightopd.objectives.base.batch import BatchTotals
-from lightopd.pipelines import precompute, rollout
 from lightopd.pipelines.caches.rescore import rescore
 from lightopd.schemas.configs import ModelConfig
 from lightopd.training.data.batches import collate, collect_rows, response_index, show
@@ -42,17 +42,11 @@ FOLDER = "signals/teacher"
 @pytest.fixture(scope="module")
 def rolled(world, tmp_path_factory):
     """A cache with enough tokens for the statistics, and no signal yet."""
-    path = tmp_path_factory.mktemp("rolled") / "cache"
-    asked = {"student": world.sft / "student", "prompts": world.root / "prompts.jsonl", "cache": path}
-    sets = ["sampling.max_tokens=14", "sampling.n=4", "shard_rollouts=16"]
-    rollout.run(load_stage("rollout", [], sets, asked))
-    return path
+    return roll(world, tmp_path_factory.mktemp("rolled") / "cache")
 
 
 def score(world, cache, *sets, load=None, **flags):
-    asked = {"cache": cache, "teacher": world.teacher, "keep": "hidden", **flags}
-    config = load_stage("precompute", [], sets, asked)
-    return precompute.run(config) if load is None else precompute.run(config, load=load)
+    return score_with(world, cache, *sets, load=load, **{"keep": "hidden", **flags})
 
 
 @pytest.fixture(scope="module", params=["int8", "bfloat16"])

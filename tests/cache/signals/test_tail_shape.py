@@ -11,6 +11,7 @@ import torch
 from cache_cases import table_to_rollouts
 from fake_engine import FakeEngine
 from safetensors.numpy import load_file, save
+from scored_caches import roll, score_with
 
 import lightopd as package
 from lightopd.cache.index import query
@@ -21,7 +22,7 @@ from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, OutputError
 from lightopd.models.load import load_model
 from lightopd.objectives.plain_tensors import loss_from_logits
-from lightopd.pipelines import precompute, rollout, train
+from lightopd.pipelines import train
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.signals.kinds import TailShape
 
@@ -31,18 +32,13 @@ FOLDER = "signals/teacher"
 @pytest.fixture(scope="module")
 def rolled(world, tmp_path_factory):
     """A cache with enough tokens for a shape, and no signal yet."""
-    path = tmp_path_factory.mktemp("rolled") / "cache"
-    asked = {"student": world.sft / "student", "prompts": world.root / "prompts.jsonl", "cache": path}
-    sets = ["sampling.max_tokens=14", "sampling.n=4", "shard_rollouts=16"]
-    rollout.run(load_stage("rollout", [], sets, asked))
+    path = roll(world, tmp_path_factory.mktemp("rolled") / "cache")
     assert open_cache(path).num_tokens > 300
     return path
 
 
 def score(world, cache, *sets, load=None, **flags):
-    asked = {"cache": cache, "teacher": world.teacher, "top_k": 4, **flags}
-    config = load_stage("precompute", [], sets, asked)
-    return precompute.run(config) if load is None else precompute.run(config, load=load)
+    return score_with(world, cache, *sets, load=load, **{"top_k": 4, **flags})
 
 
 @pytest.fixture(scope="module")
