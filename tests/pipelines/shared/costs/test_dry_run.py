@@ -7,12 +7,16 @@ from pathlib import Path
 from lightopd.pipelines.shared.costs.disk import write_rate
 
 
+def dry_run(cache, world):
+    asked = ("--cache", cache, "--teacher", world.teacher, "--signal", "new")
+    return ("precompute", *asked, "--dry-run")
+
+
 def test_a_dry_run_prints_choices_and_keeps_nothing(world, lightopd, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(world.cache, cache)
     before = sorted(path.relative_to(cache) for path in cache.rglob("*"))
-    command = ("precompute", "--cache", cache, "--teacher", world.teacher, "--signal", "new", "--top-k", 4)
-    code, out, err = lightopd(*command, "--dry-run", "--json")
+    code, out, err = lightopd(*dry_run(cache, world), "--top-k", 4, "--json")
     assert code == 0, err
     report = json.loads(out)
     names = [row["choice"] for row in report["rows"]]
@@ -28,17 +32,7 @@ def test_a_dry_run_prints_choices_and_keeps_nothing(world, lightopd, tmp_path):
 
 
 def test_the_table_fits_into_a_hundred_columns(world, lightopd):
-    command = (
-        "precompute",
-        "--cache",
-        world.cache,
-        "--teacher",
-        world.teacher,
-        "--signal",
-        "new",
-        "--dry-run",
-    )
-    code, out, err = lightopd(*command, "--top-k", 4)
+    code, out, err = lightopd(*dry_run(world.cache, world), "--top-k", 4)
     assert code == 0, err
     table = [line for line in out.splitlines() if line.startswith(("choice", "top-", "p > ", "sampled"))]
     assert len(table) >= 5
@@ -46,19 +40,11 @@ def test_the_table_fits_into_a_hundred_columns(world, lightopd):
 
 
 def test_hidden_states_count_in_the_bytes_and_their_loss_is_not_made_up(world, lightopd):
-    command = (
-        "precompute",
-        "--cache",
-        world.cache,
-        "--teacher",
-        world.teacher,
-        "--signal",
-        "new",
-        "--dry-run",
-    )
     figures = {}
     for kept in ("topk", "hidden"):
-        code, out, err = lightopd(*command, "--top-k", 0, "--set", f"keep={kept}", "--json")
+        code, out, err = lightopd(
+            *dry_run(world.cache, world), "--top-k", 0, "--set", f"keep={kept}", "--json"
+        )
         assert code == 0, err
         report = json.loads(out)
         figures[kept] = report["figures"]["bytes_per_token"]
@@ -68,18 +54,7 @@ def test_hidden_states_count_in_the_bytes_and_their_loss_is_not_made_up(world, l
 
 
 def test_with_a_given_rate_no_choice_is_measured(world, lightopd):
-    command = (
-        "precompute",
-        "--cache",
-        world.cache,
-        "--teacher",
-        world.teacher,
-        "--signal",
-        "new",
-        "--top-k",
-        4,
-    )
-    code, out, err = lightopd(*command, "--dry-run", "--rate", 100, "--json")
+    code, out, err = lightopd(*dry_run(world.cache, world), "--top-k", 4, "--rate", 100, "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] == []
     assert "other choices not measured" in json.loads(out)["notes"][0]
