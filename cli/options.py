@@ -34,6 +34,17 @@ Server = Annotated[
     list[str] | None, typer.Option("--server", help="Address of a running vLLM server; repeatable.")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Teacher tokens kept at each position.")]
+Horizon = Annotated[
+    str | None,
+    typer.Option("--horizon", help="Score each response's first tokens alone: 512, or a share (0.3)."),
+]
+CrossCheck = Annotated[
+    int | None,
+    typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
+]
+Keep = Annotated[
+    str | None, typer.Option("--keep", help="topk, or hidden: what gives the whole vocabulary again.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", help="Columns of other names: --map prompt=question,answer=solution."),
@@ -43,6 +54,13 @@ SftTeacher = Annotated[
     typer.Option(
         "--sft-teacher", help="SFT teacher of a student made elsewhere: declared, not proven; or none."
     ),
+]
+Exclusive = Annotated[
+    bool | None,
+    typer.Option("--exclusive", help="Refuse a cache that another process writes, instead of joining it."),
+]
+Replicas = Annotated[
+    int | None, typer.Option("--replicas", help="Processes on this machine, each with an engine of its own.")
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")

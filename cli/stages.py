@@ -54,6 +54,8 @@ def rollout(
     n: Annotated[int | None, typer.Option("--n", help="Rollouts per prompt.")] = None,
     engine: options.Engine = None,
     server: options.Server = None,
+    replicas: options.Replicas = None,
+    exclusive: options.Exclusive = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -63,6 +65,7 @@ def rollout(
     Example: lightopd rollout --student runs/sft/student --prompts prompts.jsonl --cache runs/cache
     """
     flags: dict[str, Any] = {"student": student, "cache": cache, "sft_teacher": sft_teacher}
+    flags["sharing"] = {"replicas": replicas, "exclusive": exclusive}
     flags["prompts"] = options.prompts_of(prompts, columns)
     flags["sampling"] = {"n": n, "temperature": temperature, "max_tokens": max_tokens}
     _run_stage(
@@ -120,6 +123,8 @@ def precompute(
         str | None, typer.Option("--signal", help="Name of the signal; several fit in one cache.")
     ] = None,
     top_k: options.TopK = None,
+    horizon: options.Horizon = None,
+    keep: options.Keep = None,
     sft_teacher: options.SftTeacher = None,
     context: Annotated[
         str | None,
@@ -132,12 +137,11 @@ def precompute(
         typer.Option("--prompts", help="With --context: the rollouts' prompts and the template's columns."),
     ] = None,
     columns: options.Map = None,
-    cross_check: Annotated[
-        int | None,
-        typer.Option("--cross-check", help="Compare so many rollouts with transformers in float32."),
-    ] = None,
+    cross_check: options.CrossCheck = None,
     engine: options.Engine = None,
     server: options.Server = None,
+    replicas: options.Replicas = None,
+    exclusive: options.Exclusive = None,
     allow: options.Allow = None,
     rate: Annotated[
         float | None, typer.Option("--rate", help="With --dry-run: tokens per second, instead of measuring.")
@@ -156,19 +160,12 @@ def precompute(
         "signal": signal,
         "top_k": top_k,
     }
-    flags |= {"cross_check": cross_check, "sft_teacher": sft_teacher}
+    flags |= {"keep": keep, "horizon": horizon, "cross_check": cross_check, "sft_teacher": sft_teacher}
+    flags |= {"sharing": {"replicas": replicas, "exclusive": exclusive}, **_common(engine, server, allow)}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
-    _run_stage(
-        "precompute",
-        config,
-        sets,
-        {**flags, **_common(engine, server, allow)},
-        as_json,
-        dry_run=dry_run,
-        tokens_per_s=rate,
-    )
+    _run_stage("precompute", config, sets, flags, as_json, dry_run=dry_run, tokens_per_s=rate)
 
 
 def train(

@@ -11,7 +11,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +51,67 @@ def write_atomically(path: Path, content: Content, *, shared: bool = False) -> N
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path, f".{os.getpid()}" if shared else "") as part, part.open("wb") as file:
+        with replaced_file(path, own_suffix() if shared else "") as part, part.open("wb") as file:
             file.write(content)
     except OSError as error:
         raise output_error(error, path, len(content)) from error
+
+
+def own_suffix() -> str:
+    """End of a temporary file's name that no other process has, here or on another machine."""
+    return f".{socket.gethostname()}.{os.getpid()}"
+
+
+def put_if_absent(path: Path, content: Content, *, is_durable: bool = True) -> bool:
+    """Put a file in place whole, unless one of its name is there; whether this call did it.
+
+    The finished file gets its name by a hard link, the one step that fails where a name is taken on network
+    file systems as well.
+
+    Args:
+        path: of the file, in a folder that is there.
+        content: its bytes.
+        is_durable: flush it, and its folder's list of names, to the disk.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or someone removed what was being written.
+        OutputError: the file could not be written, or the file system has no hard links.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+        if is_durable:
+            flush(part)
+        if not _link(part, path):
+            return False
+        if is_durable:
+            flush(path.parent)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise output_error(error, path, len(content)) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _link(part: Path, path: Path) -> bool:
+    try:
+        os.link(part, path)
+    except OSError as error:
+        # A network file system that lost the reply tries again, and finds the name that its first try made.
+        if part.exists() and part.stat().st_nlink == 2:
+            return True
+        if error.errno == errno.EEXIST:
+            return False
+        if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise OutputError(
+                f"{path.parent} lies on a file system without hard links, which several processes need to "
+                "share a cache; give --exclusive"
+            ) from error
+        raise
+    return True
 
 
 @contextmanager

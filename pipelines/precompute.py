@@ -9,10 +9,8 @@ second teacher or a reference model is added later without touching what is ther
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import JsonValue
 
 from lightopd.cache.contexts import (
@@ -21,61 +19,46 @@ from lightopd.cache.contexts import (
     contexts_hash,
     describe_context,
     shown_prompts,
-    write_contexts,
 )
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
-from lightopd.cache.reader import check_rollouts
-from lightopd.cache.shards import valid_shard, write_shard
-from lightopd.cache.signals.tail_shape import frozen_shape, read_shape, write_shape
-from lightopd.cache.store import Cache, content_id, create_signal, open_cache
-from lightopd.cache.tables import scores_to_table
-from lightopd.engines.base import Engine, SeesWholeTails, keep_ids_below
+from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
-from lightopd.engines.noise import compare, measure_noise, reference_logprobs, refuse_noise
 from lightopd.errors import ConfigError
-from lightopd.lineage.checks import check_role, check_student, precision_note
+from lightopd.lineage.checks import check_role, check_student
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
-from lightopd.models.limits import ModelLimits, model_limits, precision_of
-from lightopd.models.tokenizer import load_tokenizer
+from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.shared.estimate import estimate, own_top_k, support_of
-from lightopd.pipelines.shared.gap import gap_figures, measured_gap, verdict
-from lightopd.pipelines.shared.overlap import make_and_write
+from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k
 from lightopd.pipelines.shared.preflight import check_top_k, said_now
-from lightopd.pipelines.shared.progress import StageProgress
-from lightopd.pipelines.shared.reports import Report, override_notes, save_report
+from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.shared.scoring.frozen import check_vocabulary
+from lightopd.pipelines.shared.scoring.horizons import check_horizon, check_support_reaches
+from lightopd.pipelines.shared.scoring.report import precompute_report
 from lightopd.pipelines.shared.sequences import (
-    first_sequences,
-    num_response_tokens,
     read_prompts,
-    read_sequences,
     response_lengths,
 )
+from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.score_shards import score_shards
+from lightopd.pipelines.workers.shared_shards import SharedShards, shared_shards
 from lightopd.prompts.contexts import render_contexts
 from lightopd.prompts.tokens import identified_tokenizer
-from lightopd.schemas.configs import PrecomputeConfig, WrittenContext
-from lightopd.schemas.engines import MIN_SHAPE_TOKENS
+from lightopd.schemas.configs import PrecomputeConfig
 from lightopd.schemas.manifest import (
+    CACHE_MANIFEST,
     PLAIN,
     SIGNAL_MANIFEST,
     ModelFingerprint,
-    NoiseFloor,
     Override,
     SignalManifest,
 )
-from lightopd.schemas.records import Floats, RolloutSignal
-from lightopd.schemas.records import Sequence as TokenSequence
-from lightopd.schemas.signals.kinds import TailShape
-from lightopd.under_way import doing
+from lightopd.schemas.prompts import WrittenContext
 
 log = logging.getLogger(__name__)
-
-SHAPE_TOKENS = 2048
-"""Response tokens for the shape of the tail, where `shape_tokens` is left out."""
 
 
 def run(
@@ -91,26 +74,54 @@ def run(
         LineageError: the teacher, its tokenizer or its template is not the one the rollouts call for.
         CacheError, EngineError, OutputError: see their messages; finished shards stay.
     """
+    end_with_starter()
     started_s = time.monotonic()
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)
     if dry_run:
         return estimate(config, source, manifest, tokens_per_s, load, contexts)
-    with writing(config.cache):
-        cache = copy_rollouts(source, config.cache) if config.rollouts else source
-        tokens_per_s = _score(config, cache, manifest, contexts, load)
-        folder = signal_folder(config.cache, config.signal)
+    folder, sharing = signal_folder(config.cache, config.signal), config.sharing
+    if sharing.replicas > 1:
+        return run_replicas("precompute", config, folder, source.manifest.num_shards)
+    with (
+        writing(config.cache, shared=not sharing.exclusive),
+        shared_shards(config.cache, manifest.kind, sharing) as shards,
+    ):
+        cache = _copied(config, source, shards)
+        tokens_per_s = score_shards(config, cache, manifest, contexts, load, shards)
         save_config(config, "precompute", folder)
-        report = _report(config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s)
+        report = precompute_report(
+            config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
+        )
         refresh_index(open_cache(config.cache, incomplete=True))
         save_report(report, folder)
     return report
+
+
+def _copied(config: PrecomputeConfig, source: Cache, shards: SharedShards) -> Cache:
+    """The cache that receives the signal, with the rollouts of another one copied into it, by one process."""
+    if not config.rollouts:
+        return source
+
+    def is_there() -> bool:
+        if not (config.cache / CACHE_MANIFEST).exists():
+            return False
+        there = open_cache(config.cache, signals=(), incomplete=True)
+        return there.manifest.fingerprint() != source.manifest.fingerprint() or not there.missing()
+
+    def copy() -> None:
+        copy_rollouts(source, config.cache)
+
+    shards.once(is_there, copy)
+    return copy_rollouts(source, config.cache)
 
 
 def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, Contexts | None]:
     """The signal's contract and its contexts, after every refusal has had its say."""
     limits = model_limits(config.teacher)
     check_top_k(config)
+    check_horizon(config, cache)
+    check_vocabulary(config, cache)
     teacher = fingerprint_model(config.teacher)
     tokenizer, found = identified_tokenizer(config.teacher)
     declared = said_now(cache.manifest.sft, config.sft_teacher, "precompute")
@@ -136,6 +147,7 @@ def _manifest(config: PrecomputeConfig, cache: Cache) -> tuple[SignalManifest, C
         id_limit=width if limits.vocabulary_size > (width := cache.manifest.vocabulary_size) else None,
         topk_dtype=config.topk_dtype,
         tail=tail_of(config.engine),
+        horizon=config.horizon,
         engine=engine,
         overrides=overrides + allowed,
     )
@@ -162,10 +174,11 @@ def _contexts(
         return PLAIN, None
     if isinstance(config.context, WrittenContext):
         contexts = dict(shown_prompts(cache, config.context.text))
-        check_lengths(contexts, response_lengths(cache), limits.context_length, config.teacher.path)
+        longest = response_lengths(cache, config.horizon)
+        check_lengths(contexts, longest, limits.context_length, config.teacher.path)
         described: dict[str, JsonValue] = {"kind": "written", "text": config.context.text}
         return described | {"prompts": contexts_hash(contexts)}, contexts
-    own, longest = read_prompts(cache)
+    own, longest = read_prompts(cache, config.horizon)
     rendered = render_contexts(
         config.context, tokenizer, cache.manifest.rendering, own, shown_time(cache.path)
     )
@@ -186,6 +199,7 @@ def _support(
         "content": content_id(there, [config.support_signal]),
     }
     made = there.signals[config.support_signal].manifest
+    check_support_reaches(config, made)
     if made.model is None:
         raise ConfigError(
             f"signal {config.support_signal} was imported: no model is named; make it with the student"
@@ -198,191 +212,3 @@ def _support(
             "under another name, and set support_signal"
         )
     return described, min(theirs + own_top_k(config), limits.vocabulary_size), overrides
-
-
-def _score(
-    config: PrecomputeConfig,
-    cache: Cache,
-    manifest: SignalManifest,
-    contexts: Contexts | None,
-    load: LoadEngine,
-) -> float | None:
-    """Score what is missing; response tokens per second, writing included, or None when nothing was."""
-    folder = signal_folder(cache.path, config.signal)
-    total = cache.manifest.num_shards
-    is_begun, frozen = frozen_shape(folder, total)
-    if is_begun:
-        manifest = manifest.model_copy(update={"tail_shape": _kept_shape(config, cache, frozen, contexts)})
-    fingerprint = manifest.fingerprint()
-    if (folder / SIGNAL_MANIFEST).exists():
-        create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
-    missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
-    if not missing:
-        log.info("precompute: nothing to do, all %d shards are there", total)
-        return None
-    check_rollouts(cache)
-    if frozen is not None:
-        read_shape(folder, frozen, cache.manifest.vocabulary_size)
-    checked = read_sequences(cache, missing[0], contexts)[1]
-    reference = reference_logprobs(config.teacher, checked[: config.cross_check])
-    with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
-        engine = load(config.engine, config.teacher)
-    try:
-        measured = _measured(config, engine, checked, reference)
-        if not is_begun:
-            manifest = manifest.model_copy(
-                update={"tail_shape": _make_shape(config, cache, engine, contexts)}
-            )
-        create_signal(cache, manifest.model_copy(update=measured))
-        if contexts is not None:
-            write_contexts(folder, contexts, load_tokenizer(config.teacher))
-        started_s = time.monotonic()
-        progress = StageProgress(
-            "precompute", folder / "journal.jsonl", "shards", total, total - len(missing)
-        )
-        make_and_write(
-            missing,
-            lambda index: _score_shard(config, cache, engine, index, contexts),
-            lambda index, scored: _write_shard(config, cache, manifest, index, scored),
-            lambda index: progress.advance(tokens=cache.markers[index].tokens),
-        )
-        seconds = time.monotonic() - started_s
-    finally:
-        engine.close()
-    return sum(cache.markers[index].tokens for index in missing) / seconds
-
-
-def _measured(
-    config: PrecomputeConfig, engine: Engine, sequences: Sequence[TokenSequence], reference: Sequence[Floats]
-) -> dict[str, NoiseFloor]:
-    """Noise of the engine, and its distance from a reference if there is one; refused beyond the limit."""
-    found = {"noise": measure_noise(engine, sequences)}
-    limit, dtype = config.max_noise_nats, precision_of(config.teacher).dtype
-    refuse_noise(found["noise"], limit, "two scorings of the same tokens by this engine", dtype)
-    if reference:
-        scored = [scores.logprobs for scores in engine.score(sequences[: len(reference)], 0)]
-        found["cross_check"] = compare(reference, scored)
-        refuse_noise(found["cross_check"], limit, "this engine and transformers in float32", dtype)
-    return found
-
-
-def _kept_shape(
-    config: PrecomputeConfig, cache: Cache, frozen: TailShape | None, contexts: Contexts | None
-) -> TailShape | None:
-    """The shape that the signal began with, or, where another is requested, one that does not fit it."""
-    if config.shape_tokens is None:
-        return frozen
-    if config.shape_tokens == 0:
-        return None
-    tokens = num_response_tokens(first_sequences(cache, config.shape_tokens, contexts))
-    return TailShape(sha256=frozen.sha256 if frozen else "none yet", tokens=tokens)
-
-
-def _make_shape(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, contexts: Contexts | None
-) -> TailShape | None:
-    """Score the first rollouts for the shape of their tails and store it; None where there is to be none.
-
-    Raises:
-        ConfigError: it was requested, and the cache has too few tokens or the engine sees no tails.
-    """
-    is_possible = config.top_k > 0 and config.support == "teacher" and isinstance(engine, SeesWholeTails)
-    if config.shape_tokens == 0 or (config.shape_tokens is None and not is_possible):
-        return None
-    sample = first_sequences(cache, config.shape_tokens or SHAPE_TOKENS, contexts)
-    tokens = num_response_tokens(sample)
-    if tokens < MIN_SHAPE_TOKENS or not isinstance(engine, SeesWholeTails):
-        if config.shape_tokens is None:
-            return None
-        raise ConfigError(
-            f"shape_tokens: {cache.path} has {tokens} response tokens, the shape of a tail needs "
-            f"{MIN_SHAPE_TOKENS} or more, and engine hf; sample more rollouts, or set shape_tokens: 0"
-        )
-    with doing(f"precompute: the shape of the tail, from {tokens:,} tokens"):
-        sums_V = engine.sum_tails(sample, config.top_k, config.min_probability)
-    width = cache.manifest.vocabulary_size
-    sums_V = np.pad(sums_V[:width], (0, max(0, width - len(sums_V))))
-    if not sums_V.any() and config.shape_tokens is None:
-        return None  # every token of the vocabulary is kept
-    return write_shape(signal_folder(cache.path, config.signal), sums_V, tokens)
-
-
-def _score_shard(
-    config: PrecomputeConfig, cache: Cache, engine: Engine, index: int, contexts: Contexts | None
-) -> tuple[list[str], list[RolloutSignal]]:
-    ids, sequences = read_sequences(cache, index, contexts, support_of(config))
-    tokens = cache.markers[index].tokens
-    with doing(f"precompute: scoring shard {index + 1} of {len(cache.shards)}, {tokens:,} tokens"):
-        scores = engine.score(sequences, own_top_k(config), config.min_probability)
-    return ids, [keep_ids_below(each, cache.manifest.vocabulary_size) for each in scores]
-
-
-def _write_shard(
-    config: PrecomputeConfig,
-    cache: Cache,
-    manifest: SignalManifest,
-    index: int,
-    scored: tuple[list[str], list[RolloutSignal]],
-) -> None:
-    write_shard(
-        signal_folder(cache.path, config.signal),
-        index,
-        scores_to_table(*scored, config.topk_dtype),
-        kind=f"signals/{config.signal}",
-        fingerprint=manifest.fingerprint(),
-        made_from=manifest,
-    )
-
-
-def _report(config: PrecomputeConfig, cache: Cache, tokens_per_s: float | None, started_s: float) -> Report:
-    signal = cache.signals[config.signal]
-    seconds = time.monotonic() - started_s
-    tokens = sum(marker.tokens for marker in cache.markers)
-    figures = {
-        "rollouts": sum(marker.rows for marker in signal.markers),
-        "response_tokens": tokens,
-        "bytes_per_token": sum(marker.size_bytes for marker in signal.markers) / max(1, tokens),
-        **gap_figures(cache, config.signal),
-        **_shape_figures(signal.manifest),
-        "noise_mean_nats": signal.manifest.noise.mean_nats if signal.manifest.noise else None,
-        "noise_max_nats": signal.manifest.noise.max_nats if signal.manifest.noise else None,
-        **_cross_check_figures(signal.manifest.cross_check),
-        "tokens_per_s": tokens_per_s,
-        "seconds": round(seconds, 2),
-    }
-    precision = precision_note(cache.manifest.precision, signal.manifest.precision)
-    notes = (
-        *(
-            [verdict(measured_gap(cache, config.signal), cache.manifest.sampling)]
-            if config.role == "teacher"
-            else []
-        ),
-        *([precision] if precision else []),
-        *_width_notes(cache, config),
-        *override_notes(signal.manifest.overrides),
-    )
-    return Report(
-        "precompute", str(signal_folder(cache.path, config.signal)), figures, notes=notes, seconds=seconds
-    )
-
-
-def _shape_figures(manifest: SignalManifest) -> dict[str, int]:
-    return {} if manifest.tail_shape is None else {"tail_shape_tokens": manifest.tail_shape.tokens}
-
-
-def _width_notes(cache: Cache, config: PrecomputeConfig) -> list[str]:
-    """What became of the ids that the teacher has and the student has not."""
-    limit = cache.signals[config.signal].manifest.id_limit
-    if limit is None:
-        return []
-    outputs = model_limits(config.teacher).vocabulary_size
-    return [
-        f"{config.teacher.path} has {outputs} outputs, the student {limit}: ids from {limit} on are left "
-        f"to the tail"
-    ]
-
-
-def _cross_check_figures(found: NoiseFloor | None) -> dict[str, float]:
-    if found is None:
-        return {}
-    return {"cross_check_mean_nats": found.mean_nats, "cross_check_max_nats": found.max_nats}

@@ -24,6 +24,8 @@ from lightopd.pipelines.sampling.sample import (
 from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
+from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.shared_shards import shared_shards
 from lightopd.schemas.configs import RolloutConfig
 from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
 
@@ -34,12 +36,19 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
     Raises:
         InputError, LineageError, OutputError, EngineError: see their messages; finished shards stay.
     """
+    end_with_starter()
     started_s = time.monotonic()
     plan = sampling_plan(config)
     if dry_run:
         return _planned(config, plan)
-    with writing(config.cache):
-        cache = sample(plan, load)
+    if config.sharing.replicas > 1:
+        return run_replicas("rollout", config, config.cache / "rollouts", plan.manifest.num_shards)
+    sharing = config.sharing
+    with (
+        writing(config.cache, shared=not sharing.exclusive),
+        shared_shards(config.cache, "rollouts", sharing) as shards,
+    ):
+        cache = sample(plan, load, shards)
         save_config(config, "rollout", config.cache)
         report = Report(
             stage="rollout",

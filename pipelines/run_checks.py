@@ -25,6 +25,7 @@ from lightopd.pipelines.shared.preflight import (
     check_training,
     said_now,
 )
+from lightopd.pipelines.shared.scoring.horizons import check_horizon_below
 from lightopd.prompts.render import RenderedPrompts, render_prompts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import (
@@ -99,6 +100,7 @@ def _check_scoring(
     rendered: RenderedPrompts,
 ) -> None:
     check_top_k(precompute)
+    check_horizon_below(precompute, rollout.sampling.max_tokens)
     check_ids(precompute.teacher, identified_tokenizer(speaks)[1], precompute.allow, "precompute")
     if precompute.context is None:
         longest = max(len(ids) for ids in rendered.prompt_ids)
@@ -130,7 +132,19 @@ def _check_objective(
     wanted = needs(train.objective)
     columns |= {"teacher_reward"} if wanted.answers and all(map(_is_cache, wanted.answers)) else set()
     planned = precompute.signal if precompute is not None else None
-    facts = CacheFacts(str(train.cache), signals, frozenset(columns), planned=planned)
+    horizons = {name: own for name, signal in there.items() if (own := signal.manifest.horizon) is not None}
+    if precompute is not None and precompute.horizon is not None:
+        horizons[precompute.signal] = precompute.horizon
+    hidden = {name for name, signal in there.items() if signal.manifest.hidden is not None}
+    hidden |= {precompute.signal} if precompute is not None and precompute.keep == "hidden" else set()
+    facts = CacheFacts(
+        str(train.cache),
+        signals,
+        frozenset(columns),
+        hidden=frozenset(hidden),
+        horizons=horizons,
+        planned=planned,
+    )
     lines = missing(train.objective, facts)
     if lines:
         raise ConfigError(f"the planned cache cannot serve train's objective: {'; '.join(lines)}")

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightopd.cache.manifests import orphaned_signals, signal_names
+from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
 from lightopd.models.load import context_length_of, outline
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
-from lightopd.objectives.requirements import needs
+from lightopd.objectives.requirements import needs, needs_on
 from lightopd.pipelines.shared.gap import suggestion
 from lightopd.pipelines.shared.model_card import scored_by, write_model_card
 from lightopd.pipelines.shared.preflight import check_training
@@ -28,7 +29,8 @@ from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.manifest import ModelFingerprint, Override, SftLineage, StudentLineage
-from lightopd.training.fit import FitResult, cached_entries, fit
+from lightopd.training.data.sizes import cached_sizes
+from lightopd.training.fit import FitResult, fit
 from lightopd.training.measures.accuracy import AccuracyMeter, make_meter
 from lightopd.training.privacy.record import planned_privacy, privacy_notes
 from lightopd.training.student.adapters import trained_student
@@ -75,7 +77,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
             accuracy=accuracy,
         )
         leave_unless(result.is_main)
-        report = _report(config, result, overrides, started_s)
+        report = _report(config, cache, result, overrides, started_s)
         _write_lineage(config, cache, student, overrides, result.student, result.exported_step)
         save_config(config, "train", config.out)
         save_report(report, config.out)
@@ -143,8 +145,8 @@ def _memory(config: TrainConfig, cache: Cache) -> tuple[str, ...]:
         model_folder(config.student).path, trust_remote_code=config.student.trust_remote_code
     ).requires_grad_(config.adapter is None)
     longest = min(config.micro_batch_tokens, context_length_of(student))
-    entries = cached_entries(cache, needs(config.objective))
-    estimate = estimate_memory(student, config, longest, cached_entries=entries)
+    wanted = needs_on(config.objective, cache)
+    estimate = estimate_memory(student, config, longest, cached_sizes(cache, wanted))
     more = "" if config.adapter is None else "; the adapter's own weights are not in it"
     return (estimate.sentence(available) + more,)
 
@@ -172,13 +174,14 @@ def _plan(
         notes=(
             "dry run: manifests, student and objective fit together; shards were not read, nothing trained",
         )
+        + tuple(horizon_notes(cache, needs(config.objective).signals))
         + memory
         + ((suggested,) if suggested else ()),
     )
 
 
 def _report(
-    config: TrainConfig, result: FitResult, overrides: tuple[Override, ...], started_s: float
+    config: TrainConfig, cache: Cache, result: FitResult, overrides: tuple[Override, ...], started_s: float
 ) -> Report:
     seconds = time.monotonic() - started_s
     best = (
@@ -200,6 +203,7 @@ def _report(
         dropped={"without a trained token": result.rollouts_left_out} if result.rollouts_left_out else {},
         notes=(
             *privacy_notes(result.privacy),
+            *horizon_notes(cache, needs(config.objective).signals),
             *_staleness(result),
             *best,
             *result.notes,

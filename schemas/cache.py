@@ -66,8 +66,8 @@ STUDENTS_OWN = tuple(name for name in TOKEN_COLUMNS if ROLLOUTS.field(name).null
 SIGNALS = pa.schema([ROLLOUTS.field("rollout_id"), *schema_of(RolloutSignal)])
 """Columns of `signals/<name>`; row i of a shard speaks of row i of the rollout shard of that number.
 
-Under `topk_dtype: float16` the writer rounds `topk_logprobs` to float16 values; the column stays float32,
-which every reader knows, and the zero bits compress away."""
+The writer rounds `topk_logprobs` to the values of the signal's `topk_dtype`, and `tail_logprobs` too under
+steps of a nat; the columns stay float32, which every reader knows, and bytes that repeat compress away."""
 
 
 HIDDEN_COLUMNS = (

@@ -7,17 +7,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.engines import MIN_SHAPE_TOKENS
+from lightopd.schemas.engines import MIN_SHAPE_TOKENS, SharingConfig
 from lightopd.schemas.engines import EngineConfig as EngineConfig
 from lightopd.schemas.engines import HfEngine as HfEngine
+from lightopd.schemas.engines import Horizon as Horizon
 from lightopd.schemas.engines import SamplingConfig as SamplingConfig
 from lightopd.schemas.engines import ServerEngine as ServerEngine
 from lightopd.schemas.engines import VllmEngine as VllmEngine
 from lightopd.schemas.finetune import FinetuneConfig, OptimizerConfig, StalenessLimits
 from lightopd.schemas.objectives.objective import FORWARD_KL_OBJECTIVE, MLE_OBJECTIVE, ObjectiveConfig
-from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS as RESERVED_TEMPLATE_OPTIONS
-from lightopd.schemas.prompts import RESPONSE_FIELDS as RESPONSE_FIELDS
-from lightopd.schemas.prompts import ROW_FIELDS as ROW_FIELDS
 from lightopd.schemas.prompts import AnyContext as AnyContext
 from lightopd.schemas.prompts import ContextConfig as ContextConfig
 from lightopd.schemas.prompts import FilePrompts as FilePrompts
@@ -25,8 +23,8 @@ from lightopd.schemas.prompts import PromptRendering as PromptRendering
 from lightopd.schemas.prompts import PromptsConfig as PromptsConfig
 from lightopd.schemas.prompts import ReasoningGymPrompts as ReasoningGymPrompts
 from lightopd.schemas.prompts import RunningTotalsPrompts as RunningTotalsPrompts
-from lightopd.schemas.prompts import WrittenContext as WrittenContext
 from lightopd.schemas.prompts import as_prompts as as_prompts
+from lightopd.schemas.signals.precision import TopkDtype
 
 Allowed = Literal[
     "teacher-mismatch",
@@ -176,6 +174,8 @@ class RolloutConfig(StageConfig):
     """Rollouts in one shard, the unit of work and of resume; groups of one prompt stay together."""
     keep_text: bool = True
     """Store prompt and response text beside the ids, for reading only."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes make the shards together."""
 
     _prompts = field_validator("prompts", mode="before")(as_prompts)
 
@@ -224,17 +224,29 @@ class PrecomputeConfig(StageConfig):
     """Entries at a position: this model's top-k, the ids of `support_signal` there, or both together."""
     support_signal: str = "rollout_student"
     """Signal of the same cache whose top-k ids are the student's, made with the student as the model."""
-    topk_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the top-k log-probabilities; `float16` saves a third. The others stay float32."""
+    topk_dtype: TopkDtype = "float16"
+    """Precision of the top-k log-probabilities; those of sampled tokens are float32. `float16` saves a third,
+    `sixteenths`, `eighths`, `quarters` of a nat, of the tail as well, a fifth to a quarter of the rest."""
     shape_tokens: int | None = Field(None, ge=0)
     """Response tokens, from the first rollouts, whose scores make the shape of the tail (`tail: shaped`): 256
     or more, 0 for none. Left out, 2048 where engine (hf), top-k and cache allow it."""
+    keep: Literal["topk", "hidden"] = "topk"
+    """`hidden` keeps the last hidden state of every token too, which gives the whole vocabulary (engine hf);
+    `top_k` is 0 then, where it is left out."""
+    hidden_format: Literal["int8", "bfloat16"] = "int8"
+    """Format of the hidden states: D + 2 bytes a token, standardised per channel, or 2 D."""
+    hidden_tokens: int = Field(2048, ge=MIN_SHAPE_TOKENS)
+    """Response tokens, from the first rollouts, that the statistics of int8 are made from."""
     engine: EngineConfig = HfEngine()
     """What runs the teacher."""
+    horizon: Horizon | None = None
+    """Score the first tokens (512), or share (0.3), of each response alone; training masks the rest."""
     max_noise_nats: float = Field(0.05, gt=0)
     """Refuse an engine whose two scorings of the same tokens lie further apart than this, on average."""
     cross_check: int = Field(0, ge=0)
     """Also compare so many rollouts with transformers in float32, held to the same limit."""
+    sharing: SharingConfig = SharingConfig()
+    """Which processes score the shards together."""
 
     @model_validator(mode="after")
     def _support_fits(self) -> "PrecomputeConfig":
@@ -247,6 +259,23 @@ class PrecomputeConfig(StageConfig):
             )
         if self.min_probability or self.support_signal == self.signal:
             raise ValueError("support of another signal goes with min_probability: 0, and not with itself")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hidden_states_need_no_entries(cls, given: Any) -> Any:
+        is_bare = isinstance(given, dict) and given.get("keep") == "hidden" and "top_k" not in given
+        return {**given, "top_k": 0} if is_bare else given
+
+    @model_validator(mode="after")
+    def _hidden_states_can_be_had(self) -> "PrecomputeConfig":
+        if self.keep == "hidden" and self.engine.kind != "hf":
+            raise ValueError(
+                f"keep: hidden needs the hidden states that the head reads, which engine {self.engine.kind} "
+                "does not give (vLLM's come without the final norm); use engine hf"
+            )
+        if self.keep == "hidden" and self.support != "teacher":
+            raise ValueError(f"keep: hidden has every id, support: {self.support} adds none; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -262,9 +291,7 @@ class PrecomputeConfig(StageConfig):
     @model_validator(mode="after")
     def _rollouts_are_another_folder(self) -> "PrecomputeConfig":
         if self.rollouts == self.cache:
-            raise ValueError(
-                f"rollouts and cache are both {self.cache}; leave rollouts out to score in place"
-            )
+            raise ValueError(f"rollouts and cache are both {self.cache}; leave rollouts out, to score in it")
         return self
 
 

@@ -1,6 +1,7 @@
 """What runs a model, and how it draws: transformers or vLLM in this process, or a vLLM server elsewhere."""
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -11,6 +12,26 @@ MAX_STOP_BYTES = 1000
 """Longest text that ends a response: it is looked for at every token."""
 MIN_SHAPE_TOKENS = 256
 """Fewer distributions have a mean that says more of them than of the model."""
+
+
+def _as_horizon(value: Any) -> int | float:
+    """A number of tokens or a share, also as text, as a command line gives it."""
+    found: Any = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            found = float(value) if "." in value else int(value)
+    if isinstance(found, int) and not isinstance(found, bool) and found >= 1:
+        return found
+    if isinstance(found, float) and 0 < found < 1:
+        return found
+    raise ValueError(
+        f"{value!r} is no horizon; give a number of tokens, 1 or more, such as 512, or a share of each "
+        "response between 0 and 1, such as 0.3; leave it out for whole responses"
+    )
+
+
+Horizon = Annotated[int | float, BeforeValidator(_as_horizon)]
+"""How far into each response a signal goes: so many tokens, or a share of its tokens."""
 
 
 class HfEngine(StrictModel):
@@ -35,8 +56,6 @@ class VllmEngine(StrictModel):
     """GPUs that share each layer."""
     pipeline_parallel_size: int = Field(1, ge=1)
     """Groups of GPUs that each hold a part of the layers."""
-    data_parallel_size: int = Field(1, ge=1)
-    """Copies of the model that work side by side."""
     quantization: str | None = None
     """Quantisation applied to the weights, such as `fp8`; left out, the model's own, if it has one."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
@@ -51,6 +70,36 @@ class VllmEngine(StrictModel):
     """Run without compiled graphs: starts sooner, runs slower; left out, so on a CPU only."""
     seed: int = 0
     """vLLM's own seed; rollouts draw from theirs, see `sampling.seed`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _copies_are_replicas(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "data_parallel_size" not in value:
+            return value
+        copies = value["data_parallel_size"]
+        if str(copies) != "1":  # 1 stands in every config that was saved while there was such a setting
+            raise ValueError(
+                f"data_parallel_size is {copies}, and one process runs one copy of the model; at rollout and "
+                f"precompute, set sharing.replicas to {copies} (--replicas {copies}) instead"
+            )
+        return {name: given for name, given in value.items() if name != "data_parallel_size"}
+
+
+class SharingConfig(StrictModel):
+    """How processes share the shards of one cache."""
+
+    replicas: int = Field(1, ge=1)
+    """Processes that this command starts on this machine, each with an engine of its own."""
+    exclusive: bool = False
+    """Refuse a cache that another process is writing; otherwise its shards are shared with it."""
+    lease_s: float = Field(120.0, ge=0.2, le=86_400.0)
+    """A process that gives no sign of life for so long loses the shard it works on to another, in seconds."""
+
+    @model_validator(mode="after")
+    def _replicas_share(self) -> "SharingConfig":
+        if self.exclusive and self.replicas > 1:
+            raise ValueError("exclusive refuses every other process, and replicas are several; leave one out")
+        return self
 
 
 class ServerEngine(StrictModel):

@@ -11,9 +11,9 @@ import pyarrow as pa
 from pydantic import Field, JsonValue
 
 from lightopd.schemas.base import StrictModel, canonical_hash
-from lightopd.schemas.configs import Allowed, SamplingConfig
+from lightopd.schemas.configs import Allowed, Horizon, SamplingConfig
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
-from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK
+from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK, TopkDtype
 
 CACHE_MANIFEST = "lightopd.json"
 SIGNAL_MANIFEST = "signal.json"
@@ -229,9 +229,8 @@ class SignalManifest(StrictModel):
     sft_declared: SftLineage | None = None
     """The student's SFT teacher as it was declared for this signal, after the rollouts were made."""
     context: dict[str, JsonValue] = PLAIN
-    """What the model saw before the response: `plain` is the student's own prompt; `template` has the text
-    of the template, the turn it fills, and the hash of all rendered prompts; `written` has the name of the
-    text column whose model was shown them, and that hash."""
+    """What the model saw before the response: `plain`, the student's own prompt; `template`, with its text,
+    turn and the hash of all rendered prompts; `written`, with the name of the text column and that hash."""
     support: dict[str, JsonValue] | None = None
     """Whose ids the entries are: None for the model's own top-k; else kind, signal and its content id."""
     top_k: int = Field(ge=0)
@@ -240,12 +239,14 @@ class SignalManifest(StrictModel):
     """Entries below this were left to the tail."""
     id_limit: int | None = None
     """Ids from here on were left to the tail: the model has more outputs than the student, else None."""
-    topk_dtype: Literal["float16", "float32"]
-    """Precision of the top-k log-probabilities: `float16` values in a float32 column, or all of float32."""
+    topk_dtype: TopkDtype
+    """Precision of the top-k log-probabilities in their float32 column; parts of a nat are the tail's too."""
     tail: Literal["exact", "derived"]
     """`exact` was summed over the other tokens; `derived` is 1 minus the kept mass."""
     tail_shape: TailShape | None = None
     """How the mass outside the kept tokens lies, on average; None where it was not made."""
+    horizon: Horizon | None = None
+    """Tokens, or share, of each response that were scored, from its first; None for whole responses."""
     hidden: HiddenStates | None = None
     """The hidden states beside the log-probabilities; None where they are not kept."""
     engine: EngineRecord | None
@@ -359,8 +360,7 @@ _HASHED_BY_VERSION_1 = {
     "SftLineage": ("teacher", "name", "data"),
     "SamplingConfig": ("n", "temperature", "top_p", "max_tokens", "seed"),
 }
-"""Fields that a manifest of schema version 1 hashes at their default too. Complete for good: no newer field
-is ever added, so that what version 1 wrote keeps its name."""
+"""Fields that schema version 1 hashes at their default too. Complete for good: none is ever added."""
 
 
 def compared_fields(manifest: CacheManifest | SignalManifest | TextManifest) -> dict[str, Any]:

@@ -11,11 +11,10 @@ checked only for a better message, since a SELECT can hide a COPY in a common ta
 
 import json
 import logging
-import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -32,9 +31,9 @@ from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_fold
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
-from lightopd.files import output_error, replaced_file
+from lightopd.files import output_error, own_suffix, replaced_file
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -63,6 +62,12 @@ RAW_MANIFESTS = pa.schema(
         ("min_probability", pa.float64()),
         ("topk_dtype", pa.string()),
         ("tail", pa.string()),
+        ("tail_shape_sha256", pa.string()),
+        ("tail_shape_tokens", pa.int64()),
+        ("horizon", pa.float64()),
+        ("keeps", pa.string()),
+        ("hidden_size", pa.int64()),
+        ("hidden_format", pa.string()),
         ("shards", pa.int64()),
         ("num_shards", pa.int64()),
         ("rows", pa.int64()),
@@ -107,7 +112,7 @@ def build_index(cache: Cache) -> Path:
     """
     path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        with replaced_file(path, f".{os.getpid()}") as part:
+        with replaced_file(path, own_suffix()) as part:
             part.unlink(missing_ok=True)
             with duckdb.connect(str(part), config=search) as connection:
                 _make_views(connection, cache, "")
@@ -207,6 +212,8 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
         [f"{prefix}{file}" for file in signals],
         f"{name}, {place}",
         SIGNALS,
+        "union_by_name = true",
+        without=_hidden_names(cache),
     )
     _text_views(connection, cache, prefix, place)
     _table(
@@ -217,6 +224,12 @@ def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str
     )
     _table(connection, "raw_lineage", RAW_LINEAGE, list(_lineage_rows(cache.path)))
     connection.execute((files("lightopd.schemas") / "sql" / "views.sql").read_text())
+
+
+def _hidden_names(cache: Cache) -> list[str]:
+    """Columns of hidden states in the signals' files: bytes that no view shows."""
+    schemas = [signal_columns(each.manifest.hidden) for each in cache.signals.values() if each.shards]
+    return sorted({name for schema in schemas for name in schema.names} - set(SIGNALS.names))
 
 
 def _newer_columns(cache: Cache) -> list[str]:
@@ -245,15 +258,15 @@ def _raw_view(
     extra: str,
     schema: pa.Schema,
     *options: str,
+    without: Sequence[str] = (),
 ) -> None:
-    """A view of the files' columns and where each row lies; without files, no rows of the same types."""
+    """A view of the files' columns, but for some, and where each row lies; without files, no rows."""
     if paths:
         names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
         given = ", ".join(("filename = true", "file_row_number = true", *options))
         source = f"read_parquet([{names}], {given})"
-        connection.execute(
-            f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM {source}"
-        )
+        hidden = ", ".join(("filename", "file_row_number", *without))
+        connection.execute(f"CREATE VIEW {name} AS SELECT * EXCLUDE ({hidden}), {extra} FROM {source}")
         return
     empty = schema.append(pa.field("filename", pa.string())).append(pa.field("file_row_number", pa.int64()))
     connection.register("empty_rows", empty.empty_table())
@@ -281,6 +294,12 @@ def _signal_row(cache: Cache, signal: Signal) -> dict[str, Any]:
         "model": manifest.model.identity if manifest.model else None,
         "model_source": manifest.model.source if manifest.model else None,
         "tail": manifest.tail,
+        "tail_shape_sha256": manifest.tail_shape.sha256 if manifest.tail_shape else None,
+        "tail_shape_tokens": manifest.tail_shape.tokens if manifest.tail_shape else None,
+        "horizon": manifest.horizon,
+        "keeps": manifest.keeps.kind,
+        "hidden_size": manifest.hidden.size if manifest.hidden else None,
+        "hidden_format": manifest.hidden.format if manifest.hidden else None,
         "shards": len(signal.shards),
         "num_shards": cache.manifest.num_shards,
         "rows": sum(marker.rows for marker in signal.markers),

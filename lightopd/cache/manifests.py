@@ -5,6 +5,7 @@ paid for. The engine's noise is measured when scoring begins and stands in the m
 lacks it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from lightopd.schemas.manifest import (
     TextManifest,
     compared_fields,
 )
+
+COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
 Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
 
@@ -77,6 +80,21 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         raise CacheError(
             f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
         ) from None
+
+
+def read_named(path: Path, sha256: str, what: str) -> bytes:
+    """A small file beside a signal's shards, the very one that the signal's manifest names.
+
+    Raises:
+        CacheError: it cannot be read, or is another; `what` says in a word what it holds.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror}); {COPY_AGAIN}") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CacheError(f"{path} is not the {what} that {SIGNAL_MANIFEST} names; {COPY_AGAIN}")
+    return content
 
 
 def schema_version_at(path: Path) -> int:

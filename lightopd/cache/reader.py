@@ -8,7 +8,7 @@ positions; nats throughout. Offsets are int64, start at 0 and have one entry mor
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lightopd.cache.manifests import signal_folder
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
 from lightopd.cache.shards import read_table
+from lightopd.cache.signals.channels import HiddenColumns, hidden_columns, read_channels
+from lightopd.cache.signals.hidden_checks import hidden_faults
+from lightopd.cache.signals.horizon import scored_offsets, scored_tokens, spread
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, TOKEN_COLUMNS
+from lightopd.schemas.cache import HIDDEN_COLUMNS, ROLLOUTS, SIGNALS, TOKEN_COLUMNS
 from lightopd.schemas.records import Bools, Floats, Ids
 
 Offsets = NDArray[np.int64]
@@ -33,7 +37,10 @@ NOT_TRAINED_ON = ("answer", "prompt_text", "response_text")
 
 @dataclass(frozen=True, slots=True)
 class SignalColumns:
-    """One signal over a shard; the four top-k columns are None where only the sampled token is wanted."""
+    """One signal over a shard; the four top-k columns are None where only the sampled token is wanted.
+
+    Behind the signal's horizon log-probabilities are NaN, and there are no entries.
+    """
 
     logprobs_N: Floats
     tail_logprobs_N: Floats | None
@@ -44,6 +51,8 @@ class SignalColumns:
     """Most likely first within a position."""
     topk_logprobs_C: Floats | None
     """float32; rounded to float16 values where the signal was written so."""
+    hidden: HiddenColumns | None = None
+    """Hidden states, as they are stored; None where they are not wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +104,7 @@ def read_shard_columns(
     topk: Collection[str] | None = None,
     contents: Mapping[Path, pa.Buffer] | None = None,
     seen: set[str] | None = None,
+    hidden: Collection[str] = (),
 ) -> ShardColumns:
     """Read one shard of rollouts and signals for training.
 
@@ -106,6 +116,7 @@ def read_shard_columns(
         contents: of the shard's files, where a caller has read and checked them; None reads the files.
         seen: rollout ids of the shards before, at a first reading, which checks every row and adds the
             shard's; None where that was done.
+        hidden: those whose hidden states are wanted as well.
 
     Raises:
         CacheError: a file is missing or damaged, a row is not what it must be, or a signal is not aligned
@@ -133,7 +144,10 @@ def read_shard_columns(
         rewards_R=table.column("reward").to_numpy().astype(np.float32),
         is_truncated_R=table.column("truncated").to_numpy().astype(np.bool_),
         signals={
-            name: _signal_columns(cache, name, shard, table, name in wanted, contents, seen is not None)
+            name: _with_hidden(
+                _signal_columns(cache, name, shard, table, name in wanted, contents, seen is not None),
+                _hidden_columns(cache, name, shard, table, contents) if name in hidden else None,
+            )
             for name in signals
         },
         **tokens,
@@ -248,6 +262,13 @@ def _signal_columns(
         manifest, width = cache.signals[name].manifest, cache.manifest.vocabulary_size
         refuse_faults(path, score_faults(table, rollouts, manifest, width))
     _, offsets = flat_column(rollouts.column("response_ids"))
+    horizon = cache.signals[name].manifest.horizon
+    found = _signal_values(path, table, scored_offsets(horizon, offsets), with_topk)
+    return found if horizon is None else _at_full_length(found, scored_tokens(horizon, offsets))
+
+
+def _signal_values(path: Path, table: pa.Table, offsets: Offsets, with_topk: bool) -> SignalColumns:
+    """A signal's columns as they lie on disk."""
     logprobs, found = flat_column(table.column("logprobs"))
     check_offsets(path, "logprobs", found, offsets)
     if not with_topk:
@@ -255,6 +276,38 @@ def _signal_columns(
     tails, found = flat_column(table.column("tail_logprobs"))
     check_offsets(path, "tail_logprobs", found, offsets)
     return SignalColumns(logprobs, tails, *topk_columns(path, table, offsets))
+
+
+def _at_full_length(signal: SignalColumns, is_scored_N: Bools) -> SignalColumns:
+    """A signal with a horizon at the length of the responses."""
+    logprobs_N = spread(signal.logprobs_N, is_scored_N, np.nan)
+    if signal.tail_logprobs_N is None or signal.topk_offsets is None:
+        return SignalColumns(logprobs_N, None, None, None, None)
+    ends = spread(np.diff(signal.topk_offsets), is_scored_N, 0).cumsum()
+    return SignalColumns(
+        logprobs_N,
+        spread(signal.tail_logprobs_N, is_scored_N, np.nan),
+        np.concatenate([np.zeros(1, np.int64), ends]),
+        signal.topk_ids_C,
+        signal.topk_logprobs_C,
+    )
+
+
+def _with_hidden(columns: SignalColumns, hidden: HiddenColumns | None) -> SignalColumns:
+    return columns if hidden is None else replace(columns, hidden=hidden)
+
+
+def _hidden_columns(
+    cache: Cache, name: str, shard: int, rollouts: pa.Table, contents: Mapping[Path, pa.Buffer]
+) -> HiddenColumns:
+    """The hidden states of a signal, every row checked: it costs little beside the reading."""
+    path, described = cache.file(shard, name), cache.signals[name].manifest.hidden
+    if described is None:
+        raise CacheError(f"signal {name} of {cache.path} keeps no hidden states")
+    names = [field.name for field in HIDDEN_COLUMNS][: 1 if described.channels is None else 2]
+    table = read_columns(cache, shard, names, name, contents.get(path))
+    refuse_faults(path, hidden_faults(table, rollouts, described))
+    return hidden_columns(table, described, read_channels(signal_folder(cache.path, name), described))
 
 
 def check_rollout_ids(path: Path, found: pa.ChunkedArray, wanted: pa.ChunkedArray) -> None:

@@ -13,9 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightopd.cache.shards import AGAIN
+from lightopd.cache.signals.horizon import in_words, scored_lengths, scored_offsets, scored_tokens
+from lightopd.cache.signals.rounding import largest_error, largest_tail_error
 from lightopd.cache.tables import flat_column, rollout_id
 from lightopd.errors import CacheError
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
+from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import CacheManifest, SignalManifest
 
 BLOCK_ROWS = 64
@@ -24,8 +27,6 @@ LOGPROB_TOLERANCE = 1e-4
 """Nats above 0 that float noise may reach."""
 MASS_TOLERANCE = 1e-5
 """Distance of a distribution's float32 mass from 1."""
-HALF_ROUNDING = 2.0**-11
-"""Relative rounding error of float16: a log-probability l is stored within |l| * 2^-11."""
 
 FINISH_REASONS = ("stop", "length")
 
@@ -117,14 +118,14 @@ def _block_of_scores(
     own, theirs = table.column("rollout_id").to_pylist(), rollouts.column("rollout_id").to_pylist()
     is_other = np.array([a != b for a, b in zip(own, theirs, strict=True)], dtype=np.bool_)
     yield from _at_rows("alignment", is_other, "its rollout_id is not that of the rollouts' row")
-    length_faults = list(_score_length_faults(table, rollouts))
+    length_faults = list(_score_length_faults(table, rollouts, signal.horizon))
     yield from length_faults
     if length_faults or is_other.any():
         return
     if "topk_ids" not in table.column_names:
         yield from _logprob_faults("logprobs", *flat_column(table.column("logprobs")))
         return
-    scores = _scores(table, rollouts)
+    scores = _scores(table, rollouts, signal.horizon)
     yield from _score_range_faults(scores, signal, vocabulary_size)
     yield from _topk_order_faults(scores, vocabulary_size)
     yield from _mass_faults(scores, signal.topk_dtype)
@@ -223,12 +224,13 @@ def _token_column_faults(
         yield from _at_tokens(name, is_broken, offsets, values, "is negative or goes back")
 
 
-def _score_length_faults(table: pa.Table, rollouts: pa.Table) -> Iterator[Fault]:
-    wanted = np.diff(flat_column(rollouts.column("response_ids"))[1])
+def _score_length_faults(table: pa.Table, rollouts: pa.Table, horizon: Horizon | None) -> Iterator[Fault]:
+    wanted = scored_lengths(horizon, np.diff(flat_column(rollouts.column("response_ids"))[1]))
+    needed = "response_ids" if horizon is None else f"the {in_words(horizon)} of response_ids"
     is_whole = "topk_counts" in table.column_names
     for name in ("logprobs", "topk_counts", "tail_logprobs") if is_whole else ("logprobs",):
         found = np.diff(flat_column(table.column(name))[1])
-        yield from _at_rows(f"{name} length", found != wanted, f"{name} is not as long as response_ids")
+        yield from _at_rows(f"{name} length", found != wanted, f"{name} is not as long as {needed}")
     if not is_whole:
         return
     counts, offsets = flat_column(table.column("topk_counts"))
@@ -238,8 +240,10 @@ def _score_length_faults(table: pa.Table, rollouts: pa.Table) -> Iterator[Fault]
         yield from _at_rows(f"{name} length", found != totals, f"{name} is not as long as topk_counts say")
 
 
-def _scores(table: pa.Table, rollouts: pa.Table) -> _Scores:
-    sampled, offsets = flat_column(rollouts.column("response_ids"))
+def _scores(table: pa.Table, rollouts: pa.Table, horizon: Horizon | None) -> _Scores:
+    sampled, of_responses = flat_column(rollouts.column("response_ids"))
+    offsets = scored_offsets(horizon, of_responses)
+    sampled = sampled if horizon is None else sampled[scored_tokens(horizon, of_responses)]
     flat = {name: flat_column(table.column(name))[0] for name in table.column_names if name != "rollout_id"}
     counts = flat["topk_counts"]
     return _Scores(
@@ -289,7 +293,9 @@ def _mass_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
     """Top-k and tail together are a distribution, up to what the number format rounds away."""
     mass_C = np.exp(scores.logprobs_C)
     total_N = _sum_at(scores, mass_C) + np.exp(scores.tails_N)
-    allowed_N = MASS_TOLERANCE + _rounding(topk_dtype) * _sum_at(scores, mass_C * -scores.logprobs_C)
+    rounding_C = np.expm1(largest_error(scores.logprobs_C, topk_dtype))
+    rounding_N = np.exp(scores.tails_N) * np.expm1(largest_tail_error(topk_dtype))
+    allowed_N = MASS_TOLERANCE + _sum_at(scores, mass_C * rounding_C) + rounding_N
     is_off = ~(np.abs(total_N - 1) <= allowed_N)
     what = "is the sum of top-k and tail probabilities, which must be 1"
     yield from _at_tokens("mass", is_off, scores.offsets, total_N, what)
@@ -300,7 +306,7 @@ def _sampled_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
     is_sampled_C = scores.ids_C == scores.sampled_ids_N[scores.position_C]
     inside = scores.position_C[is_sampled_C]
     apart = np.abs(scores.logprobs_C[is_sampled_C] - scores.logprobs_N[inside])
-    allowed = LOGPROB_TOLERANCE + _rounding(topk_dtype) * np.abs(scores.logprobs_N[inside])
+    allowed = LOGPROB_TOLERANCE + largest_error(scores.logprobs_N[inside], topk_dtype)
     what = "the sampled token's log-probability is not that of its top-k entry"
     yield from _at_positions("sampled", inside[apart > allowed], scores, what)
 
@@ -312,7 +318,7 @@ def _outside_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
     is_outside_N = scores.counts_N > 0
     is_outside_N[scores.position_C[scores.ids_C == scores.sampled_ids_N[scores.position_C]]] = False
     last_N = scores.logprobs_C[np.maximum(_starts(scores.counts_N)[1:] - 1, 0)]
-    allowed_N = last_N + LOGPROB_TOLERANCE + _rounding(topk_dtype) * np.abs(last_N)
+    allowed_N = last_N + LOGPROB_TOLERANCE + largest_error(last_N, topk_dtype)
     is_likelier = is_outside_N & (scores.logprobs_N > allowed_N)
     what = "the sampled token is outside the top-k, but likelier than its last entry"
     yield from _at_positions("outside", np.flatnonzero(is_likelier), scores, what)
@@ -321,10 +327,6 @@ def _outside_faults(scores: _Scores, topk_dtype: str) -> Iterator[Fault]:
 def _logprob_faults(name: str, values: NDArray[Any], offsets: NDArray[np.int64]) -> Iterator[Fault]:
     is_broken = ~np.isfinite(values) | (values > LOGPROB_TOLERANCE)
     yield from _at_tokens(name, is_broken, offsets, values, "is not a log-probability")
-
-
-def _rounding(topk_dtype: str) -> float:
-    return HALF_ROUNDING if topk_dtype == "float16" else 0.0
 
 
 def _sum_at(scores: _Scores, values_C: NDArray[Any]) -> NDArray[Any]:

@@ -2,7 +2,8 @@
 
 The file is written under a dot name in its own folder, flushed to the disk and renamed; the marker
 (`part-NNNNN.json`: rows, tokens, size, SHA-256, fingerprint) follows in the same way. A Parquet file without
-its marker is not a shard: the next run writes it again, with the same bytes. A shard has one writer.
+its marker is not a shard: the next run writes it again, with the same bytes. A shard has
+one writer, or several of which one wins: then hard links give the names, which fail where one is taken.
 """
 
 import hashlib
@@ -15,8 +16,15 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from lightopd.errors import CacheError
-from lightopd.files import file_sha256, json_bytes, write_atomically
-from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION, SIGNALS, schema_of, shard_metadata
+from lightopd.files import file_sha256, json_bytes, put_if_absent, write_atomically
+from lightopd.schemas.cache import (
+    HIDDEN_COLUMNS,
+    ROLLOUTS,
+    SCHEMA_VERSION,
+    SIGNALS,
+    schema_of,
+    shard_metadata,
+)
 from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
 from lightopd.schemas.records import Rollout
 
@@ -46,6 +54,7 @@ SPLIT_COLUMNS = (
     "topk_ids",
     "topk_logprobs",
     "tail_logprobs",
+    "hidden_scales",
 )
 """Columns of numbers, written byte by byte (BYTE_STREAM_SPLIT): their high bytes repeat."""
 
@@ -92,7 +101,75 @@ def write_shard(
         OutputError: no permission, no space, or another failure of the disk; nothing half-written stays.
     """
     content = shard_bytes(table, kind=kind, fingerprint=fingerprint)
-    marker = ShardMarker(
+    marker = _marker(table, content, fingerprint, dropped, made_from)
+    write_atomically(shard_path(folder, index), content)
+    write_atomically(marker_path(folder, index), _marker_bytes(marker))
+    return marker
+
+
+def put_shard(
+    folder: Path,
+    index: int,
+    table: pa.Table,
+    *,
+    kind: str,
+    fingerprint: str,
+    made_from: CacheManifest | SignalManifest | None = None,
+) -> ShardMarker:
+    """Write a shard that other processes may be writing too: the first whole file stays, whoever made it.
+
+    The marker is made from the file that is there, so that the two fit together in whatever order several
+    processes come; a finished shard is never touched.
+
+    Args:
+        folder: `rollouts` or `signals/<name>` of a cache; made where it is missing.
+        index: number of the shard, from 0.
+        table: rows in the schema of `lightopd.schemas.cache`.
+        kind: `rollouts` or `signals/<name>`; stored in the file.
+        fingerprint: of the manifest that the shard belongs to; stored in file and marker.
+        made_from: the manifest that the shard belongs to, which the marker keeps.
+
+    Returns:
+        The marker that is there.
+
+    Raises:
+        FileNotFoundError: another process finished the whole part meanwhile, and cleaned up.
+        OutputError: no permission, no space, or another failure of the disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content, file = shard_bytes(table, kind=kind, fingerprint=fingerprint), shard_path(folder, index)
+    if not put_if_absent(file, content) and (there := file.read_bytes()) != content:
+        found = _whole_table(there, table, kind, fingerprint)
+        if found is None:  # left by another run's settings, or by a disk that lost bytes
+            write_atomically(file, content, shared=True)
+        else:
+            table, content = found, there
+    marker = _marker(table, content, fingerprint, None, made_from)
+    if put_if_absent(marker_path(folder, index), _marker_bytes(marker)):
+        return marker
+    return read_marker(folder, index) or marker
+
+
+def _whole_table(content: bytes, wanted: pa.Table, kind: str, fingerprint: str) -> pa.Table | None:
+    """The rows of a file that may be a shard without its marker; None where it is not the wanted shard."""
+    try:
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
+            if _schema_fault(file.schema_arrow, kind, fingerprint):
+                return None
+            found = file.read()
+    except (pa.ArrowException, UnicodeDecodeError, OSError):
+        return None
+    return found if found.num_rows == wanted.num_rows else None
+
+
+def _marker(
+    table: pa.Table,
+    content: Any,
+    fingerprint: str,
+    dropped: Mapping[str, int] | None,
+    made_from: CacheManifest | SignalManifest | None,
+) -> ShardMarker:
+    return ShardMarker(
         rows=table.num_rows,
         tokens=_response_tokens(table),
         size_bytes=len(content),
@@ -101,10 +178,11 @@ def write_shard(
         dropped=dict(sorted((dropped or {}).items())),
         made_from=None if made_from is None else made_from.model_dump(mode="json"),
     )
-    write_atomically(shard_path(folder, index), content)
-    told = marker.model_dump(mode="json", exclude={"made_from"} if made_from is None else None)
-    write_atomically(marker_path(folder, index), json_bytes(told))
-    return marker
+
+
+def _marker_bytes(marker: ShardMarker) -> bytes:
+    left_out = {"made_from"} if marker.made_from is None else None
+    return json_bytes(marker.model_dump(mode="json", exclude=left_out))
 
 
 def shard_bytes(table: pa.Table, *, kind: str, fingerprint: str) -> pa.Buffer:
@@ -187,7 +265,7 @@ def read_table(
         CacheError: the file is missing or damaged, belongs elsewhere, or has other columns.
     """
     content = read_content(path, marker) if content is None else content
-    schema = ROLLOUTS if kind == "rollouts" else SIGNALS
+    schema = ROLLOUTS if kind == "rollouts" else pa.schema([*SIGNALS, *HIDDEN_COLUMNS])
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
             fault = _schema_fault(file.schema_arrow, kind, marker.fingerprint)
@@ -213,7 +291,7 @@ def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
     for key, value in shard_metadata(kind, fingerprint, version).items():
         if found.get(key) != value:
             return f"is another part: its metadata {key} is {found.get(key)!r}, not {value!r}"
-    wanted = schema_of(Rollout, version) if kind == "rollouts" else SIGNALS
+    wanted = schema_of(Rollout, version) if kind == "rollouts" else _signal_schema(schema)
     for field in wanted:
         if field.name not in schema.names:
             return f"has other columns than a cache has: {field.name} is missing"
@@ -224,6 +302,11 @@ def _schema_fault(schema: pa.Schema, kind: str, fingerprint: str) -> str | None:
         more = ", ".join(sorted(set(schema.names) - set(wanted.names))) or "the order differs"
         return f"has other columns than a cache has: {more}"
     return None
+
+
+def _signal_schema(found: pa.Schema) -> pa.Schema:
+    """Columns that a signal's file must have; those of hidden states where it has any of them."""
+    return pa.schema([*SIGNALS, *(field for field in HIDDEN_COLUMNS if field.name in found.names)])
 
 
 def _response_tokens(table: pa.Table) -> int:

@@ -27,6 +27,7 @@ from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import json_bytes, streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
+from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -301,8 +302,15 @@ def _check_aligned(cache: Cache) -> None:
     for name, signal in cache.signals.items():
         for index, marker in zip(signal.shards, signal.markers, strict=True):
             own = rows.get(index)
-            if own is not None and (own.rows, own.tokens) != (marker.rows, marker.tokens):
+            if own is not None and not _speaks_of(marker, own, signal.manifest.horizon):
                 raise CacheError(
                     f"{shard_path(signal_folder(cache.path, name), index)} has {marker.rows} rows and "
                     f"{marker.tokens} tokens, its rollouts have {own.rows} and {own.tokens}; score them again"
                 )
+
+
+def _speaks_of(signal: ShardMarker, rollouts: ShardMarker, horizon: Horizon | None) -> bool:
+    """Whether a signal's shard is as large as its rollouts'; with a horizon, no larger."""
+    if horizon is None:
+        return (signal.rows, signal.tokens) == (rollouts.rows, rollouts.tokens)
+    return signal.rows == rollouts.rows and signal.tokens <= rollouts.tokens

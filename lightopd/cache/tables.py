@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.signals.rounding import rounded, rounded_tails
 from lightopd.errors import EngineError
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, STUDENTS_OWN, TOKEN_COLUMNS
-from lightopd.schemas.records import Ids, Rollout, RolloutSignal
+from lightopd.schemas.cache import HIDDEN_COLUMNS, ROLLOUTS, SIGNALS, STUDENTS_OWN, TOKEN_COLUMNS
+from lightopd.schemas.records import HiddenCodes, Ids, Rollout, RolloutSignal
+from lightopd.schemas.signals.kinds import HiddenStates
 
 MAX_LIST_VALUES = 2**31 - 1
 """Arrow's list offsets are int32."""
@@ -48,13 +50,20 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     return pa.table([_rollout_column(field, rollouts) for field in ROLLOUTS], schema=ROLLOUTS)
 
 
-def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[RolloutSignal], topk_dtype: str) -> pa.Table:
-    """Scores as a table in the schema `SIGNALS`; row i belongs to `rollout_ids[i]`.
+def scores_to_table(
+    rollout_ids: Sequence[str],
+    scores: Sequence[RolloutSignal],
+    topk_dtype: str,
+    hidden: HiddenStates | None = None,
+) -> pa.Table:
+    """Scores as a table in the schema of their signal; row i belongs to `rollout_ids[i]`.
 
     Args:
         rollout_ids: of the rollouts, in the rows' order.
         scores: one for each rollout.
-        topk_dtype: `float16` rounds the top-k log-probabilities to float16 values; `float32` keeps them.
+        topk_dtype: rounds the top-k log-probabilities, and the tail where it is a step; see
+            `lightopd.cache.signals.rounding`.
+        hidden: how the hidden states are kept; None where they are not.
 
     Raises:
         EngineError: a value is NaN or infinite (only a tail may be -inf: nothing lies outside the top-k),
@@ -67,12 +76,50 @@ def scores_to_table(rollout_ids: Sequence[str], scores: Sequence[RolloutSignal],
     for name, score in zip(rollout_ids, scores, strict=True):
         _check_scores(name, score)
     rows = {field.name: [getattr(score, field.name) for score in scores] for field in list(SIGNALS)[1:]}
-    if topk_dtype == "float16":
-        rows["topk_logprobs"] = [
-            _rounded(name, score) for name, score in zip(rollout_ids, scores, strict=True)
-        ]
+    if topk_dtype != "float32":
+        named = zip(rollout_ids, scores, strict=True)
+        rows["topk_logprobs"] = [_rounded(name, score, topk_dtype) for name, score in named]
+        rows["tail_logprobs"] = [rounded_tails(score.tail_logprobs, topk_dtype) for score in scores]
     columns = [_list_array(SIGNALS.field(name), values) for name, values in rows.items()]
-    return pa.table([pa.array(list(rollout_ids), pa.string()), *columns], schema=SIGNALS)
+    table = pa.table([pa.array(list(rollout_ids), pa.string()), *columns], schema=SIGNALS)
+    return table if hidden is None else _with_hidden(table, rollout_ids, scores, hidden)
+
+
+def _with_hidden(
+    table: pa.Table, rollout_ids: Sequence[str], scores: Sequence[RolloutSignal], hidden: HiddenStates
+) -> pa.Table:
+    """The table with the columns of hidden states."""
+    for name, score in zip(rollout_ids, scores, strict=True):
+        _check_hidden(name, score, hidden)
+    columns: list[pa.Array] = [pa.array([_little_endian(each.hidden) for each in scores], pa.large_binary())]
+    if hidden.channels is not None:
+        columns.append(_list_array(HIDDEN_COLUMNS[1], [each.hidden_scales for each in scores]))  # type: ignore[misc]
+    for field, column in zip(HIDDEN_COLUMNS, columns, strict=False):
+        table = table.append_column(field, column)
+    return table
+
+
+def _little_endian(codes_RD: HiddenCodes | None) -> bytes:
+    assert codes_RD is not None, "checked"
+    return codes_RD.astype(codes_RD.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _check_hidden(name: str, scores: RolloutSignal, hidden: HiddenStates) -> None:
+    found = None if scores.hidden is None else scores.hidden.shape
+    wanted = (len(scores.logprobs), hidden.size)
+    if scores.hidden is None or found != wanted:
+        raise EngineError(
+            f"rollout {name} has hidden states of shape {found}, {wanted} are needed; the engine must give "
+            "one for each response token"
+        )
+    if hidden.channels is None:
+        # All eight bits of the exponent set is NaN or infinity.
+        is_bad_R = ((scores.hidden.view(np.uint16) & 0x7F80) == 0x7F80).any(1)
+        values_R = np.where(is_bad_R, np.nan, 0.0)
+    else:
+        assert scores.hidden_scales is not None, "int8 has scales"
+        values_R = scores.hidden_scales
+    _check_finite(name, "hidden", values_R)
 
 
 def flat_column(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -158,26 +205,24 @@ def _check_scores(name: str, scores: RolloutSignal) -> None:
             f"log-probabilities, but its counts add up to {counted}"
         )
     _check_finite(name, "logprobs", scores.logprobs)
-    _check_topk_finite(name, scores, scores.topk_logprobs)
+    _check_topk_finite(name, scores, scores.topk_logprobs, "float32")
     is_broken = np.isnan(scores.tail_logprobs) | np.isposinf(scores.tail_logprobs)
     if is_broken.any():
         _refuse(name, "tail_logprobs", int(is_broken.argmax()), scores.tail_logprobs[is_broken.argmax()])
 
 
-def _rounded(name: str, scores: RolloutSignal) -> NDArray[np.float32]:
-    """Top-k log-probabilities at the nearest float16 values, as float32."""
-    with np.errstate(over="ignore"):
-        values = scores.topk_logprobs.astype(np.float16)
-    _check_topk_finite(name, scores, values)
-    return values.astype(np.float32)
+def _rounded(name: str, scores: RolloutSignal, topk_dtype: str) -> NDArray[np.float32]:
+    values = rounded(scores.topk_logprobs, topk_dtype)
+    _check_topk_finite(name, scores, values, topk_dtype)
+    return values
 
 
-def _check_topk_finite(name: str, scores: RolloutSignal, values: NDArray[Any]) -> None:
+def _check_topk_finite(name: str, scores: RolloutSignal, values: NDArray[Any], dtype: str) -> None:
     is_broken = ~np.isfinite(values)
     if is_broken.any():
         entry = int(is_broken.argmax())
         position = int(np.searchsorted(np.cumsum(scores.topk_counts), entry, side="right"))
-        _refuse(name, f"topk_logprobs (as {values.dtype})", position, scores.topk_logprobs[entry])
+        _refuse(name, f"topk_logprobs (as {dtype})", position, scores.topk_logprobs[entry])
 
 
 def _check_finite(name: str, column: str, values: NDArray[Any] | None) -> None:

@@ -4,9 +4,10 @@ Shards are read one by one and checked in blocks of rows, so memory stays at one
 check reports its first row and how many places failed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -22,12 +23,16 @@ from lightopd.cache.manifests import (
 )
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
 from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
+from lightopd.cache.signals.hidden_checks import hidden_faults
 from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape
 from lightopd.cache.store import open_cache, row_count_fault, streams_of
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, signal_columns
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+
+if TYPE_CHECKING:
+    from lightopd.cache.signals.rebuilt import Rebuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +85,11 @@ def verify(path: Path) -> list[Finding]:
     findings += _stray_shards(path, manifest, signals)
     findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
     findings += _manifest_findings(path, manifest, signals)
+    rebuilders, own = _rebuilders(path, manifest, signals)
+    findings += own
     seen: set[str] = set()
     for index in range(manifest.num_shards):
-        findings += _shard_findings(path, index, manifest, signals, seen)
+        findings += _shard_findings(path, index, manifest, signals, rebuilders, seen)
     return findings
 
 
@@ -153,6 +160,23 @@ def _shape_findings(path: Path, manifest: CacheManifest, signal: SignalManifest)
         yield Finding(str(file.relative_to(path)), None, what)
 
 
+def _rebuilders(
+    path: Path, manifest: CacheManifest, signals: list[SignalManifest]
+) -> "tuple[dict[str, Rebuilder], list[Finding]]":
+    """What holds hidden states against log-probabilities, by signal, and why it cannot be had."""
+    rebuilders, findings = {}, []
+    kept = [signal for signal in signals if signal.hidden is not None]
+    if kept:  # torch is read for them alone
+        from lightopd.cache.signals.rebuilt import rebuilder_of
+    for signal in kept:
+        try:
+            rebuilders[signal.name] = rebuilder_of(path, signal, manifest.vocabulary_size)
+        except CacheError as error:
+            file, _, what = str(error).removeprefix(f"{path}/").partition(" ")
+            findings.append(Finding(file.rstrip(":"), None, what))
+    return rebuilders, findings
+
+
 def _text_findings(path: Path) -> Iterator[Finding]:
     """Text columns that cannot be read beside the rollouts, one finding for each."""
     names = text_names(path)
@@ -203,7 +227,12 @@ def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManif
 
 
 def _shard_findings(
-    path: Path, index: int, manifest: CacheManifest, signals: list[SignalManifest], seen: set[str]
+    path: Path,
+    index: int,
+    manifest: CacheManifest,
+    signals: list[SignalManifest],
+    rebuilders: "Mapping[str, Rebuilder]",
+    seen: set[str],
 ) -> list[Finding]:
     """Everything about one shard of rollouts and of each signal; `seen` gathers the rollout ids."""
     part = _Part(rollouts_folder(path), "rollouts", manifest.fingerprint(), ROLLOUTS)
@@ -213,14 +242,28 @@ def _shard_findings(
         findings += _merged(file, rollout_faults(rollouts, manifest, seen))
     for signal in signals:
         folder = signal_folder(path, signal.name)
-        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), SIGNALS)
+        schema = signal_columns(signal.hidden)
+        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), schema)
         scores, own = _load(path, part, index)
         findings += own
         if scores is not None and rollouts is not None:
             file = str(shard_path(folder, index).relative_to(path))
-            faults = score_faults(scores, rollouts, signal, manifest.vocabulary_size)
+            faults = score_faults(scores.select(SIGNALS.names), rollouts, signal, manifest.vocabulary_size)
             findings += _merged(file, faults)
+            findings += _merged(file, _state_faults(scores, rollouts, signal, rebuilders.get(signal.name)))
     return findings
+
+
+def _state_faults(
+    scores: pa.Table, rollouts: pa.Table, signal: SignalManifest, rebuilder: "Rebuilder | None"
+) -> Iterator[Fault]:
+    """Faults in hidden states: in their form, else in what the head rebuilds of them."""
+    if signal.hidden is None or scores.num_rows != rollouts.num_rows:
+        return
+    found = list(hidden_faults(scores, rollouts, signal.hidden))
+    yield from found
+    if not found and rebuilder is not None:
+        yield from rebuilder.faults(scores, rollouts)
 
 
 def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Finding]]:

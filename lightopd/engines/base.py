@@ -5,15 +5,20 @@ B = sequences or prompts, R = response tokens of one of them, V = vocabulary; na
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightopd.cache.signals.channels import Channels
 from lightopd.errors import InputError
 from lightopd.schemas import records
 from lightopd.schemas.configs import SamplingConfig
-from lightopd.schemas.records import Ids, RolloutSignal, Sample
+from lightopd.schemas.records import Floats, Ids, RolloutSignal, Sample
+
+if TYPE_CHECKING:
+    from lightopd.models.head import Head
 
 Tail = Literal["exact", "derived"]
 """How the mass outside the top-k is known: summed over the other tokens, or 1 minus the kept mass."""
@@ -27,6 +32,44 @@ class SeesWholeTails(Protocol):
         self, sequences: Sequence[records.Sequence], top_k: int, min_probability: float = 0.0
     ) -> NDArray[np.float64]:
         """The probabilities outside what `Engine.score` keeps, added up over all response tokens, [V]."""
+        ...
+
+    def sum_negentropies(self, sequences: Sequence[records.Sequence]) -> float:
+        """Sum of T log T over the vocabulary, added up over all response tokens, nats."""
+        ...
+
+
+@runtime_checkable
+class KeepsHiddenStates(Protocol):
+    """What an engine also does that has the last hidden state of a position at hand, after the final norm."""
+
+    def own_head(self) -> "Head":
+        """The output layer that reads the hidden states, in the model's own number format."""
+        ...
+
+    def sum_hidden(
+        self, sequences: Sequence[records.Sequence]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Hidden states and their squares, added up over all response tokens, [D] each."""
+        ...
+
+    def score_hidden(
+        self,
+        sequences: Sequence[records.Sequence],
+        top_k: int,
+        min_probability: float,
+        channels: Channels | None,
+    ) -> list[RolloutSignal]:
+        """As `Engine.score`, with the hidden states as int8 under such statistics, or as bfloat16."""
+        ...
+
+
+@runtime_checkable
+class AsksServers(Protocol):
+    """What an engine also does that asks servers, behind each of which there may be several replicas."""
+
+    def score_everywhere(self, sequence: records.Sequence, times: int) -> dict[str, list[Floats]]:
+        """Log-probabilities of one response, scored so many times at once by every address that replies."""
         ...
 
 
@@ -154,8 +197,8 @@ def keep_ids_below(scores: RolloutSignal, limit: int) -> RolloutSignal:
     mass = np.bincount(position[~is_kept], weights=dropped, minlength=num_positions)
     with np.errstate(divide="ignore"):
         tails = np.log(np.minimum(np.exp(scores.tail_logprobs.astype(np.float64)) + mass, 1.0))
-    return RolloutSignal(
-        logprobs=scores.logprobs,
+    return replace(
+        scores,
         topk_counts=np.bincount(position[is_kept], minlength=num_positions).astype(np.int32),
         topk_ids=scores.topk_ids[is_kept],
         topk_logprobs=scores.topk_logprobs[is_kept],

@@ -3,12 +3,16 @@
 An engine's modules, and the libraries they need, are imported only when it is requested.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
 from lightopd.engines.base import Engine, Tail
 from lightopd.schemas.configs import EngineConfig, ModelConfig
 from lightopd.schemas.manifest import EngineRecord, Precision
+
+LoadEngine = Callable[[EngineConfig, ModelConfig], Engine]
+"""How a stage gets its engine; `load_engine` unless the caller keeps engines, or tests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightopd.engines.base import Engine
+from lightopd.engines.base import AsksServers, Engine
 from lightopd.errors import EngineError
 from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig
@@ -12,6 +12,10 @@ from lightopd.schemas.manifest import NoiseFloor
 
 SAMPLE = 8
 """Sequences that are scored twice."""
+COPIES = 16
+"""Times that one sequence is scored at once by every address of a server engine."""
+SHORT_TOKENS = 32
+"""Most response tokens of that sequence."""
 
 
 def measure_noise(engine: Engine, sequences: Sequence[records.Sequence]) -> NoiseFloor:
@@ -44,6 +48,43 @@ def refuse_noise(found: NoiseFloor, limit_nats: float, between: str, dtype: str)
         raise EngineError(
             f"{between} lie {found.mean_nats:.3g} nats apart on average, {found.max_nats:.3g} at most; the "
             f"limit is max_noise_nats {limit_nats:g}: {remedy}"
+        )
+
+
+def refuse_replicas(engine: AsksServers, sequences: Sequence[records.Sequence], limit_nats: float) -> None:
+    """Score one short sequence many times at once on every address; refuse those that do not agree.
+
+    Behind one address there may be several replicas, of which each answers a part of what is asked at once.
+    Each answer is compared with the median of all.
+
+    Args:
+        engine: that of the servers.
+        sequences: the shortest with a response is scored, its first tokens.
+        limit_nats: most that an answer may differ by, mean over the tokens.
+
+    Raises:
+        EngineError: with the numbers of every address.
+    """
+    chosen = [sequence for sequence in sequences if len(sequence.response_ids)]
+    if not chosen:
+        return
+    shortest = min(chosen, key=lambda each: len(each.prompt_ids) + len(each.response_ids))
+    short = records.Sequence(shortest.prompt_ids, shortest.response_ids[:SHORT_TOKENS])
+    answers = engine.score_everywhere(short, COPIES)
+    stacked = {url: np.stack(logprobs).astype(np.float64) for url, logprobs in answers.items()}
+    if not stacked:
+        return
+    median_R = np.median(np.concatenate(list(stacked.values())), axis=0)
+    apart = {url: np.abs(logprobs_CR - median_R).mean(axis=1) for url, logprobs_CR in stacked.items()}
+    if max(found_C.max() for found_C in apart.values()) > limit_nats:
+        told = "; ".join(
+            f"{url}: {(found_C > limit_nats).sum()} of {len(found_C)} answers, up to {found_C.max():.3g} nats"
+            for url, found_C in apart.items()
+        )
+        raise EngineError(
+            f"scoring the same {len(short.response_ids)} tokens at once, servers and their replicas do not "
+            f"agree (from the median of all, mean over tokens, limit max_noise_nats {limit_nats:g}: {told}): "
+            "let all serve the same weights in the same number format, or raise the limit"
         )
 
 

@@ -29,6 +29,7 @@ from lightopd.inspection.session import NO_LIMITS, Limits, run, session
 from lightopd.inspection.token_texts import TokenTexts, find_token_texts
 
 if TYPE_CHECKING:
+    from lightopd.models.head import Head
     from lightopd.training.data.batches import Microbatch
 
 
@@ -130,6 +131,16 @@ class OpenedCache:
             CacheError: there is no such signal, or its file is damaged.
         """
         return shape_of(self.cache, signal)
+
+    def head(self, signal: str) -> "Head":
+        """The output layer that reads a signal's hidden states, float32 on the CPU.
+
+        Raises:
+            CacheError: there is no such signal, it keeps none, or its head is missing or damaged.
+        """
+        from lightopd.cache.signals.hidden import head_of_signal
+
+        return head_of_signal(self.cache, signal)
 
     def report(self, out: Path | str | None = None, **settings: Any) -> Path:
         """Write the report, one HTML file; see `lightopd.inspection.report.build.ReportSettings`."""

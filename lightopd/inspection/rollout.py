@@ -40,7 +40,7 @@ class RolloutView:
     entropies: Floats | None
     """float32 [R], nats."""
     signals: dict[str, Floats]
-    """float32 [R], nats, of each signal's log-probability of the sampled token."""
+    """float32 [R], nats, of each signal's log-probability of the sampled token; NaN behind its horizon."""
     topk: dict[str, tuple[tuple[tuple[str, float], ...], ...]]
     """By signal and position: (token, probability), most likely first."""
 
@@ -53,7 +53,7 @@ class RolloutView:
 
     def __repr__(self) -> str:
         gap = self.gap()
-        mean = "" if gap is None or not len(gap) else f", gap {gap.mean():.3f} nats/token"
+        mean = "" if gap is None or not len(gap) else f", gap {np.nanmean(gap):.3f} nats/token"
         told = ", ".join(f"{name} {value}" for name, value in self.facts.items() if value is not None)
         text = visible(self.response)
         short = text if len(text) <= 300 else f"{text[:300]}..."
@@ -134,6 +134,7 @@ def _hover(rollout: RolloutView, place: int) -> str:
     if rollout.logprobs is not None:
         lines.append(f"student {math.exp(rollout.logprobs[place]):.4f}")
     for name, values in rollout.signals.items():
-        lines.append(f"{name} {math.exp(values[place]):.4f}")
+        known = not math.isnan(values[place])
+        lines.append(f"{name} {math.exp(values[place]):.4f}" if known else f"{name}: behind its horizon")
         lines += [f"  {visible(text)}  {share:.4f}" for text, share in rollout.topk[name][place][:8]]
     return "\n".join(lines)

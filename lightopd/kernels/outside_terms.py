@@ -8,21 +8,17 @@ any term that is a function of the two log-probabilities, with its gradient, and
 # N = positions, D = hidden size, V = vocabulary, K = tokens left out of the sum at a position
 # C = positions in one chunk, T = tokens in one tile
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.plain_tiles import finish_logits
+from lightopd.kernels.plain_tiles import finish_with_slope, through_logits
 from lightopd.kernels.selected_logprobs import plan_walk
-from lightopd.kernels.tile_types import Inputs, Walk
+from lightopd.kernels.tile_types import SUNK, Inputs, Walk
+from lightopd.kernels.two_heads import Divergence
 from lightopd.kernels.vocabulary_walk import propagate_tiles, visit_tiles
-
-Terms = Callable[[Tensor, Tensor], Tensor]
-"""From the fixed side's log-probabilities and the student's, of one shape: a term for each token. It is
-differentiated by autograd, tile by tile, and is finite for finite log-probabilities."""
 
 
 class Fixed(NamedTuple):
@@ -41,7 +37,7 @@ def outside_terms(
     head_VD: Tensor,
     fixed: Fixed,
     logsumexp_N: Tensor,
-    terms: Terms,
+    divergence: Divergence,
     *,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
@@ -49,7 +45,7 @@ def outside_terms(
     chunk_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> Tensor:
-    """Sum of terms(log T_v, log s_v) over the tokens outside `fixed.ids_NK`, [N]; differentiable.
+    """Sum of a divergence's terms over the tokens outside `fixed.ids_NK`, [N]; differentiable.
 
     The logits are those of `selected_logprobs`, in the same formats. Both passes recompute them.
 
@@ -59,7 +55,7 @@ def outside_terms(
         fixed: the other distribution; it gets no gradient.
         logsumexp_N: normaliser of the logits, from `selected_logprobs` with the same options. Its own
             dependence on the logits is part of the gradient here, so that it needs none.
-        terms: what is summed.
+        divergence: what is summed; a token whose two log-probabilities both vanish must add nothing.
         bias_V: added before the softcap.
         softcap: c in c * tanh(z / c); None for none.
         temperature: divides the logits after the softcap.
@@ -75,7 +71,7 @@ def outside_terms(
         )
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, False)
-    value_N = _OutsideTerms.apply(*inputs, walk, fixed, logsumexp_N.detach(), terms)  # type: ignore[no-untyped-call]
+    value_N = _OutsideTerms.apply(*inputs, walk, fixed, logsumexp_N.detach(), divergence)  # type: ignore[no-untyped-call]
     return cast(Tensor, value_N)
 
 
@@ -91,20 +87,22 @@ class _OutsideTerms(torch.autograd.Function):
         walk: Walk,
         fixed: Fixed,
         logsumexp_N: Tensor,
-        terms: Terms,
+        divergence: Divergence,
     ) -> Tensor:
         inputs = Inputs(hidden_ND, weight_VD, bias_V)
         value_N = torch.zeros(len(hidden_ND), dtype=walk.dtype, device=hidden_ND.device)
         slope_N = torch.zeros_like(value_N)
 
         def visit(logits_CT: Tensor, rows: slice, tile: slice) -> None:
-            terms_CT, slope_CT = _terms_of(terms, logits_CT.sub_(logsumexp_N[rows, None]), fixed, rows, tile)
-            value_N[rows] += terms_CT.sum(1)
-            slope_N[rows] += slope_CT.sum(1)
+            logprobs_CT = logits_CT.sub_(logsumexp_N[rows, None])
+            fixed_CT = _sink_ids(logprobs_CT, fixed, rows, tile)
+            terms_C, slope_C = divergence.sums(fixed_CT, logprobs_CT, logprobs_CT.exp())
+            value_N[rows] += terms_C
+            slope_N[rows] += slope_C
 
         with torch.autocast(hidden_ND.device.type, enabled=False):
             visit_tiles(inputs, walk, visit)
-        ctx.walk, ctx.terms = walk, terms
+        ctx.walk, ctx.slopes = walk, divergence.slopes
         ctx.save_for_backward(*inputs, *fixed, logsumexp_N, slope_N)
         return value_N
 
@@ -116,40 +114,27 @@ class _OutsideTerms(torch.autograd.Function):
         walk: Walk = ctx.walk
 
         def gradient_of(products_CT: Tensor, bias_T: Tensor | None, rows: slice, tile: slice) -> Tensor:
-            finish_logits(products_CT, bias_T, walk)
-            inner_CT = None
-            if walk.softcap is not None:
-                inner_CT = 1 - (products_CT * (walk.temperature / walk.softcap)).square_()
+            inner_CT = finish_with_slope(products_CT, bias_T, walk)
             logprobs_CT = products_CT.sub_(logsumexp_N[rows, None])
-            _, slope_CT = _terms_of(ctx.terms, logprobs_CT, fixed, rows, tile)
+            student_CT = logprobs_CT.exp()
+            fixed_CT = _sink_ids(logprobs_CT, fixed, rows, tile)
+            slope_CT = ctx.slopes(fixed_CT, logprobs_CT, student_CT.where(logprobs_CT > SUNK / 2, 0.0))
             # d log s_v / d z_u is 1[u = v] - s_u: every slope is also taken off all logits, by the softmax.
-            grad_CT = slope_CT.sub_(logprobs_CT.exp_().mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
-            if inner_CT is not None:
-                grad_CT.mul_(inner_CT)
-            return grad_CT if walk.temperature == 1.0 else grad_CT.div_(walk.temperature)
+            grad_CT: Tensor = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
+            return through_logits(grad_CT, inner_CT, walk)
 
         with torch.autocast(grad_N.device.type, enabled=False):
             gradients = propagate_tiles(inputs, walk, ctx.needs_input_grad[:3], gradient_of)
         return (*gradients, None, None, None, None)
 
 
-def _terms_of(
-    terms: Terms, logprobs_CT: Tensor, fixed: Fixed, rows: slice, tile: slice
-) -> tuple[Tensor, Tensor]:
-    """Terms of a tile and their derivatives by log s, both 0 at the tokens that are left out."""
-    fixed_CT = (fixed.shift_N[rows, None] + fixed.log_shape_V[tile]).to(logprobs_CT.dtype)
-    keep_CT = _is_outside(fixed.ids_NK[rows], tile, logprobs_CT)
-    with torch.enable_grad():
-        leaf_CT = logprobs_CT.detach().requires_grad_()
-        terms_CT = terms(fixed_CT, leaf_CT)
-        (slope_CT,) = torch.autograd.grad(terms_CT, leaf_CT, keep_CT)
-    return terms_CT.detach() * keep_CT, slope_CT
-
-
-def _is_outside(ids_CK: Tensor, tile: slice, like_CT: Tensor) -> Tensor:
-    """1 at the tokens of a tile that are summed, 0 at those that are left out."""
-    keep_CT = torch.ones_like(like_CT)
+def _sink_ids(logprobs_CT: Tensor, fixed: Fixed, rows: slice, tile: slice) -> Tensor:
+    """The fixed side's log-probabilities of a tile; tokens left out vanish from them and the student's."""
+    fixed_CT = torch.add(fixed.shift_N[rows, None], fixed.log_shape_V[tile]).to(logprobs_CT.dtype)
+    ids_CK = fixed.ids_NK[rows]
     is_here_CK = (ids_CK >= tile.start) & (ids_CK < tile.stop)
-    # An id of another tile takes 0 from whatever column it is given.
-    column_CK = (ids_CK - tile.start).clamp_(0, like_CT.shape[1] - 1)
-    return keep_CT.scatter_add_(1, column_CK, -is_here_CK.to(keep_CT.dtype))
+    # An id of another tile adds 0 to whatever column it is given.
+    column_CK = (ids_CK - tile.start).clamp_(0, logprobs_CT.shape[1] - 1)
+    for side_CT in (fixed_CT, logprobs_CT):
+        side_CT.scatter_add_(1, column_CK, is_here_CK.to(side_CT.dtype) * SUNK)
+    return fixed_CT

@@ -7,6 +7,7 @@ The backward pass recomputes the logits tile by tile, so memory beyond the gradi
 
 # N = positions, D = hidden size, V = vocabulary, K = own top-k
 # M = ids requested per position, S = tail sets, U = slots for the distinct ids among the M (so U = M)
+# F = vectors averaged by the student, G = vectors that average its logits
 
 import functools
 import importlib.util
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.tile_types import FLOOR, Inputs, LogitGradient, VocabularySums, Walk
+from lightopd.kernels.fixed_sums import FixedSums, Slots, add_gradient, fixed_sums, vectors_for
+from lightopd.kernels.tile_types import FLOOR, Inputs, LogitGradient, Vectors, VocabularySums, Walk
 from lightopd.kernels.vocabulary_walk import propagate, vocabulary_sums
 
 PADDING_ID = -1
@@ -46,6 +48,8 @@ class TokenLogprobs:
     """int64, the student's own most likely tokens, most likely first; None unless requested."""
     topk_logprobs_NK: Tensor | None
     """Their log-probabilities. Detached; None unless requested."""
+    fixed: FixedSums | None = None
+    """Sums against fixed vectors. Differentiable; None unless requested."""
 
 
 def selected_logprobs(
@@ -58,6 +62,8 @@ def selected_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     own_top_k: int = 0,
+    averaged_FV: Tensor | None = None,
+    weighing_GV: Tensor | None = None,
     chunk_tokens: int | None = None,
     tile_vocab: int | None = None,
     fused: bool | None = None,
@@ -79,10 +85,12 @@ def selected_logprobs(
         softcap: c in c * tanh(z / c), positive (Gemma 2, 2024, section 2); None for none.
         temperature: positive; divides the logits after the softcap.
         own_top_k: how many of the student's own most likely tokens to return, 0 to V.
+        averaged_FV: fixed vectors, finite; each one's average under the student is in `fixed`.
+        weighing_GV: the same, and the student's logits weighed by each.
         chunk_tokens: positions per tile; changes speed and memory, not results.
         tile_vocab: vocabulary entries per tile; changes speed and memory, not results.
         fused: read each tile once, in a kernel of Triton's, and not in several of torch's; None does so on a
-            GPU where Triton is installed. Not for float64.
+            GPU where Triton is installed. Not for float64, nor with vectors, which torch's operations sum.
 
     Raises:
         ValueError: shapes or dtypes do not fit, a number is out of range, or an id lies outside the
@@ -92,16 +100,18 @@ def selected_logprobs(
     if member_NSM is None:
         member_NSM = ids_NM.new_zeros((*ids_NM.shape[:1], 0, *ids_NM.shape[1:]), dtype=torch.bool)
     _check_shapes(hidden_ND, head_VD, ids_NM, member_NSM, bias_V)
-    if ids_NM.device.type == "cpu":
-        _check_ids(ids_NM, num_vocab=head_VD.shape[0])
+    _check_ids(ids_NM, num_vocab=head_VD.shape[0])
     _check_range("own_top_k", own_top_k, 0, head_VD.shape[0])
     inputs = Inputs(hidden_ND, head_VD, bias_V)
     walk = plan_walk(inputs, softcap, temperature, chunk_tokens, tile_vocab, fused)
-    requested = _distinct(ids_NM, member_NSM)
-    outputs = _SelectedLogprobs.apply(*inputs, walk, requested, own_top_k)  # type: ignore[no-untyped-call]
-    logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK = cast(tuple[Tensor, ...], outputs)
-    own = (top_ids_NK, top_NK) if own_top_k else (None, None)
-    return TokenLogprobs(logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own)
+    vectors = vectors_for(averaged_FV, weighing_GV, len(head_VD), hidden_ND, walk.dtype)
+    walk = walk._replace(is_fused=walk.is_fused and vectors is None)
+    given = (*inputs, walk, _distinct(ids_NM, member_NSM), own_top_k, vectors)
+    outputs = cast(tuple[Tensor, ...], _SelectedLogprobs.apply(*given))  # type: ignore[no-untyped-call]
+    logprobs_NM, tail_NS, logsumexp_N, entropy_N, *own = outputs[:6]
+    top_ids_NK, top_NK = own if own_top_k else (None, None)
+    fixed = vectors and FixedSums(*outputs[6:])
+    return TokenLogprobs(logprobs_NM, tail_NS, logsumexp_N, entropy_N, top_ids_NK, top_NK, fixed)
 
 
 class _Requested(NamedTuple):
@@ -137,10 +147,11 @@ class _SelectedLogprobs(torch.autograd.Function):
         walk: Walk,
         requested: _Requested,
         own_top_k: int,
+        vectors: Vectors | None,
     ) -> tuple[Tensor, ...]:
         inputs = Inputs(hidden_ND, weight_VD, bias_V)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            sums = vocabulary_sums(inputs, requested.ids_NU, walk, own_top_k)
+            sums = vocabulary_sums(inputs, requested.ids_NU, walk, own_top_k, vectors)
         peak_N = torch.cat([sums.max_N[:, None], sums.requested_NU], dim=1).amax(1)
         shares = _shares(sums, peak_N, requested.is_member_NSU)
         logprobs_NU = shares.requested_NU - shares.log_total_N[:, None]
@@ -149,28 +160,42 @@ class _SelectedLogprobs(torch.autograd.Function):
         logsumexp_N = peak_N + shares.log_total_N
         entropy_N = _entropy(sums, shares)
         top_NK = sums.top_logits_NK - peak_N[:, None] - shares.log_total_N[:, None]
+        fixed = fixed_sums(sums, _slots(requested, shares), vectors, entropy_N) if vectors else ()
         ctx.walk = walk
-        ctx.save_for_backward(*inputs, *requested, sums.max_N, *shares)
-        ctx.mark_non_differentiable(entropy_N, sums.top_ids_NK, top_NK)
-        return logprobs_NM, tail_NS, logsumexp_N, entropy_N, sums.top_ids_NK, top_NK
+        ctx.save_for_backward(*inputs, *requested, sums.max_N, *shares, *(vectors or ()), *fixed)
+        # With no vector to average, the second walk has no term of the entropy's.
+        detached = fixed[:1] if vectors and not len(vectors.averaged_FV) else ()
+        ctx.mark_non_differentiable(entropy_N, sums.top_ids_NK, top_NK, *detached)
+        return logprobs_NM, tail_NS, logsumexp_N, entropy_N, sums.top_ids_NK, top_NK, *fixed
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, grad_logsumexp_N: Tensor, *_: Tensor
+        ctx: Any, grad_logprobs_NM: Tensor, grad_tail_NS: Tensor, grad_logsumexp_N: Tensor, *rest: Tensor
     ) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         inputs, requested, max_N, shares = (
             Inputs(*saved[:3]),
             _Requested(*saved[3:7]),
             saved[7],
-            _Shares(*saved[8:]),
+            _Shares(*saved[8:12]),
         )
+        vectors = Vectors(*saved[12:14]) if saved[12:] else None
         with torch.autocast(max_N.device.type, enabled=False):
             given = (grad_logprobs_NM, grad_tail_NS, grad_logsumexp_N)
             gradient = _logit_gradient(*given, requested, max_N, shares)
-            gradients = propagate(inputs, requested.ids_NU, ctx.walk, gradient, ctx.needs_input_grad[:3])
-        return (*gradients, None, None, None)
+            if vectors is not None:
+                sums, slots = (FixedSums(*rest[3:]), FixedSums(*saved[14:])), _slots(requested, shares)
+                by_vectors = add_gradient(*sums, slots, vectors, gradient.scale_N, gradient.requested_NU)
+                gradient = gradient._replace(by_vectors=by_vectors)
+            wanted = ctx.needs_input_grad[:3]
+            gradients = propagate(inputs, requested.ids_NU, ctx.walk, gradient, wanted, vectors)
+        return (*gradients, None, None, None, None)
+
+
+def _slots(requested: _Requested, shares: _Shares) -> Slots:
+    logprobs_NU = shares.requested_NU - shares.log_total_N[:, None]
+    return Slots(requested.ids_NU, logprobs_NU, shares.others_max_N - shares.log_total_N)
 
 
 def _distinct(ids_NM: Tensor, member_NSM: Tensor) -> _Requested:
@@ -316,7 +341,7 @@ def _check_shapes(
 
 def _check_ids(ids_NM: Tensor, num_vocab: int) -> None:
     """One comparison per call; the position is only looked for when there is something to report."""
-    if ids_NM.numel() == 0:
+    if ids_NM.numel() == 0 or ids_NM.device.type != "cpu":
         return
     is_wrong_NM = (ids_NM < PADDING_ID) | (ids_NM >= num_vocab)
     if is_wrong_NM.any():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightopd.kernels.plain_tiles import finish_logits
+from lightopd.kernels.plain_tiles import finish_with_slope, through_logits
 from lightopd.kernels.selected_logprobs import plan_walk
 from lightopd.kernels.tile_types import Inputs, Walk
 from lightopd.kernels.vocabulary_walk import LogitTiles, propagate_tiles, visit_tiles
@@ -143,13 +143,13 @@ class _TwoHeads(torch.autograd.Function):
         frozen_tiles = _FrozenTiles(frozen, walk)
 
         def gradient_of(products_CT: Tensor, bias_T: Tensor | None, rows: slice, tile: slice) -> Tensor:
-            logits_CT, inner_CT = finish_with_slope(products_CT, bias_T, walk)
-            logprobs_CT = logits_CT.sub_(logsumexp_N[rows, None])
+            inner_CT = finish_with_slope(products_CT, bias_T, walk)
+            logprobs_CT = products_CT.sub_(logsumexp_N[rows, None])
             student_CT = logprobs_CT.exp()
             slope_CT = ctx.slopes(frozen_tiles.logprobs(rows, tile), logprobs_CT, student_CT)
             # d log s_v / d z_u is 1[u = v] - s_u: every slope is also taken off all logits, by the softmax.
             grad_CT: Tensor = slope_CT.sub_(student_CT.mul_(slope_N[rows, None])).mul_(grad_N[rows, None])
-            return grad_CT if inner_CT is None else grad_CT.mul_(inner_CT)
+            return through_logits(grad_CT, inner_CT, walk)
 
         with torch.autocast(grad_N.device.type, enabled=False):
             gradients = propagate_tiles(inputs, walk, ctx.needs_input_grad[:3], gradient_of)
@@ -169,14 +169,3 @@ class _FrozenTiles:
         """log T of a tile, [C, T], in the live side's dtype."""
         logprobs_CT = self._tiles.read(rows, tile).sub_(self._logsumexp_N[rows, None])
         return logprobs_CT.to(self._dtype)
-
-
-def finish_with_slope(products_CT: Tensor, bias_T: Tensor | None, walk: Walk) -> tuple[Tensor, Tensor | None]:
-    """Products as logits, in place, and the derivative of each logit by its product; None where that is 1."""
-    finish_logits(products_CT, bias_T, walk)
-    if walk.softcap is None:
-        if walk.temperature == 1.0:
-            return products_CT, None
-        return products_CT, products_CT.new_full((1, 1), 1 / walk.temperature)
-    inner_CT = 1 - (products_CT * (walk.temperature / walk.softcap)).square_()
-    return products_CT, inner_CT.div_(walk.temperature)

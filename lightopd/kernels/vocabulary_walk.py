@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from lightopd.kernels import plain_tiles
-from lightopd.kernels.tile_types import FLOOR, Gradients, Inputs, LogitGradient, VocabularySums, Walk
+from lightopd.kernels.tile_types import (
+    FLOOR,
+    Gradients,
+    Inputs,
+    LogitGradient,
+    Vectors,
+    VocabularySums,
+    Walk,
+)
 
 ROUNDED_AT_ONCE = 1 << 21
 """Sums that are rounded together."""
@@ -27,7 +35,9 @@ TileGradient = Callable[[Tensor, Tensor | None, slice, slice], Tensor]
 """From the products of a tile, the bias of its tokens, its rows and its tokens: the gradient [C, T]."""
 
 
-def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
+def vocabulary_sums(
+    inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int, vectors: Vectors | None = None
+) -> VocabularySums:
     """First pass: sums over all logits, and the logits of the tokens requested.
 
     Args:
@@ -35,9 +45,10 @@ def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) 
         ids_NU: int64, distinct within a row, -1 in slots without a token.
         walk: form of the logits and size of the pieces.
         own_top_k: how many of the largest logits to keep at each position, 0 for none.
+        vectors: what else is summed against, where the walk is not fused; None for nothing.
     """
     ids_NU = ids_NU.contiguous()
-    sums = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k)
+    sums = _empty_statistics(inputs.hidden_ND, ids_NU, walk, own_top_k, vectors)
     buffer = _tile_buffer(inputs, walk)
     exp_buffer = None if walk.is_fused else _tile_buffer(inputs, walk)
     chunks = [
@@ -47,14 +58,20 @@ def vocabulary_sums(inputs: Inputs, ids_NU: Tensor, walk: Walk, own_top_k: int) 
     with torch.cuda.device_of(inputs.hidden_ND):  # type: ignore[no-untyped-call]
         for tile in _slices(inputs.weight_VD.shape[0], walk.tile_vocab):
             weight_TD, bias_T = _tile_of_head(inputs, tile, walk)
+            vectors_T = vectors and vectors.tile(tile)
             for hidden_CD, ids_CU, part in chunks:
                 products_CT = _products(hidden_CD, weight_TD, walk, buffer)
-                _absorb(part, products_CT, bias_T, ids_CU, tile.start, walk, exp_buffer)
+                _absorb(part, products_CT, bias_T, ids_CU, tile.start, walk, exp_buffer, vectors_T)
     return sums
 
 
 def propagate(
-    inputs: Inputs, ids_NU: Tensor, walk: Walk, gradient: LogitGradient, wanted: tuple[bool, bool, bool]
+    inputs: Inputs,
+    ids_NU: Tensor,
+    walk: Walk,
+    gradient: LogitGradient,
+    wanted: tuple[bool, bool, bool],
+    vectors: Vectors | None = None,
 ) -> Gradients:
     """Second pass: recompute each tile, turn it into its gradient, and multiply that into what needs one.
 
@@ -64,14 +81,15 @@ def propagate(
         walk: form of the logits and size of the pieces.
         gradient: by the logits as they are after softcap and temperature.
         wanted: whether hidden, weight and bias need a gradient.
+        vectors: as in the first pass.
 
     Sums over positions and over the vocabulary are kept in `walk.dtype` and rounded once, at the end.
     """
     ids_NU = ids_NU.contiguous()
 
     def gradient_of(products_CT: Tensor, bias_T: Tensor | None, rows: slice, tile: slice) -> Tensor:
-        part = LogitGradient(*(field[rows] for field in gradient))
-        return _gradient(products_CT, bias_T, part, ids_NU[rows], tile.start, walk)
+        part, vectors_T = gradient.rows(rows), vectors and vectors.tile(tile)
+        return _gradient(products_CT, bias_T, part, ids_NU[rows], tile.start, walk, vectors_T)
 
     return propagate_tiles(inputs, walk, wanted, gradient_of)
 
@@ -151,6 +169,7 @@ def _absorb(
     start: int,
     walk: Walk,
     exp_buffer: Tensor | None,
+    vectors: Vectors | None,
 ) -> None:
     own_top_k = part.top_logits_NK.shape[1]
     if own_top_k or exp_buffer is not None:
@@ -159,7 +178,7 @@ def _absorb(
     if own_top_k:
         plain_tiles.merge_top_k(part, products_CT, start)
     if exp_buffer is not None:
-        plain_tiles.absorb(part, products_CT, ids_CU, start, exp_buffer)
+        plain_tiles.absorb(part, products_CT, ids_CU, start, exp_buffer, vectors)
         return
     from lightopd.kernels import fused_tiles
 
@@ -167,11 +186,17 @@ def _absorb(
 
 
 def _gradient(
-    products_CT: Tensor, bias_T: Tensor | None, part: LogitGradient, ids_CU: Tensor, start: int, walk: Walk
+    products_CT: Tensor,
+    bias_T: Tensor | None,
+    part: LogitGradient,
+    ids_CU: Tensor,
+    start: int,
+    walk: Walk,
+    vectors: Vectors | None,
 ) -> Tensor:
     if not walk.is_fused:
         plain_tiles.finish_logits(products_CT, bias_T, walk)
-        return plain_tiles.turn_into_gradient(products_CT, part, ids_CU, start, walk)
+        return plain_tiles.turn_into_gradient(products_CT, part, ids_CU, start, walk, vectors)
     from lightopd.kernels import fused_tiles
 
     return fused_tiles.turn_into_gradient(products_CT, bias_T, part, ids_CU, start, walk)
@@ -189,7 +214,9 @@ def _tile_buffer(inputs: Inputs, walk: Walk) -> Tensor:
     return inputs.hidden_ND.new_empty(num_rows * num_columns, dtype=walk.dtype)
 
 
-def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int) -> VocabularySums:
+def _empty_statistics(
+    hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: int, vectors: Vectors | None
+) -> VocabularySums:
     num_positions = hidden_ND.shape[0]
 
     def filled(value: float, *shape: int) -> Tensor:
@@ -202,6 +229,8 @@ def _empty_statistics(hidden_ND: Tensor, ids_NU: Tensor, walk: Walk, own_top_k: 
         requested_NU=filled(-torch.inf, ids_NU.shape[1]),
         top_ids_NK=ids_NU.new_full((num_positions, own_top_k), -1),
         top_logits_NK=filled(-torch.inf, own_top_k),
+        averages_NF=filled(0.0, 0 if vectors is None else len(vectors.averaged_FV)),
+        weighed_NG=filled(0.0, 0 if vectors is None else len(vectors.weighing_GV)),
     )
 
 

@@ -4,7 +4,7 @@ R = rollouts, N = their response tokens laid end to end; nats. `Loss.value` is t
 over all micro-batches and devices of an optimiser step it is the step's loss, so the split does not matter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def compute_loss(
         step_sums: sums of `collect_step_sums` over the optimiser step, where `needs(config).step_sums`.
         state: state of the objective, where `needs(config).state`.
     """
-    config = exposed(config, state.exposure if state else None)
+    config, batch = exposed(config, state.exposure if state else None), with_rebuilt(batch, student)
     parts = [_term_loss(term, batch, student, step_sums or {}) for term in config.terms]
     value = student.logprobs_N.new_zeros(())
     metrics: MetricSums = {}
@@ -73,6 +73,7 @@ def collect_step_sums(
     numbers over micro-batches and devices, and hand the sums to `compute_loss`. Else it is empty.
     """
     found: MetricSums = {}
+    batch = with_rebuilt(batch, student)
     for term in exposed(config, state.exposure if state else None).terms:
         scene = _look(term, batch, student)
         of_target = PARTS[type(term.target)].step_sums
@@ -84,6 +85,11 @@ def collect_step_sums(
             if part.step_sums is not None:
                 found[f"{term.name}/{weight.kind}"] = part.step_sums(weight, scene)
     return found
+
+
+def with_rebuilt(batch: RolloutBatch, student: StudentTokens) -> RolloutBatch:
+    """The batch with the signals whose top-k was made from hidden states."""
+    return replace(batch, signals=batch.signals | student.rebuilt) if student.rebuilt else batch
 
 
 def _look(

@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightopd.errors import ConfigError
-from lightopd.objectives.base.batch import RolloutBatch, StudentTokens
+from lightopd.models.head import Head
+from lightopd.objectives.base.batch import RolloutBatch, SignalBatch, StudentTokens
+from lightopd.objectives.base.hidden_states import (
+    HiddenSignal,
+    hidden_signals,
+    in_order,
+    teacher_hidden,
+    whole_in_full,
+)
 from lightopd.objectives.base.whole_vocabulary import SpreadTail, outside_in_full, spread_tails
 from lightopd.objectives.loss import Loss, collect_step_sums, compute_loss
-from lightopd.objectives.requirements import needs
+from lightopd.objectives.requirements import needs, on_signals
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 
@@ -27,6 +35,7 @@ def loss_from_logits(
     batch: RolloutBatch,
     logits_NV: Tensor,
     shapes: Mapping[str, NDArray[np.float32]] | None = None,
+    heads: Mapping[str, Head] | None = None,
 ) -> Loss:
     """The loss of a batch under the student's logits; `.value` has a gradient.
 
@@ -35,6 +44,7 @@ def loss_from_logits(
         batch: cached side, from `open_cache(...).batches()`.
         logits_NV: raw logits that predict each response token, any float dtype; promoted to float32.
         shapes: by signal, from `open_cache(...).tail_shape(NAME)`; read where a term's tail is shaped.
+        heads: by signal, from `open_cache(...).head(NAME)`; read where hidden states are.
 
     Raises:
         ConfigError: the objective needs the whole cache or a state between steps, or a signal that the
@@ -53,14 +63,39 @@ def loss_from_logits(
     if lacking:
         there = ", ".join(batch.signals) or "none"
         raise ConfigError(f"the objective reads signal {lacking[0]!r}; the batch holds: {there}")
+    kept = {n: s.topk_ids_NK.shape[1] for n, s in batch.signals.items() if s.hidden_ND is not None}
+    hidden = hidden_signals(on_signals(wanted, kept), heads or {}, logits_NV.shape[1])
+    teachers = {each.name: _teacher_logits(each, batch.signals[each.name]) for each in hidden}
+    made = {
+        each.name: _rebuilt(each, batch.signals[each.name], teachers[each.name], logits_NV)
+        for each in hidden
+        if each.entries
+    }
+    batch = replace(batch, signals=batch.signals | made)
     student = student_tokens(batch, logits_NV, wanted.supports)
-    if wanted.tails:
-        tails = spread_tails(wanted.tails, shapes or {}, logits_NV.shape[1])
-        outside_N = {tail.what.term: _outside(tail, batch, student, logits_NV) for tail in tails}
-        student = replace(student, outside_N=outside_N)
+    tails = spread_tails(wanted.tails, shapes or {}, logits_NV.shape[1])
+    outside_N = {tail.what.key: _outside(tail, batch, student, logits_NV) for tail in tails}
+    for each in hidden:
+        for whole in each.tails:
+            outside_N[whole.key] = whole_in_full(whole, teachers[each.name], logits_NV.float())
+    student = replace(student, outside_N=outside_N)
     with torch.no_grad():
         step_sums = collect_step_sums(config, batch, student) if wanted.step_sums else None
     return compute_loss(config, batch, student, step_sums)
+
+
+def _teacher_logits(signal: HiddenSignal, cached: SignalBatch) -> Tensor:
+    with torch.no_grad():
+        return signal.head.logits(teacher_hidden(signal, cached))
+
+
+@torch.no_grad()
+def _rebuilt(signal: HiddenSignal, cached: SignalBatch, teacher_NV: Tensor, logits_NV: Tensor) -> SignalBatch:
+    assert signal.entries is not None
+    side_NV = teacher_NV if signal.entries.of == "teacher" else logits_NV.float()
+    ids_NK = side_NV.topk(min(signal.entries.top_k, side_NV.shape[1])).indices
+    logprobs_NK, tail_N = _on_support(teacher_NV.log_softmax(dim=-1), ids_NK)
+    return in_order(cached, ids_NK, logprobs_NK, tail_N)
 
 
 def student_tokens(

@@ -1,13 +1,18 @@
 """What an objective needs, from the declarations of its parts."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
 
+from lightopd.cache.store import Cache
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.exposure import at_signal
 from lightopd.objectives.parts.registry import PARTS
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
+from lightopd.schemas.objectives.targets import Entries
 
 
 def needs(config: ObjectiveConfig) -> Needs:
@@ -24,6 +29,37 @@ def needs(config: ObjectiveConfig) -> Needs:
     return reduce(or_, [*of_terms, *of_selections, of_objective], Needs())
 
 
+def kept_hidden(cache: Cache) -> dict[str, int]:
+    """The signals that keep hidden states, and the number of top-k entries they keep beside them."""
+    manifests = {name: signal.manifest for name, signal in cache.signals.items()}
+    return {name: manifest.top_k for name, manifest in manifests.items() if manifest.hidden is not None}
+
+
+def needs_on(config: ObjectiveConfig, cache: Cache) -> Needs:
+    """What the objective reads of this cache: of some signals hidden states in the place of a top-k."""
+    return on_signals(needs(config), kept_hidden(cache))
+
+
+def on_signals(wanted: Needs, hidden: Mapping[str, int]) -> Needs:
+    """What is read where some signals keep hidden states: those, in the place of a top-k that is not stored.
+
+    Args:
+        wanted: of `needs(config)`.
+        hidden: signals that keep hidden states, and the number of top-k entries they keep beside them.
+    """
+    entries = dict(wanted.entries)
+    for name in wanted.topk:
+        if hidden.get(name) == 0:
+            entries.setdefault(name, Entries())
+    made = {name: each for name, each in entries.items() if name in hidden and name in wanted.topk}
+    return replace(
+        wanted,
+        topk=tuple(name for name in wanted.topk if name not in made),
+        hidden=tuple(dict.fromkeys((*wanted.hidden, *made))),
+        entries=tuple(made.items()),
+    )
+
+
 def _exposures(config: ObjectiveConfig) -> list[ObjectiveConfig]:
     if config.exposure is None:
         return [config]
@@ -36,6 +72,7 @@ def term_needs(term: TermConfig) -> Needs:
     of_rows = Needs(
         columns=("reward",) if rewards else (),
         prepared=term.rows != "all" or term.average_over == "rows",
+        entries=tuple((name, term.entries) for name in teacher_names(term) if term.entries is not None),
     )
     return reduce(or_, [_part_needs(part, term) for part in parts_of(term)], of_rows)
 

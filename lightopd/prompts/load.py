@@ -13,7 +13,8 @@ from lightopd.prompts.generated import reasoning_gym_prompts, running_totals_pro
 from lightopd.prompts.shapes import SHAPE_COLUMNS, ShapedRow, Turn, shape_row
 from lightopd.prompts.values import answer_text, identifier, text_or_none
 from lightopd.rewards.reward import find_verifier
-from lightopd.schemas.configs import ROW_FIELDS, FilePrompts, PromptsConfig, ReasoningGymPrompts
+from lightopd.schemas.configs import FilePrompts, PromptsConfig, ReasoningGymPrompts
+from lightopd.schemas.prompts import ROW_FIELDS
 from lightopd.schemas.records import Prompt, prompt_content_id
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from lightopd.prompts.load import prompt_of
 from lightopd.prompts.shapes import ShapedRow, Turn, checked_turns, mapped_value, shape_row
 from lightopd.prompts.tokens import apply_template, render_prompt
 from lightopd.prompts.values import check_values, told
-from lightopd.schemas.configs import RESPONSE_FIELDS, ROW_FIELDS, FilePrompts
+from lightopd.schemas.configs import FilePrompts
+from lightopd.schemas.prompts import RESPONSE_FIELDS, ROW_FIELDS
 from lightopd.schemas.records import Bools, Ids, Prompt, short_hash
 
 LARGEST_ID = 2**31 - 1

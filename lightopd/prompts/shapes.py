@@ -7,7 +7,7 @@ from typing import Any
 
 from lightopd.errors import InputError
 from lightopd.prompts.values import check_values, told
-from lightopd.schemas.configs import RESERVED_TEMPLATE_OPTIONS, ROW_FIELDS
+from lightopd.schemas.prompts import RESERVED_TEMPLATE_OPTIONS, ROW_FIELDS
 
 Turn = dict[str, Any]
 

@@ -26,9 +26,9 @@ from lightopd.models.limits import model_limits
 from lightopd.models.load import context_length_of
 from lightopd.models.probe import check_attention
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.preparation.cached_signals import cached_heads, cached_tails
 from lightopd.objectives.preparation.serving import cache_remarks, check_cache, check_origin, warnings_of
-from lightopd.objectives.preparation.tails import cached_tails
-from lightopd.objectives.requirements import needs
+from lightopd.objectives.requirements import needs_on
 from lightopd.objectives.state import restored
 from lightopd.ranks import is_first_rank, is_main, is_worker
 from lightopd.schemas.configs import ModelConfig
@@ -57,6 +57,7 @@ from lightopd.training.checkpoints.untouched import check_names
 from lightopd.training.data.batches import CacheData
 from lightopd.training.data.plan import GIB, check_lengths, make_plan, row_tokens
 from lightopd.training.data.shard_store import FirstReading, ShardStore
+from lightopd.training.data.sizes import cached_sizes
 from lightopd.training.data.split import SelectedRollouts, refuse_ids_beyond, select_rollouts
 from lightopd.training.distributed.launch import as_worker, must_start, report, start_workers
 from lightopd.training.distributed.strategies import check_strategy, uses_gpu
@@ -175,7 +176,7 @@ def _fit(
     continue_from: Path | None,
     accuracy: AccuracyMeter | None,
 ) -> FitResult:
-    needed = needs(objective)
+    needed = needs_on(objective, cache)
     starts_workers = not is_worker() and must_start(finetune)
     check_held_out_scores(objective, finetune)
     check_privacy(objective, needed, finetune)
@@ -227,6 +228,7 @@ def _train(run: _Run, start: Start) -> dict[str, Any]:
         run.needed,
         run.finetune,
         tails=cached_tails(run.cache, run.needed, student),
+        heads=cached_heads(run.cache, run.needed, student),
         limits=None if run.needed.shown else run.limits,  # drift under other prompts means nothing
         held_out=held_out,
         accuracy=run.accuracy,
@@ -270,8 +272,8 @@ def _hold_out(run: _Run, selected: SelectedRollouts, store: ShardStore) -> HeldO
     if selected.held_out is None:
         return None
     objective = held_out_objective(run.objective, run.needed)
-    width = row_tokens(selected.held_out, run.finetune)
-    return HeldOut(selected.held_out, store, objective, run.finetune.micro_batch_tokens, width)
+    needed, width = needs_on(objective, run.cache), row_tokens(selected.held_out, run.finetune)
+    return HeldOut(selected.held_out, store, objective, needed, run.finetune.micro_batch_tokens, width)
 
 
 def _make_room(out: Path, done: int) -> None:
@@ -291,7 +293,7 @@ def _open_data(run: _Run) -> tuple[SelectedRollouts, ShardStore]:
     signals, topk = run.needed.signals, run.needed.topk
     limit = int(run.finetune.shuffle_gib * GIB)
     shown = next(iter(run.needed.shown), None)
-    reading = FirstReading(run.cache, signals, topk, limit, shown)
+    reading = FirstReading(run.cache, signals, topk, limit, shown, run.needed.hidden)
     held_out, width = run.finetune.held_out, _id_limit(run)
     selected = select_rollouts(run.cache, run.objective, run.needed, held_out, reading, width)
     index = selected.trained
@@ -348,14 +350,8 @@ def _say_memory(model: PreTrainedModel, run: _Run, longest: int) -> None:
     available = available_memory(run.finetune)
     if available is None or not is_first_rank():
         return
-    entries = cached_entries(run.cache, run.needed)
-    estimate = estimate_memory(model, run.finetune, longest, cached_entries=entries)
+    estimate = estimate_memory(model, run.finetune, longest, cached_sizes(run.cache, run.needed))
     log.log(logging.INFO if estimate.fits(available) else logging.WARNING, "%s", estimate.sentence(available))
-
-
-def cached_entries(cache: Cache, needed: Needs) -> int:
-    """Entries of a position, over all signals whose support the objective reads."""
-    return sum(cache.signals[name].manifest.top_k for name in needed.topk)
 
 
 def _callbacks(run: _Run) -> list[Callback]:

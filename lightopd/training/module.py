@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lightopd.errors import LightopdError, TrainingError
+from lightopd.models.head import Head, head_of
 from lightopd.objectives import state as states
 from lightopd.objectives.base.batch import BatchTotals, MetricSums, StudentTokens
+from lightopd.objectives.base.hidden_states import HiddenSignal, heads_on, hidden_signals
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.whole_vocabulary import SpreadTail
 from lightopd.objectives.loss import collect_step_sums, compute_loss
@@ -91,7 +94,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     Args:
         student: in its own number format and in training mode, its dropout off (see `prepare_student`).
         objective: the loss.
-        needed: what it needs; `tails` are its tails with their shapes.
+        needed: what it needs of the cache; `tails` are its tails with their shapes, `heads` those of the
+            signals whose hidden states it reads.
         finetune: optimiser, schedule and number of steps.
         limits: drift past which the cache counts as stale; None for never.
         held_out: rollouts that the student is measured on; None for none.
@@ -108,6 +112,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         finetune: FinetuneConfig,
         *,
         tails: Sequence[SpreadTail] = (),
+        heads: Mapping[str, Head] = MappingProxyType({}),
         limits: StalenessLimits | None = None,
         held_out: HeldOut | None = None,
         accuracy: AccuracyMeter | None = None,
@@ -118,7 +123,10 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         self.automatic_optimization = False
         self.student = student
         self.objective = objective
-        self.needed, self.tails = needed, tails
+        self.needed, self.tails, self.heads = needed, tails, heads
+        self.hidden: tuple[HiddenSignal, ...] = ()
+        """What is made of hidden states in a step, with heads on the device; and on held-out rollouts."""
+        self._held_out_hidden: tuple[HiddenSignal, ...] = ()
         self.finetune = finetune
         self.held_out = held_out
         self.accuracy = accuracy
@@ -160,7 +168,12 @@ class StudentModule(LightningModule):  # type: ignore[misc]
         if self.finetune.privacy is not None:
             size = self.finetune.batch_sequences
             self.private = PrivateGradients(self.finetune.privacy, self.student, size, self.privacy_key)
+        is_half = self.device.type == "cuda" and self.finetune.precision != "32-true"
+        heads = heads_on(self.heads, self.device, torch.bfloat16 if is_half else None)
+        width = len(head_of(self.student).weight_VD)
+        self.hidden = hidden_signals(self.needed, heads, width)
         if self.held_out is not None:
+            self._held_out_hidden = hidden_signals(self.held_out.needed, heads, width)
             place = (self.global_rank, self.trainer.world_size)
             self._held_out_rows = self.held_out.rows(*place)
             if isinstance(self.student, FSDPModule):
@@ -260,7 +273,7 @@ class StudentModule(LightningModule):  # type: ignore[misc]
 
     def _student_tokens(self, batch: Microbatch) -> tuple[StudentTokens, Routers]:
         """What the student says, and its routers' logits where the loss reads them."""
-        read = (self.student, batch, self.needed.supports, self.tails)
+        read = (self.student, batch, self.needed.supports, self.tails, self.hidden)
         return routed_tokens(*read) if self.finetune.router_loss is not None else (student_tokens(*read), ())
 
     def _backward(
@@ -309,8 +322,8 @@ class StudentModule(LightningModule):  # type: ignore[misc]
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
         with self._on_held_out():
-            rows, objective = self._held_out_rows, self.held_out.objective
-            return held_out_loss(self.student, rows, objective, self.device, self._reduce)
+            measured = (self._held_out_rows, self.held_out, self._held_out_hidden)
+            return held_out_loss(self.student, *measured, self.device, self._reduce)
 
     def _gate(self) -> dict[str, float]:
         """What the objective's choices read of rollouts held out: a ladder's entropy, an exposure's loss."""

@@ -186,5 +186,7 @@ def _topk(cache: Cache, shard: int, signal: str) -> list[tuple[NDArray[Any], NDA
 def _at(topk: tuple[NDArray[Any], NDArray[Any], NDArray[Any]], place: int) -> dict[int, float]:
     """Log-probability by id at a position."""
     begins, ids, logprobs = topk
+    if place + 1 >= len(begins):  # behind the signal's horizon
+        return {}
     entries = slice(begins[place], begins[place + 1])
     return dict(zip(ids[entries].tolist(), logprobs[entries].tolist(), strict=True))

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from lightopd.cache.contexts import Contexts, read_contexts
 from lightopd.cache.manifests import signal_folder
 from lightopd.cache.reader import read_columns
-from lightopd.cache.row_checks import HALF_ROUNDING
+from lightopd.cache.signals.rounding import largest_error, largest_tail_error
 from lightopd.cache.store import Cache, open_cache
 from lightopd.cache.tables import split_lists
 from lightopd.config import build, read_yaml
@@ -22,7 +22,7 @@ from lightopd.engines.noise import compare, measure_noise
 from lightopd.errors import CacheError, ConfigError
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines.sampling.sample import LoadEngine
-from lightopd.pipelines.shared.estimate import own_top_k, support_of
+from lightopd.pipelines.shared.costs.estimate import own_top_k, support_of
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.sequences import read_sequences
 from lightopd.schemas.cache import SIGNALS
@@ -65,15 +65,17 @@ def rescore(
     engine = load(config.engine, config.teacher)
     try:
         cached, again = _score_again(cache, config, _drawn(cache, count, seed), engine, contexts)
-        noise = measure_noise(engine, read_sequences(cache, cache.shards[0], contexts)[1])
+        noise = measure_noise(
+            engine, read_sequences(cache, cache.shards[0], contexts, horizon=config.horizon)[1]
+        )
     finally:
         engine.close()
     found = compare([one.logprobs for one in cached], [one.logprobs for one in again])
     limit = max(ROUNDING_NATS, TIMES_NOISE * noise.max_nats)
-    rounding = HALF_ROUNDING if manifest.topk_dtype == "float16" else 0.0
     pairs = list(zip(cached, again, strict=True))
-    apart = max((_topk_apart(one, other, rounding, limit) for one, other in pairs), default=0.0)
-    tails = max((_tails_apart(one, other) for one, other in pairs), default=0.0)
+    dtype = manifest.topk_dtype
+    apart = max((_topk_apart(one, other, dtype, limit) for one, other in pairs), default=0.0)
+    tails = max((_tails_apart(one, other, dtype) for one, other in pairs), default=0.0)
     agrees = max(found.max_nats, apart, tails) <= limit
     note = (
         f"agrees with its teacher within the engine's own noise (limit {limit:.3g} nats)"
@@ -115,7 +117,7 @@ def _score_again(
     cached: list[RolloutSignal] = []
     again: list[RolloutSignal] = []
     for shard, chosen in rows.items():
-        sequences = read_sequences(cache, shard, contexts, support_of(config))[1]
+        sequences = read_sequences(cache, shard, contexts, support_of(config), config.horizon)[1]
         scored = engine.score([sequences[row] for row in chosen], own_top_k(config), config.min_probability)
         limit = cache.signals[config.signal].manifest.id_limit
         again += scored if limit is None else [keep_ids_below(each, limit) for each in scored]
@@ -125,18 +127,25 @@ def _score_again(
     return cached, again
 
 
-def _topk_apart(cached: RolloutSignal, again: RolloutSignal, rounding: float, limit: float) -> float:
-    """Largest difference of a top-k's values, nats; infinite where an id is there once and is no tie."""
+def _topk_apart(cached: RolloutSignal, again: RolloutSignal, dtype: str, limit: float) -> float:
+    """Largest difference of a top-k's values beyond their rounding, nats; infinite where an id is there once
+    and is no tie."""
     worst = 0.0
     for one, other in zip(_by_position(cached), _by_position(again), strict=True):
         for token in one.keys() & other.keys():
-            worst = max(worst, abs(one[token] - other[token]) - rounding * abs(other[token]))
+            apart = abs(one[token] - other[token])
+            worst = max(worst, apart - _error(other[token], dtype))
         for token in one.keys() ^ other.keys():
             mine, theirs = (one, other) if token in one else (other, one)
             last = min(theirs.values(), default=-np.inf)
-            if mine[token] > last + limit + rounding * abs(last):
+            rounding = _error(last, dtype) if np.isfinite(last) else 0.0
+            if mine[token] > last + limit + rounding:
                 return float("inf")
     return worst
+
+
+def _error(logprob: float, dtype: str) -> float:
+    return float(largest_error(np.array([logprob]), dtype)[0])
 
 
 def _by_position(scores: RolloutSignal) -> Iterator[dict[int, float]]:
@@ -148,10 +157,11 @@ def _by_position(scores: RolloutSignal) -> Iterator[dict[int, float]]:
         yield dict(zip(ids, logprobs, strict=True))
 
 
-def _tails_apart(cached: RolloutSignal, again: RolloutSignal) -> float:
-    """Largest difference of the mass outside the top-k, in probability."""
-    gaps = np.abs(np.exp(cached.tail_logprobs.astype(np.float64)) - np.exp(again.tail_logprobs))
-    return float(gaps.max(initial=0.0))
+def _tails_apart(cached: RolloutSignal, again: RolloutSignal, dtype: str) -> float:
+    """Largest difference of the mass outside the top-k beyond its rounding, in probability."""
+    masses = np.exp(again.tail_logprobs.astype(np.float64))
+    gaps = np.abs(np.exp(cached.tail_logprobs.astype(np.float64)) - masses)
+    return float((gaps - masses * np.expm1(largest_tail_error(dtype))).max(initial=0.0))
 
 
 def _settings_of(cache: Cache, signal: str, teacher: str | None) -> PrecomputeConfig:

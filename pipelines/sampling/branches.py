@@ -16,6 +16,7 @@ import numpy as np
 
 from lightopd.cache.manifests import signal_names
 from lightopd.cache.reader import read_columns
+from lightopd.cache.signals.horizon import in_words
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import split_lists
 from lightopd.engines.base import Engine
@@ -77,6 +78,11 @@ def plan_branches(config: RewriteConfig, cache: Cache, prompts: Mapping[str, Pro
             f"{cache.path} has no signal {wanted.signal}, whose likeliest tokens are to be put; add it: "
             f"lightopd precompute --cache {cache.path} --teacher STUDENT --set role=self "
             f"--signal {wanted.signal} --top-k {max(8, wanted.force)}"
+        )
+    if signal is not None and signal.manifest.horizon is not None:
+        raise CacheError(
+            f"signal {wanted.signal} has ids of the {in_words(signal.manifest.horizon)} of responses, and "
+            "branches cut anywhere; score it again under another name without a horizon"
         )
     if signal is not None and signal.manifest.top_k < wanted.force:
         raise CacheError(

@@ -15,16 +15,18 @@ import numpy as np
 
 from lightopd import __version__
 from lightopd.cache.index import query, refresh_index
-from lightopd.cache.manifests import as_begun, schema_version_at
-from lightopd.cache.shards import valid_shard, write_shard
+from lightopd.cache.manifests import as_begun, read_manifest, schema_version_at
+from lightopd.cache.shards import valid_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table
 from lightopd.engines.base import Engine
+from lightopd.engines.kinds import LoadEngine as LoadEngine
 from lightopd.engines.kinds import describe_engine
 from lightopd.lineage.fingerprint import fingerprint_model, fingerprint_tokenizer
 from lightopd.pipelines.sampling.red_flags import answer_flags, check_answers
 from lightopd.pipelines.sampling.rendering import refuse_another_day, rendering_of, shown_time
 from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.workers.shared_shards import SharedShards, alone
 from lightopd.prompts.render import render_prompts
 from lightopd.prompts.tokens import prompt_text, response_text
 from lightopd.rewards.reward import reward_of
@@ -35,8 +37,6 @@ from lightopd.schemas.records import Ids, Prompt, Rollout, Sample
 from lightopd.under_way import doing
 
 log = logging.getLogger(__name__)
-
-LoadEngine = Callable[[EngineConfig, ModelConfig], Engine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,8 @@ def missing_shards(plan: SamplingPlan) -> list[int]:
     return [i for i in range(plan.manifest.num_shards) if valid_shard(folder, i, fingerprint) is None]
 
 
-def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
-    """Sample every shard that is not there yet; the finished cache."""
+def sample(plan: SamplingPlan, load: LoadEngine, shards: SharedShards | None = None) -> Cache:
+    """Sample every shard that is not there yet, alone or with others; the finished cache."""
     job = plan.job
     refuse_another_day(job.cache, plan.manifest, plan.tokenizer)
     return write_missing_shards(
@@ -153,6 +153,7 @@ def sample(plan: SamplingPlan, load: LoadEngine) -> Cache:
         plan.manifest,
         lambda: load(job.engine, job.model),
         lambda engine, index: _sample_shard(plan, engine, index),
+        shards,
     )
 
 
@@ -162,27 +163,35 @@ def write_missing_shards(
     manifest: CacheManifest,
     load: Callable[[], Engine],
     make: Callable[[Engine, int], list[Rollout]],
+    shards: SharedShards | None = None,
 ) -> Cache:
     """Make the rollouts of every shard that is not there yet; the engine is loaded only if one is missing."""
-    create_cache(path, manifest)
-    folder, fingerprint, total = path / "rollouts", manifest.fingerprint(), manifest.num_shards
-    missing = [index for index in range(total) if valid_shard(folder, index, fingerprint) is None]
+    shards = shards or alone(path, "rollouts")
+    shards.refuse_other_settings(path / CACHE_MANIFEST, manifest)
+    shards.once((path / CACHE_MANIFEST).exists, lambda: create_cache(path, manifest))
+    create_cache(path, manifest)  # refuses what another process made under other settings
+    there = read_manifest(path / CACHE_MANIFEST, CacheManifest)
+    manifest = manifest.model_copy(update={"rendered_at": there.rendered_at})
+    fingerprint, total = manifest.fingerprint(), manifest.num_shards
+    missing = [i for i in range(total) if valid_shard(path / "rollouts", i, fingerprint) is None]
     if missing:
         progress = StageProgress(stage, path / "journal.jsonl", "shards", total, total - len(missing))
         with doing(f"{stage}: loading the model"):
             engine = load()
         try:
-            for index in missing:
-                with doing(f"{stage}: making shard {index + 1} of {total}"):
-                    table = rollouts_to_table(make(engine, index))
-                marker = write_shard(
-                    folder, index, table, kind="rollouts", fingerprint=fingerprint, made_from=manifest
-                )
-                progress.advance(tokens=marker.tokens)
+            while missing:
+                for index in shards.claimed(missing, fingerprint, lambda _: progress.advance(is_own=False)):
+                    with doing(f"{stage}: making shard {index + 1} of {total}"):
+                        table = rollouts_to_table(make(engine, index))
+                    marker = shards.write(index, table, fingerprint=fingerprint, made_from=manifest)
+                    if marker is not None:
+                        progress.advance(tokens=marker.tokens)
+                missing = shards.unfinished(missing)
         finally:
             engine.close()
     else:
         log.info("%s: nothing to do, all %d shards are there", stage, total)
+    shards.finish()
     cache = open_cache(path, signals=())
     refresh_index(open_cache(path, incomplete=True))
     return cache

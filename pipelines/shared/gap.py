@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightopd.cache.index import query
 from lightopd.cache.reader import read_columns
-from lightopd.cache.store import Cache
+from lightopd.cache.signals.horizon import scored_tokens, spread
+from lightopd.cache.store import Cache, Signal
 from lightopd.cache.tables import flat_column
 from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
@@ -27,7 +28,7 @@ SMALL_BATCH_TOKENS = 10_000
 SMALL_MOVE = 5e-4
 """Learning rate times steps: 3e-4 in the paper's run, 4.5e-3 in the trials that lost at the smaller rate."""
 SHARDS = 8
-"""Shards that the gap is measured on, evenly spaced; a large cache is not read as a whole for one line."""
+"""Shards that are measured, evenly spaced; a large cache is not read as a whole for one line."""
 TRIMMED = 0.005
 """Share of the tokens that the trimmed mean leaves out at either end."""
 
@@ -50,20 +51,28 @@ class Gap:
         return f"gap {self.nats:.3f} +- {self.error:.3f} nats/token ({self.trimmed:.3f} without outliers)"
 
 
+def some_shards(cache: Cache) -> list[int]:
+    """Numbers of the shards that are measured for a report."""
+    places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
+    return [cache.shards[place] for place in places]
+
+
 def measured_gap(cache: Cache, signal: str) -> Gap | None:
     """None where the cache has no log-probabilities of the student, or no trained token."""
-    places = np.linspace(0, len(cache.shards) - 1, min(SHARDS, len(cache.shards))).astype(int)
     gaps: list[NDArray[np.float64]] = []
     sums: list[NDArray[np.float64]] = []
     counts: list[NDArray[np.float64]] = []
-    for shard in (cache.shards[place] for place in places):
+    for shard in some_shards(cache):
         rollouts = read_columns(cache, shard, ["logprobs", "loss_mask"])
         if rollouts.column("logprobs").null_count:
             return None
         scored = read_columns(cache, shard, ["logprobs"], signal)
         student_N, offsets = flat_column(rollouts.column("logprobs"))
-        signal_N, _ = flat_column(scored.column("logprobs"))
         loss_mask_N, _ = flat_column(rollouts.column("loss_mask"))
+        signal_N, _ = flat_column(scored.column("logprobs"))
+        if (horizon := cache.signals[signal].manifest.horizon) is not None:
+            is_scored_N = scored_tokens(horizon, offsets)
+            signal_N, loss_mask_N = spread(signal_N, is_scored_N, 0.0), loss_mask_N & is_scored_N
         gap_N = np.where(loss_mask_N, student_N.astype(np.float64) - signal_N, 0.0)
         for values_N, found in ((gap_N, sums), (loss_mask_N.astype(np.float64), counts)):
             found.append(np.diff(np.concatenate([[0.0], np.cumsum(values_N)])[offsets]))
@@ -148,7 +157,7 @@ def suggestion(
         return None
     signal = risky[0].signal
     gap = measured_gap(cache, signal)
-    reasons = gap and _reasons(cache, gap, steps, batch_sequences, learning_rate)
+    reasons = gap and _reasons(cache.signals[signal], gap, steps, batch_sequences, learning_rate)
     if not reasons:
         return None
     lacks = "" if cache.signals[signal].manifest.top_k else ", once the signal has a top-k"
@@ -159,10 +168,11 @@ def suggestion(
     )
 
 
-def _reasons(cache: Cache, gap: Gap, steps: int, batch_sequences: int, learning_rate: float) -> list[str]:
+def _reasons(signal: Signal, gap: Gap, steps: int, batch_sequences: int, learning_rate: float) -> list[str]:
     """Why a sampled-token loss is likely to lose; a small batch and passes matter only once weights move."""
-    tokens = round(batch_sequences * cache.num_tokens / cache.num_rollouts)
-    passes = steps * batch_sequences / cache.num_rollouts
+    rollouts = sum(marker.rows for marker in signal.markers)
+    tokens = round(batch_sequences * sum(marker.tokens for marker in signal.markers) / rollouts)
+    passes = steps * batch_sequences / rollouts
     reasons = [str(gap)] * (gap.nats > SMALL_NATS)
     if learning_rate * steps > SMALL_MOVE:
         reasons += [f"about {tokens:,} response tokens a step"] * (tokens < SMALL_BATCH_TOKENS)

@@ -49,6 +49,10 @@ FIGURES = {
     "gap_trimmed_nats": "the gap without the outermost tokens at either end",
     "mean_logprob_nats": "mean log-probability of the sampled tokens under the signal's model",
     "mean_tail_mass": "mean probability outside the kept entries",
+    "topk_overlap": "share of the top-64 (or of the most that both keep) that teacher and student at rollout "
+    "have in common, mean over trained tokens; where the cache has a signal of the student",
+    "topk_overlap_teacher_mass": "probability that the teacher gives to the common tokens, mean",
+    "topk_overlap_student_mass": "probability that the student at rollout gives to them, mean",
     "noise_mean_nats": "mean difference of two scorings of the same tokens by this engine",
     "noise_max_nats": "the largest of these differences",
     "cross_check_mean_nats": "mean difference from transformers in float32",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -13,19 +14,26 @@ EVERY_S = 5.0
 
 
 class StageProgress:
-    """Counts finished units and tells rate and time left; the journal is appended to `journal.jsonl`."""
+    """Counts finished units and tells rate and time left; the journal, if any, is appended to."""
 
-    def __init__(self, stage: str, journal: Path, unit: str, total: int, done: int = 0) -> None:
+    def __init__(self, stage: str, journal: Path | None, unit: str, total: int, done: int = 0) -> None:
         self.stage, self.journal, self.unit, self.total, self.done = stage, journal, unit, total, done
         self.started_with = done
+        self.made = 0
         self.tokens = 0
         self.started_s = self.told_s = time.monotonic()
         if done:
             log.info("%s: %d of %d %s are done already", stage, done, total, unit)
 
-    def advance(self, count: int = 1, tokens: int = 0) -> None:
-        """Add finished units, with the response tokens in them; tell when it is time, and at the end."""
-        self.done += count
+    def advance(self, tokens: int = 0, *, is_own: bool = True) -> None:
+        """Add a finished unit, with the response tokens in it; tell when it is time, and at the end.
+
+        Args:
+            tokens: response tokens in it.
+            is_own: this process made it, and no other one that shares the work.
+        """
+        self.done += 1
+        self.made += is_own
         self.tokens += tokens
         now_s = time.monotonic()
         if now_s - self.told_s >= EVERY_S or self.done >= self.total:
@@ -41,8 +49,12 @@ class StageProgress:
             *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, duration(left_s)),
             extra=LIVE if self.done < self.total else None,
         )
+        if self.journal is None:
+            return
         record = {
             "stage": self.stage,
+            "pid": os.getpid(),
+            "made": self.made,
             "done": self.done,
             "total": self.total,
             "unit": self.unit,
@@ -51,5 +63,5 @@ class StageProgress:
             "left_s": left_s,
             "seconds": seconds,
         }
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self.journal.open("ab", buffering=0) as file:  # a line in one write, beside other processes'
+            file.write((json.dumps(record) + "\n").encode())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -39,7 +40,8 @@ class Report:
 def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
     if is_main():
-        write_atomically(folder / f"{report.stage}.report.json", (report.as_json() + "\n").encode())
+        path = folder / f"{report.stage}.report.json"
+        write_atomically(path, (report.as_json() + "\n").encode(), shared=True)
 
 
 def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:
@@ -49,8 +51,11 @@ def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not there, or half written by a killed run
         return None
-    if plain.get("made_from") != made_from:
-        return None
+    return report_of(plain) if plain.get("made_from") == made_from else None
+
+
+def report_of(plain: dict[str, Any]) -> Report:
+    """A report from what its `as_json` was read as."""
     return Report(**{**plain, "notes": tuple(plain["notes"]), "rows": tuple(plain["rows"])})
 
 

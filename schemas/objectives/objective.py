@@ -18,6 +18,7 @@ from lightopd.schemas.objectives.targets import (
     DistanceExtrapolation,
     DivergenceTarget,
     DomainRouter,
+    Entries,
     Extrapolation,
     GrownConfig,
     LogRatioTarget,
@@ -72,7 +73,7 @@ Parts = Annotated[tuple[PartConfig, ...], BeforeValidator(_with_kinds), AfterVal
 class TermConfig(GrownConfig):
     """One loss: what is compared with what, and how it is weighed and averaged."""
 
-    later: ClassVar[tuple[str, ...]] = ("is_anchor",)
+    later: ClassVar[tuple[str, ...]] = ("is_anchor", "entries")
     name: str = Field("main", pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """Name of the term, in metrics and messages."""
     weight: float = Field(1.0, gt=0)
@@ -83,6 +84,9 @@ class TermConfig(GrownConfig):
     """Mean over the whole batch, or over the rollouts that the term sees (by their share of the cache)."""
     signal: SignalName = "teacher"
     """Cached signal that teaches."""
+    entries: Entries | None = None
+    """The top-k that parts read of a signal that keeps hidden states; none takes the signal's own, and where
+    it has no top-k the teacher's 64 most likely tokens."""
     is_anchor: bool = False
     """The signal is a model to stay near: it is not held to be the student's fine-tuning teacher."""
     router: DomainRouter | None = None
@@ -194,6 +198,15 @@ class ObjectiveConfig(GrownConfig):
             raise ValueError("an objective needs at least one term")
         if len(set(names)) != len(names):
             raise ValueError(f"two terms have the same name: {', '.join(names)}")
+        routed = {term.name: term.router.signals.values() if term.router else () for term in self.terms}
+        chosen = {
+            (signal, term.entries)
+            for term in self.terms
+            for signal in (term.signal, *routed[term.name])
+            if term.entries
+        }
+        if len({signal for signal, _ in chosen}) < len(chosen):
+            raise ValueError("two terms give other entries for one signal; they are made once, for all terms")
         if self.balance:
             unknown = {self.balance.anchor, self.balance.follower} - set(names)
             if unknown or self.balance.anchor == self.balance.follower:

@@ -194,7 +194,7 @@ class Residual(StrictModel):
 class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
-    later: ClassVar[tuple[str, ...]] = ("residual", "tail")
+    later: ClassVar[tuple[str, ...]] = ("residual", "tail", "teacher_temperature")
     kind: Literal["divergence"]
     """A differentiable loss at every position."""
     divergence: Literal[
@@ -206,11 +206,14 @@ class DivergenceTarget(TargetConfig):
     support: Literal["tail", "renormalised", "stop_gradient", "truncated"] = "tail"
     """`tail` adds one outcome for all other tokens; `renormalised` scales both to sum to one on the support;
     `stop_gradient` (reverse_kl only) is sum s sg[log s - log T]; `truncated` is refused."""
-    tail: Literal["bucket", "uniform", "shaped"] = "bucket"
-    """What the teacher is outside its top-k: `bucket` compares the mass alone, a lower bound; the others
-    spread it, evenly or by the signal's shape, and compare over the whole vocabulary."""
+    tail: Literal["bucket", "uniform", "shaped", "whole"] = "bucket"
+    """What the teacher is outside its top-k: `bucket` compares the mass alone, a lower bound; `uniform` and
+    `shaped` spread it, evenly or by the signal's shape, and compare over the whole vocabulary; `whole` reads
+    no top-k: it is the teacher itself, from the hidden states that the signal keeps."""
     temperature: float = Field(1.0, gt=0)
-    """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`."""
+    """Both sides are tempered and the loss is multiplied by its square; needs `renormalised`, or `whole`."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """The teacher alone is tempered, before `temperature`; below 1 it is sharper. Needs tail: whole."""
     element_clip: float | None = Field(None, gt=0)
     """Contributions of single outcomes are held between 0 and this, in nats; without the lower bound the
     minimum would lie away from the teacher."""
@@ -241,10 +244,13 @@ class DivergenceTarget(TargetConfig):
             raise ValueError(
                 f"tail: {self.tail} compares over the whole vocabulary: it needs support: tail, no residual"
             )
-        if self.temperature != 1 and self.support != "renormalised":
+        if self.temperature != 1 and self.support != "renormalised" and self.tail != "whole":
             raise ValueError(
-                "temperature needs support: renormalised; a tail of tempered tokens is not in the cache"
+                "temperature needs support: renormalised, or tail: whole; a tail of tempered tokens is not "
+                "in the cache"
             )
+        if self.teacher_temperature != 1 and self.tail != "whole":
+            raise ValueError("teacher_temperature needs tail: whole, a teacher over the whole vocabulary")
         return self
 
     @model_validator(mode="after")
@@ -259,6 +265,15 @@ class DivergenceTarget(TargetConfig):
         if not low <= self.parameter <= high or (self.divergence == "alpha" and self.parameter in (0.0, 1.0)):
             raise ValueError(f"parameter {self.parameter} is out of range for {self.divergence}")
         return self
+
+
+class Entries(StrictModel):
+    """A top-k that is made in training from the hidden states that a signal keeps."""
+
+    top_k: int = Field(64, ge=1)
+    """Entries at a position."""
+    of: Literal["teacher", "student"] = "teacher"
+    """Whose most likely tokens they are; `student` is the one being trained, as it is now."""
 
 
 class PreferenceTarget(TargetConfig):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lightopd.schemas.base import StrictModel
+from lightopd.schemas.signals.precision import TopkDtype as TopkDtype
 
 Serves = Literal["sampled", "support", "shaped", "whole"]
 """What an objective can read: the sampled token's log-probability; the most likely tokens of a position and

@@ -53,6 +53,7 @@ ROOMS = [
     "inspection",
     "pipelines",
     "pipelines.shared",
+    "pipelines.workers",
     "pipelines.sampling",
     "pipelines.caches",
     "pipelines.chains",

@@ -118,10 +118,18 @@ def test_lengths_gives_the_longest_and_the_shortest(tmp_path):
 
 
 def test_overlap_and_differences_compare_two_signals(tmp_path):
-    _, _, scores = make_cache(tmp_path, signals=TWO)
+    _, rollouts, scores = make_cache(tmp_path, signals=TWO)
+    is_trained = [mask for shard in rollouts for rollout in shard for mask in rollout.loss_mask]
     opened = open_cache(tmp_path)
-    (row,) = opened.query("overlap", k=4).rows()
-    assert (row["one"], row["other"], row["positions"]) == ("teacher", "wide", 30)
+    row, *quarters = opened.query("overlap", k=4).rows()
+    assert (row["one"], row["other"], row["quarter"], row["positions"]) == (
+        "teacher",
+        "wide",
+        "all",
+        sum(is_trained),
+    )
+    assert [quarter["quarter"] for quarter in quarters] == ["1", "2", "3", "4"]
+    assert sum(quarter["positions"] for quarter in quarters) == sum(is_trained)
     pairs = [
         (one, two)
         for a, b in zip(scores["teacher"], scores["wide"], strict=True)
@@ -132,7 +140,8 @@ def test_overlap_and_differences_compare_two_signals(tmp_path):
         for one, two in pairs
         for place in range(len(one.logprobs))
     ]
-    assert row["mean_overlap"] == pytest.approx(np.mean(shared), abs=1e-4)
+    trained = [share for share, mask in zip(shared, is_trained, strict=True) if mask]
+    assert row["mean_overlap"] == pytest.approx(np.mean(trained), abs=1e-4)
     (row,) = opened.query("signal_differences").rows()
     assert row["one"] == "teacher"
     assert row["mean_absolute"] > 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightopd.kernels.outside_terms import Fixed, outside_terms
 from lightopd.kernels.selected_logprobs import selected_logprobs
+from lightopd.kernels.two_heads import Divergence
 
 FORMS = [
     {},
@@ -43,11 +44,25 @@ def fixed_of(case: Case, seed: int = 7) -> Fixed:
     return Fixed(ids_NK, shift_N, log_shape_V)
 
 
+def differentiated(terms) -> Divergence:
+    """Sums and slopes of any terms, by autograd."""
+
+    def both(fixed_CT: Tensor, logprobs_CT: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf_CT = logprobs_CT.detach().requires_grad_()
+            terms_CT = terms(fixed_CT, leaf_CT)
+            return terms_CT.detach(), torch.autograd.grad(terms_CT.sum(), leaf_CT)[0]
+
+    return Divergence(lambda *tile: tuple(each.sum(1) for each in both(*tile)), lambda *tile: both(*tile)[1])
+
+
 def walked(case: Case, fixed: Fixed, terms, **sizes) -> Tensor:
     options = {"bias_V": case.bias_V, "softcap": case.softcap, "temperature": case.temperature}
     selected = selected_logprobs(case.hidden_ND, case.head_VD, case.ids_NM, **options, **sizes)
     normaliser_N = selected.logsumexp_N
-    return outside_terms(case.hidden_ND, case.head_VD, fixed, normaliser_N, terms, **options, **sizes)
+    return outside_terms(
+        case.hidden_ND, case.head_VD, fixed, normaliser_N, differentiated(terms), **options, **sizes
+    )
 
 
 def dense(case: Case, fixed: Fixed, terms) -> Tensor:

@@ -45,6 +45,24 @@ def test_a_recipe_has_a_page_that_names_it_and_what_it_needs(method):
         assert f"`{name}`" in page, name
 
 
+FORMS = {"tail": "bucket form", "renormalised": "renormalised", "stop_gradient": "stop_gradient"}
+COMPARING = [
+    (method, term.target)
+    for method in ALL
+    for term in method.objective.terms
+    if term.target.kind == "divergence"
+]
+
+
+@pytest.mark.parametrize(("method", "target"), COMPARING, ids=[method.name for method, _ in COMPARING])
+def test_the_page_of_a_divergence_says_over_what_it_is_summed_and_what_the_paper_says(method, target):
+    said = re.search(r"^\*\*Vocabulary\.\*\* (.*?)\n\n", page_of(method), re.MULTILINE | re.DOTALL)
+    assert said, f"{method.page} needs a paragraph that begins with **Vocabulary.**"
+    words = " ".join(said.group(1).split())
+    assert FORMS[target.support] in words
+    assert "paper" in words
+
+
 @each_page
 def test_a_page_belongs_to_recipes_that_exist(page):
     named = re.findall(r"`(\w+)`", re.search(r"^Recipes: (.*)$", page.read_text(), re.MULTILINE).group(1))

@@ -87,7 +87,6 @@ OTHER_ENGINE = {
     configs.VllmEngine: {
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 2,
-        "data_parallel_size": 2,
         "quantization": "fp8",
         "gpu_memory_utilization": 0.5,
         "kv_cache_gib": 1.0,

@@ -10,7 +10,8 @@ from lightopd import __version__
 from lightopd.cache.reader import read_columns
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
 from lightopd.cache.shards import shard_path
-from lightopd.cache.store import Cache
+from lightopd.cache.signals.horizon import in_words
+from lightopd.cache.store import Cache, Signal
 from lightopd.cache.tables import flat_column
 from lightopd.errors import OutputError
 from lightopd.files import write_atomically
@@ -37,8 +38,8 @@ def export_dataset(cache: Cache, out: Path) -> list[Path]:
     """Write a cache as plain Parquet with a dataset card; returns the Parquet files.
 
     One row per rollout, its signals beside it as `<signal>_logprobs`, `<signal>_tail_logprobs` (float32 per
-    token), `<signal>_topk_ids` and `<signal>_topk_logprobs` (a list per token). `datasets` loads it by
-    `load_dataset("parquet", data_files="OUT/data/*.parquet")`, or by the folder's name.
+    token), `<signal>_topk_ids` and `<signal>_topk_logprobs` (a list per token), up to the signal's horizon.
+    `datasets` loads it by `load_dataset("parquet", data_files="OUT/data/*.parquet")`, or by the folder.
 
     Raises:
         OutputError: `out` is not empty, or cannot be written.
@@ -81,12 +82,19 @@ def _nested(table: pa.Table, column: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), inner, type=list_of(inner.type))
 
 
+def _reach(signal: Signal) -> str:
+    """What a signal with a horizon says of its lengths."""
+    horizon = signal.manifest.horizon
+    return "" if horizon is None else f"; of the {in_words(horizon)} of each response, no longer than that"
+
+
 def _card(cache: Cache) -> str:
     manifest, sampler = cache.manifest, cache.manifest.sampler
     name = f" ({sampler.source}, {sampler.identity})" if sampler else ""
     signals = "".join(
         f"- signal `{name}` ({signal.manifest.role}, top {signal.manifest.top_k}): `{name}_logprobs`, "
-        f"`{name}_tail_logprobs`, `{name}_topk_ids`, `{name}_topk_logprobs`\n"
+        f"`{name}_tail_logprobs`, `{name}_topk_ids`, `{name}_topk_logprobs`"
+        f"{'; its hidden states are left out' if signal.manifest.hidden else ''}{_reach(signal)}\n"
         for name, signal in cache.signals.items()
     )
     return CARD.format(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from lightopd.cache.manifests import read_manifest, signal_folder
+from lightopd.cache.manifests import COPY_AGAIN, read_manifest, read_named, signal_folder
 from lightopd.cache.shards import read_marker
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
@@ -24,7 +24,6 @@ TAIL_SHAPE = "tail_shape.safetensors"
 """File of the shape in a signal's folder: one tensor `shape`, float32 [V]."""
 SUM_TOLERANCE = 1e-4
 """How far from one the entries may add up to; a vector rounded to float32 stays a thousand times closer."""
-AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
 Shape = NDArray[np.float32]
 
@@ -61,19 +60,14 @@ def read_shape(folder: Path, described: TailShape, num_vocab: int) -> Shape:
             or no distribution.
     """
     path = folder / TAIL_SHAPE
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
-    if hashlib.sha256(content).hexdigest() != described.sha256:
-        raise CacheError(f"{path} is not the shape that {SIGNAL_MANIFEST} names; {AGAIN}")
+    content = read_named(path, described.sha256, "shape")
     try:
         shape_V: Shape = load(content)["shape"]
     except (SafetensorError, KeyError) as error:
-        raise CacheError(f"{path} holds no tensor `shape` ({error}); {AGAIN}") from None
+        raise CacheError(f"{path} holds no tensor `shape` ({error}); {COPY_AGAIN}") from None
     if shape_V.shape != (num_vocab,) or shape_V.dtype != np.float32:
         found = f"{shape_V.dtype} {shape_V.shape}"
-        raise CacheError(f"{path} holds {found}, the vocabulary needs float32 ({num_vocab},); {AGAIN}")
+        raise CacheError(f"{path} holds {found}, the vocabulary needs float32 ({num_vocab},); {COPY_AGAIN}")
     _check(path, shape_V, total=1.0)
     return shape_V
 
@@ -82,10 +76,10 @@ def _check(path: Path, values_V: NDArray[np.floating], total: float | None) -> N
     is_bad_V = ~np.isfinite(values_V) | (values_V < 0)
     if is_bad_V.any():
         place = int(is_bad_V.argmax())
-        raise CacheError(f"{path}: entry {place} is {values_V[place]:g}, no probability; {AGAIN}")
+        raise CacheError(f"{path}: entry {place} is {values_V[place]:g}, no probability; {COPY_AGAIN}")
     found = float(values_V.sum(dtype=np.float64))
     if found == 0 or (total is not None and abs(found - total) > SUM_TOLERANCE):
-        raise CacheError(f"{path}: its entries sum to {found:.6g}, not to 1; {AGAIN}")
+        raise CacheError(f"{path}: its entries sum to {found:.6g}, not to 1; {COPY_AGAIN}")
 
 
 def shape_of(cache: Cache, signal: str) -> Shape | None:
@@ -101,17 +95,16 @@ def shape_of(cache: Cache, signal: str) -> Shape | None:
     return read_shape(folder, manifest.tail_shape, cache.manifest.vocabulary_size)
 
 
-def frozen_shape(folder: Path, num_shards: int) -> tuple[bool, TailShape | None]:
-    """Whether a signal's scoring has begun, and the shape that it began with.
+def begun_manifest(folder: Path, num_shards: int) -> SignalManifest | None:
+    """The manifest that a signal's scoring began with; None where it has not begun.
 
     Raises:
         CacheError: the signal's manifest is broken.
     """
     if (folder / SIGNAL_MANIFEST).exists():
-        return True, read_manifest(folder / SIGNAL_MANIFEST, SignalManifest).tail_shape
+        return read_manifest(folder / SIGNAL_MANIFEST, SignalManifest)
     for index in range(num_shards):
         marker = read_marker(folder, index)
-        if marker is not None:
-            found = (marker.made_from or {}).get("tail_shape")
-            return True, None if found is None else TailShape.model_validate(found)
-    return False, None
+        if marker is not None and marker.made_from is not None:
+            return SignalManifest.model_validate(marker.made_from)
+    return None

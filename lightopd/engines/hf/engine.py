@@ -4,12 +4,14 @@ import contextlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from lightopd.cache.signals.channels import Channels
 from lightopd.engines.base import check_prompts, check_sequences
 from lightopd.engines.hf import generate as hf_generate
 from lightopd.engines.hf import score as hf_score
@@ -19,7 +21,7 @@ from lightopd.engines.stop_strings import StopStrings
 from lightopd.errors import EngineError
 from lightopd.models.attention import attention_of
 from lightopd.models.causal_attention import use_causal_attention
-from lightopd.models.head import check_head, head_of
+from lightopd.models.head import Head, check_head, head_of
 from lightopd.models.limits import precision_of
 from lightopd.models.load import LoadedModel, choose_device, context_length_of, load_model
 from lightopd.schemas import records
@@ -69,6 +71,39 @@ class TransformersEngine:
         assert self._loaded is not None, "the engine is closed"
         check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
         return hf_score.sum_tails(self._loaded, sequences, self._score_settings(top_k, min_probability))
+
+    def sum_negentropies(self, sequences: Sequence[records.Sequence]) -> float:
+        """Sum of T log T; see `SeesWholeTails.sum_negentropies`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, 0, self.vocabulary_size, self.context_length)
+        return hf_score.sum_negentropies(self._loaded, sequences, self._score_settings(0, 0.0))
+
+    def own_head(self) -> Head:
+        """The output layer in the model's own number format; see `KeepsHiddenStates.own_head`."""
+        assert self._loaded is not None, "the engine is closed"
+        return head_of(self._loaded.model)
+
+    def sum_hidden(
+        self, sequences: Sequence[records.Sequence]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Sums over response tokens; see `KeepsHiddenStates.sum_hidden`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, 0, self.vocabulary_size, self.context_length)
+        return hf_score.sum_hidden(self._loaded, sequences, self._score_settings(0, 0.0))
+
+    def score_hidden(
+        self,
+        sequences: Sequence[records.Sequence],
+        top_k: int,
+        min_probability: float,
+        channels: Channels | None,
+    ) -> list[RolloutSignal]:
+        """Scores with hidden states; see `KeepsHiddenStates.score_hidden`."""
+        assert self._loaded is not None, "the engine is closed"
+        check_sequences(sequences, top_k, self.vocabulary_size, self.context_length)
+        settings = self._score_settings(top_k, min_probability)
+        keep: Literal["int8", "bfloat16"] = "bfloat16" if channels is None else "int8"
+        return hf_score.score(self._loaded, sequences, replace(settings, keep=keep, channels=channels))
 
     def _score_settings(self, top_k: int, min_probability: float) -> hf_score.ScoreSettings:
         batch_tokens = self._settings.batch_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightopd.engines.hf.hidden_states import to_device
 from lightopd.models.head import Head
-from lightopd.schemas.records import Floats, Ids, Support
+from lightopd.schemas.records import Floats, HiddenCodes, Ids, Support
 
 # A product of hidden states and output layer wants many positions, or the layer is read too often. The passes
 # over its result want few, so that they find it in the processor's cache. Measured on a CPU; a GPU has the
@@ -34,6 +34,9 @@ class PositionScores(NamedTuple):
     topk_ids_NK: Ids
     topk_logprobs_NK: Floats
     tail_logprobs_N: Floats
+    hidden_ND: HiddenCodes | None = None
+    """As it is stored, where it was requested."""
+    hidden_scales_N: Floats | None = None
 
 
 class PendingScores:
@@ -43,12 +46,15 @@ class PendingScores:
     there. On a CPU they are there.
     """
 
-    def __init__(self, slices: Sequence[tuple[Tensor, ...]]) -> None:
-        """Slices of the fields of `PositionScores`, in order."""
+    def __init__(
+        self, slices: Sequence[tuple[Tensor, ...]], hidden: tuple[Tensor, Tensor | None] | None = None
+    ) -> None:
+        """Slices of the fields of `PositionScores`, in order; codes and scales of the hidden states."""
         logprobs_N, counts_N, ids_NK, topk_NK, tail_N = map(torch.cat, zip(*slices, strict=True))
         self._fields = [
             _leaving(each) for each in (logprobs_N, counts_N.int(), ids_NK.int(), topk_NK, tail_N)
         ]
+        self._hidden = [None if each is None else _leaving(each) for each in hidden or (None, None)]
         self._event = torch.cuda.Event() if logprobs_N.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()
@@ -57,7 +63,11 @@ class PendingScores:
         """The scores as numpy, waited for."""
         if self._event is not None:
             self._event.synchronize()
-        return PositionScores(*(each.numpy() for each in self._fields))
+        logprobs_N, counts_N, ids_NK, topk_NK, tail_N = (each.numpy() for each in self._fields)
+        codes_ND, scales_N = (None if each is None else each.numpy() for each in self._hidden)
+        if codes_ND is not None and codes_ND.dtype == np.int16:
+            codes_ND = codes_ND.view(np.uint16)
+        return PositionScores(logprobs_N, counts_N, ids_NK, topk_NK, tail_N, codes_ND, scales_N)
 
 
 def _leaving(tensor: Tensor) -> Tensor:
@@ -67,7 +77,12 @@ def _leaving(tensor: Tensor) -> Tensor:
 
 
 def score_positions(
-    head: Head, hidden_ND: Tensor, ids_N: Tensor, top_k: int, min_probability: float
+    head: Head,
+    hidden_ND: Tensor,
+    ids_N: Tensor,
+    top_k: int,
+    min_probability: float,
+    kept: tuple[Tensor, Tensor | None] | None = None,
 ) -> PendingScores:
     """Scores under the full-vocabulary softmax in float32; non-finite logits give NaN log-probabilities.
 
@@ -77,12 +92,14 @@ def score_positions(
         ids_N: int64, the token at each position, scored also where it is outside the top-k.
         top_k: 0 to V.
         min_probability: entries less likely than this count as tail.
+        kept: codes and scales of the hidden states, where they are kept.
     """
     return PendingScores(
         [
             _score_slice(logits_CV, ids_N[rows], top_k, min_probability)
             for rows, logits_CV in logit_slices(head, hidden_ND)
-        ]
+        ],
+        kept,
     )
 
 

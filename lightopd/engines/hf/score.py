@@ -5,16 +5,20 @@ N = response positions of a batch, D = hidden size, K = top-k; nats throughout.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightopd.cache.signals.channels import Channels
+from lightopd.cache.signals.hidden import as_codes
 from lightopd.engines.hf.batching import plan_batches
 from lightopd.engines.hf.head_scores import (
     PendingScores,
     PositionScores,
+    logit_slices,
     score_positions,
     score_support,
     support_ids,
@@ -40,6 +44,10 @@ class ScoreSettings:
     """Padded tokens in one forward pass."""
     share_prompts: bool
     """Whether the model allows a prompt to be run once for all its responses."""
+    keep: Literal["int8", "bfloat16"] | None = None
+    """Format of the hidden states that the scores hold; None for none."""
+    channels: Channels | None = None
+    """Of int8: the statistics of the hidden states."""
 
 
 @torch.inference_mode()
@@ -52,7 +60,7 @@ def score(
         EngineError: NaN or +inf logits, or not enough memory for a batch.
     """
     settings = _fitting(loaded, settings)
-    results = [empty_scores()] * len(sequences)
+    results = [_empty(loaded, settings)] * len(sequences)
     filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
     done, total = 0, sum(len(sequences[index].response_ids) for index in filled)
     with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
@@ -82,6 +90,48 @@ def sum_tails(
             total_V += tail_sums(loaded.head, hidden_ND, settings.top_k, settings.min_probability)
     sums_V: NDArray[np.float64] = total_V.cpu().numpy()
     return sums_V
+
+
+@torch.inference_mode()
+def sum_negentropies(
+    loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
+) -> float:
+    """Sum of T log T over the vocabulary and all response tokens, nats.
+
+    Raises:
+        EngineError: not enough memory for a batch.
+    """
+    settings = _fitting(loaded, settings)
+    filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    total = 0.0
+    with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
+        for _, hidden_ND in _batches(loaded, sequences, filled, settings):
+            for _, logits_CV in logit_slices(loaded.head, hidden_ND):
+                logprobs_CV = logits_CV.log_softmax(1)
+                finite_CV = logprobs_CV.clamp(min=torch.finfo(logprobs_CV.dtype).min)
+                total += float((logprobs_CV.exp() * finite_CV).sum(dtype=torch.float64))
+    return total
+
+
+@torch.inference_mode()
+def sum_hidden(
+    loaded: LoadedModel, sequences: Sequence[records.Sequence], settings: ScoreSettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Hidden states and their squares, added up over all response tokens, [D] each.
+
+    Raises:
+        EngineError: not enough memory for a batch.
+    """
+    settings = _fitting(loaded, settings)
+    filled = [index for index, sequence in enumerate(sequences) if len(sequence.response_ids)]
+    size = loaded.head.weight_VD.shape[1]
+    sums_2D = torch.zeros((2, size), dtype=torch.float64, device=loaded.device)
+    with memory_advice("score a batch", "engine.batch_tokens", settings.batch_tokens):
+        for _, hidden_ND in _batches(loaded, sequences, filled, settings):
+            values_ND = hidden_ND.double()
+            sums_2D += torch.stack([values_ND.sum(0), values_ND.square().sum(0)])
+    found: NDArray[np.float64] = sums_2D.cpu().numpy()
+    return found[0], found[1]
 
 
 def _fitting(loaded: LoadedModel, settings: ScoreSettings) -> ScoreSettings:
@@ -130,7 +180,18 @@ def _score(
         assert len(given) == len(supports), "all sequences of a call have a support, or none has"
         support_NS = support_ids(given, loaded.device)
         return score_support(loaded.head, hidden_ND, asked_N, support_NS, settings.top_k)
-    return score_positions(loaded.head, hidden_ND, asked_N, settings.top_k, settings.min_probability)
+    kept = None if settings.keep is None else as_codes(hidden_ND, settings.channels)
+    return score_positions(loaded.head, hidden_ND, asked_N, settings.top_k, settings.min_probability, kept)
+
+
+def _empty(loaded: LoadedModel, settings: ScoreSettings) -> RolloutSignal:
+    """Scores of an empty response, with hidden states where they are kept."""
+    if settings.keep is None:
+        return empty_scores()
+    size = loaded.head.weight_VD.shape[1]
+    codes = np.zeros((0, size), np.int8 if settings.keep == "int8" else np.uint16)
+    scales = np.zeros(0, np.float32) if settings.keep == "int8" else None
+    return replace(empty_scores(), hidden=codes, hidden_scales=scales)
 
 
 def empty_scores() -> RolloutSignal:
@@ -189,5 +250,7 @@ def _split(
             topk_ids=scores.topk_ids_NK[rows][is_kept_NK[rows]],
             topk_logprobs=scores.topk_logprobs_NK[rows][is_kept_NK[rows]],
             tail_logprobs=scores.tail_logprobs_N[rows],
+            hidden=None if scores.hidden_ND is None else scores.hidden_ND[rows],
+            hidden_scales=None if scores.hidden_scales_N is None else scores.hidden_scales_N[rows],
         )
         yield index, part

@@ -3,13 +3,15 @@
 R = response tokens, K = top-k, M = K + 1 entries of a position (its own token, then the K most likely).
 """
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightopd.engines.stop_strings import StopStrings
 from lightopd.engines.vllm.concurrency import LoopThread
 from lightopd.engines.vllm.requests import Drawn, RequestEngine, ids_of
-from lightopd.engines.vllm.server_http import ServerPool
+from lightopd.engines.vllm.server_http import NoAnswerError, ServerPool
 from lightopd.engines.vllm.server_probe import Served, check_top_k, probe, served_model
 from lightopd.engines.vllm.server_replies import Choice, Completion, parse, response_rows
 from lightopd.errors import EngineError
@@ -18,6 +20,8 @@ from lightopd.schemas import records
 from lightopd.schemas.configs import ModelConfig, SamplingConfig, ServerEngine
 from lightopd.schemas.manifest import EngineRecord, Precision
 from lightopd.schemas.records import Floats, Ids, RolloutSignal
+
+log = logging.getLogger(__name__)
 
 ENTRY_BYTES = 512
 """Memory of one log-probability while a reply is read: its JSON text and the Python objects of it."""
@@ -50,6 +54,28 @@ class ServerClient(RequestEngine):
             self._checked_top_k = top_k
         return super().score(sequences, top_k, min_probability)
 
+    def score_everywhere(self, sequence: records.Sequence, times: int) -> dict[str, list[Floats]]:
+        """Log-probabilities of one response from every server, `times` at once; silent ones are left out.
+
+        Raises:
+            EngineError: an answer is not what it must be.
+        """
+        return self._loop.run(self._everywhere(sequence, times))
+
+    async def _everywhere(self, sequence: records.Sequence, times: int) -> dict[str, list[Floats]]:
+        found = {}
+        for url in self._pool.urls:
+            asked = [self._score_at(url, sequence) for _ in range(times)]
+            try:
+                found[url] = list(await asyncio.gather(*asked))
+            except NoAnswerError:
+                log.warning("%s does not reply; the other servers take its work", url)
+        return found
+
+    async def _score_at(self, url: str, sequence: records.Sequence) -> Floats:
+        choice = await self._complete(url, ids_of(sequence), _scoring(0), url)
+        return response_rows(url, choice, sequence, 0)[1][:, 0]
+
     def close(self) -> None:
         """Close the connections; the server runs on. Closing twice is allowed."""
         if not self._loop.is_closed:
@@ -67,10 +93,13 @@ class ServerClient(RequestEngine):
         choice = await self._complete(name, ids_of(sequence), _scoring(top_k))
         return response_rows(name, choice, sequence, top_k)
 
-    async def _complete(self, name: str, ids: Ids, settings: Mapping[str, Any]) -> Choice:
+    async def _complete(
+        self, name: str, ids: Ids, settings: Mapping[str, Any], url: str | None = None
+    ) -> Choice:
         """The one choice of a completion whose prompt came back as it was sent."""
         sent = ids.tolist()
-        reply = await self._pool.post("/v1/completions", {"model": self._name, "prompt": sent, **settings})
+        body = {"model": self._name, "prompt": sent, **settings}
+        reply = await self._pool.post("/v1/completions", body, url)
         choice = parse(Completion, reply, name).choices[0]
         if choice.prompt_token_ids != sent:
             raise EngineError(

@@ -116,7 +116,6 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: ModelLimits
         "seed": engine.seed,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
-        "data_parallel_size": engine.data_parallel_size,
         "max_model_len": limits.context_length + 1,
         "enable_prefix_caching": False,
         "max_logprobs": -1,

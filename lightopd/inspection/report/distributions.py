@@ -50,7 +50,7 @@ def masses(opened: OpenedCache) -> Records:
     """Trained tokens by log10 of the probability outside the stored top-k; nothing outside counts as -8."""
     values = (
         "SELECT greatest(-8, logprob_tail::DOUBLE / ln(10)) AS value, signal AS series FROM tokens "
-        "WHERE loss_mask AND signal IS NOT NULL"
+        "WHERE loss_mask AND logprob_tail IS NOT NULL"
     )
     return opened.sql(_histogram(values), bins=BINS).rows()
 

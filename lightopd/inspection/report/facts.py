@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightopd.cache.signals.horizon import in_words
 from lightopd.cache.store import Cache, Signal
 from lightopd.inspection.opened import OpenedCache
 from lightopd.inspection.runs import TrainedRun, read_report
@@ -129,7 +130,11 @@ def lineage(cache: Cache, runs: list[TrainedRun]) -> list[tuple[str, str]]:
         source = f"{own.model.source} ({own.model.identity[:12]})" if own.model else "imported"
         kind = own.context.get("kind", "plain")
         shown = "" if kind == "plain" else f", shown another prompt ({kind})"
-        steps.append((f"signal {name}", f"{own.role}: {source}, top-{own.top_k}, tail {own.tail}{shown}"))
+        shown += "" if own.horizon is None else f", the {in_words(own.horizon)} of each response"
+        states = f", hidden states ({own.hidden.format})" if own.hidden else ""
+        steps.append(
+            (f"signal {name}", f"{own.role}: {source}, top-{own.top_k}, tail {own.tail}{states}{shown}")
+        )
     for run in runs:
         student = run.path / "student" / "lightopd_student.json"
         state = "finished" if run.is_finished else f"at step {len(run.metrics)}"

@@ -25,7 +25,7 @@ class SignalBatch:
     tail_logprobs_N: Tensor
     """float32, log of the probability outside the support; -inf when nothing is outside."""
     hidden_ND: Tensor | None = None
-    """float32, the last hidden state of the signal's model; None where it is not read."""
+    """Float, the last hidden state of the signal's model before each token; None where it is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +94,7 @@ class StudentTokens:
     tail_logprobs_N: dict[str, Tensor]
     """float32, log of the student's probability outside each support; differentiable."""
     outside_N: dict[str, Tensor] = field(default_factory=dict)
-    """float32, by the name of a term whose tail is not one outcome: what the vocabulary outside the support
-    adds to its divergence; differentiable."""
+    """float32, by `TERM/SIGNAL` where a tail is not one outcome: what the vocabulary outside the support adds
+    to the divergence; differentiable."""
+    rebuilt: dict[str, SignalBatch] = field(default_factory=dict)
+    """Signals whose top-k was made from hidden states, with it, in the place of the batch's."""

@@ -22,11 +22,11 @@ def closed_form(config: DivergenceTarget) -> Divergence:
     """The config's divergence as what a walk over two heads sums; by autograd where elements are clipped."""
     if config.element_clip is not None:
         return _by_autograd(config)
-    kind, parameter = _limit_of(config.divergence, config.parameter)
+    kind, parameter = limit_of(config.divergence, config.parameter)
     return _FORMS[kind](parameter)
 
 
-def _limit_of(kind: str, parameter: float | None) -> tuple[str, float]:
+def limit_of(kind: str, parameter: float | None) -> tuple[str, float]:
     """The kind and parameter, with the ends of jsd and skew as the plain divergences that they are."""
     if kind == "jsd":
         beta = 0.5 if parameter is None else parameter

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
 from lightopd.schemas.objectives.objective import TermConfig
-from lightopd.schemas.objectives.targets import DivergenceTarget
+from lightopd.schemas.objectives.targets import DivergenceTarget, Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class WholeTail:
     """Whose support and tail it is."""
     target: DivergenceTarget
     """What is summed; its `tail` is not `bucket`."""
+
+    @property
+    def key(self) -> str:
+        """Where the sums are found: a term has several signals where their exposure changes."""
+        return f"{self.term}/{self.signal}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class Needs:
     """The student at rollout stands for the policy that sampled, in an importance ratio."""
     tails: tuple[WholeTail, ...] = ()
     """What is summed over the vocabulary outside a support, where the tail is not one outcome."""
+    entries: tuple[tuple[str, Entries], ...] = ()
+    """Signals whose top-k is made from their hidden states, and which it is."""
     state: bool = False
     """The objective has a state that `advance` moves after each step and that checkpoints hold."""
     texts: tuple[str, ...] = ()

@@ -2,6 +2,8 @@
 
 There the teacher is a shape, scaled to what the signal says is left: T_v = r c_v / C, with r the mass outside
 the support, c the shape, and C the share of the shape that lies outside. The support is compared as ever.
+Forward and reverse KL need no more than sums against fixed vectors, which the student's own pass over the
+vocabulary makes (`linear_tails`); all other divergences walk over the vocabulary once more.
 """
 
 # N = tokens, K = support, M = K + 1 outcomes, D = hidden size, V = vocabulary; nats
@@ -17,14 +19,22 @@ from torch import Tensor
 
 from lightopd.errors import ConfigError
 from lightopd.kernels.outside_terms import Fixed, outside_terms
+from lightopd.kernels.selected_logprobs import TokenLogprobs
 from lightopd.models.head import Head
 from lightopd.objectives.base.batch import SignalBatch
+from lightopd.objectives.base.closed_forms import closed_form
 from lightopd.objectives.base.divergences import FLOOR, normalised_teacher, outcome_terms
+from lightopd.objectives.base.linear_tails import (
+    LinearSums,
+    Vectors,
+    at_ids,
+    forward_kl_outside,
+    linear_kind,
+    reverse_kl_outside,
+    stack_vectors,
+)
 from lightopd.objectives.base.part import Outcomes, WholeTail
 from lightopd.objectives.base.teacher import pair_outcomes
-
-ROWS_AT_ONCE = 1 << 13
-"""Rows of the head that are converted together where they are in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +56,37 @@ class LiveSide(NamedTuple):
     """Normaliser of its logits; differentiable."""
     student_NM: Tensor
     """Log-probabilities on the support, then of all else; differentiable."""
+    linear: LinearSums | None
+    """For forward and reverse KL; None for a divergence that walks."""
+
+
+def fixed_vectors(tails: Sequence[SpreadTail]) -> Vectors:
+    """What `selected_logprobs` sums against for these tails; nothing where none is linear."""
+    return stack_vectors([(linear_kind(tail.what.target), tail.log_shape_V) for tail in tails])
+
+
+def linear_sums(tails: Sequence[SpreadTail], selected: TokenLogprobs) -> list[LinearSums | None]:
+    """Each tail's own sums, of `selected_logprobs` with their `fixed_vectors`; None for one that walks."""
+    kinds = [linear_kind(tail.what.target) for tail in tails]
+    if selected.fixed is None:
+        return [None] * len(tails)
+    averages, weighed = selected.fixed.averages_NF.unbind(1), selected.fixed.weighed_NG.unbind(1)
+    found: list[LinearSums | None] = []
+    for place, kind in enumerate(kinds):
+        column = kinds[:place].count(kind)
+        if kind == "reverse_kl":
+            found.append(LinearSums(selected.logsumexp_N, selected.fixed.entropy_N, averages[column]))
+        elif kind == "forward_kl":
+            found.append(LinearSums(selected.logsumexp_N, None, weighed[column]))
+        else:
+            found.append(None)
+    return found
 
 
 def spread_tails(
     tails: Sequence[WholeTail], shapes: Mapping[str, NDArray[np.float32]], num_vocab: int
 ) -> tuple[SpreadTail, ...]:
-    """The tails that an objective needs, with their shapes.
+    """The tails that an objective needs, with their shapes; those of hidden states are left out.
 
     Args:
         tails: of `needs(objective)`.
@@ -61,7 +96,8 @@ def spread_tails(
     Raises:
         ConfigError: a shape is not there, or is one of another vocabulary.
     """
-    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in tails)
+    spread = (tail for tail in tails if tail.target.tail != "whole")
+    return tuple(SpreadTail(tail, _log_shape(tail, shapes, num_vocab)) for tail in spread)
 
 
 def _log_shape(tail: WholeTail, shapes: Mapping[str, NDArray[np.float32]], num_vocab: int) -> Tensor:
@@ -85,11 +121,12 @@ def outside_support(tail: SpreadTail, signal: SignalBatch, live: LiveSide) -> Te
     tail = replace(tail, log_shape_V=tail.log_shape_V.to(live.hidden_ND.device))
     with torch.autocast(live.hidden_ND.device.type, enabled=False):
         outcomes, shift_N = _teacher_outside(tail, signal, live.student_NM)
-        target = tail.what.target
-        if target.divergence == "forward_kl" and target.element_clip is None and live.head.softcap is None:
-            value_N = _forward_kl(tail.log_shape_V, signal.topk_ids_NK, outcomes, shift_N, live)
-        else:
+        if live.linear is None:
             value_N = _by_walk(tail, signal.topk_ids_NK, shift_N, live)
+        else:
+            kind = linear_kind(tail.what.target)
+            outside = forward_kl_outside if kind == "forward_kl" else reverse_kl_outside
+            value_N = outside(tail.log_shape_V, signal.topk_ids_NK, outcomes, shift_N, live.linear)
         return torch.where(outcomes.is_real_NM[:, -1], value_N, 0.0)
 
 
@@ -116,26 +153,18 @@ def _teacher_outside(tail: SpreadTail, signal: SignalBatch, student_NM: Tensor) 
 
 def _log_shape_outside(log_shape_V: Tensor, ids_NK: Tensor) -> Tensor:
     """Log of the shape's mass outside the ids, [N]; in float64, because it is one minus a sum."""
-    inside_NK = _at(log_shape_V.double().exp(), ids_NK)
+    inside_NK = at_ids(log_shape_V.double().exp(), ids_NK)
     outside_N = (1 - inside_NK.sum(1)).clamp(min=torch.finfo(torch.float32).tiny)
     return outside_N.log().to(log_shape_V.dtype)
 
 
-def _at(values_V: Tensor, ids_NK: Tensor) -> Tensor:
-    """A vector's values at ids, 0 at padding."""
-    return values_V[ids_NK.clamp(min=0)] * (ids_NK >= 0)
-
-
 def _by_walk(tail: SpreadTail, ids_NK: Tensor, shift_N: Tensor, live: LiveSide) -> Tensor:
-    def terms(teacher_CT: Tensor, student_CT: Tensor) -> Tensor:
-        return outcome_terms(tail.what.target, Outcomes(teacher_CT, student_CT, _EVERYWHERE))
-
     return outside_terms(
         live.hidden_ND,
         live.head.weight_VD,
         Fixed(ids_NK, shift_N, tail.log_shape_V),
         live.logsumexp_N,
-        terms,
+        closed_form(tail.what.target),
         bias_V=live.head.bias_V,
         softcap=live.head.softcap,
         temperature=live.head.temperature,
@@ -144,36 +173,3 @@ def _by_walk(tail: SpreadTail, ids_NK: Tensor, shift_N: Tensor, live: LiveSide) 
 
 _EVERYWHERE = torch.ones((), dtype=torch.bool)
 """The terms of a divergence read no mask."""
-
-
-def _forward_kl(
-    log_shape_V: Tensor, ids_NK: Tensor, outcomes: Outcomes, shift_N: Tensor, live: LiveSide
-) -> Tensor:
-    """Sum over v outside K of T_v log(T_v / s_v) - T_v + s_v, [N], without a walk.
-
-    With T_v = c_v exp(shift) it is linear in the mean of log s under the shape. The mean logit is a product
-    of the hidden state with one vector, the head's mean under the shape; the support is taken off again.
-    """
-    shape_V = log_shape_V.exp()
-    inside_NK, student_NK = _at(shape_V, ids_NK), live.student_NM[:, :-1]
-    mean_logit_N = _mean_logits(shape_V, live)
-    student_mean_N = mean_logit_N - live.logsumexp_N - (inside_NK * student_NK).sum(1)
-    own_mean_N = (shape_V * log_shape_V).sum() - (inside_NK * _at(log_shape_V, ids_NK)).sum(1)
-    tail_N = outcomes.teacher_NM[:, -1].exp()
-    entropies_N = tail_N * shift_N + shift_N.exp() * (own_mean_N - student_mean_N)
-    return entropies_N - tail_N + outcomes.student_NM[:, -1].exp()
-
-
-def _mean_logits(shape_V: Tensor, live: LiveSide) -> Tensor:
-    """Mean of the logits under the shape, [N]; in float32, or float64 if the hidden states are."""
-    head, dtype = live.head, torch.promote_types(live.hidden_ND.dtype, torch.float32)
-    shape_V = shape_V.to(dtype)
-    direction_D = torch.zeros(head.weight_VD.shape[1], dtype=dtype, device=shape_V.device)
-    rows = ROWS_AT_ONCE if head.weight_VD.dtype != dtype else len(shape_V)
-    for start in range(0, len(shape_V), rows):
-        end = start + rows
-        direction_D = direction_D + shape_V[start:end] @ head.weight_VD[start:end].to(dtype)
-    mean_N = live.hidden_ND.to(dtype) @ direction_D
-    if head.bias_V is not None:
-        mean_N = mean_N + shape_V @ head.bias_V.to(dtype)
-    return mean_N / head.temperature

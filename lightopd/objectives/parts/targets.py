@@ -78,7 +78,10 @@ def estimator(config: EstimatorTarget, scene: Scene) -> Tensor:
 def divergence(config: DivergenceTarget, scene: Scene) -> Tensor:
     """Divergence between teacher and student over the support and its tail, or the whole vocabulary, [N]."""
     if config.tail != "bucket":
-        return support_divergence(config, scene.outcomes()) + scene.student.outside_N[scene.term.name]
+        outside_N = scene.student.outside_N[WholeTail(scene.term.name, scene.term.signal, config).key]
+        return (
+            outside_N if config.tail == "whole" else support_divergence(config, scene.outcomes()) + outside_N
+        )
     loss_N = token_divergence(config, scene.outcomes())
     return loss_N if config.residual is None else loss_N + _residual(config, config.residual, scene)
 
@@ -110,11 +113,12 @@ def _residual(config: DivergenceTarget, residual: Residual, scene: Scene) -> Ten
 
 
 def needs_divergence(config: DivergenceTarget, term: TermConfig) -> Needs:
-    """Teacher and student on the support; who sampled, for a residual; the tail, where it is spread out."""
+    """Teacher and student on the support, or over the vocabulary; who sampled, for a residual."""
+    tails = () if config.tail == "bucket" else (WholeTail(term.name, term.signal, config),)
+    if config.tail == "whole":
+        return needs_teacher(config, term) | Needs(hidden=(term.signal,), tails=tails)
     needs = needs_support(config, term) | (Needs() if config.residual is None else RATIO)
-    if config.tail == "bucket":
-        return needs
-    return needs | Needs(tails=(WholeTail(term.name, term.signal, config),))
+    return needs | Needs(tails=tails)
 
 
 def preference(config: PreferenceTarget, scene: Scene) -> Tensor:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from lightopd.cache.contexts import scored_chunks, text_values
 from lightopd.cache.reader import ShardColumns, read_columns, read_shard_columns
+from lightopd.cache.signals.horizon import horizons_of
+from lightopd.cache.signals.trained_part import trained_part
 from lightopd.cache.store import Cache, open_cache
 from lightopd.objectives.base.part import Needs
 
@@ -32,9 +34,11 @@ def cache_views(
     teacher = mean_rewards(wanted.answers)
     if shards is None:
         seen: set[str] = set()
-        shards = (
+        horizons = horizons_of(cache, wanted.signals)
+        read = (
             read_shard_columns(cache, n, wanted.signals, topk=wanted.topk, seen=seen) for n in cache.shards
         )
+        shards = (trained_part(columns, horizons) for columns in read)
     for shard, columns in zip(cache.shards, shards, strict=True):
         if wanted.texts:
             values = {name: text_values(cache, name, shard) for name in wanted.texts}

@@ -5,26 +5,30 @@ only the values of the cache can tell (NaN, missing rewards, single rollouts) is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import read_columns
+from lightopd.cache.signals.horizon import horizons_of
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
 from lightopd.objectives.base.part import Needs
+from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.parts.targets import load_custom
-from lightopd.objectives.requirements import needs
+from lightopd.objectives.requirements import kept_hidden, needs, on_signals, term_needs
+from lightopd.schemas.configs import Horizon
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import (
     ConstantExtrapolation,
     CustomTarget,
+    DistanceExtrapolation,
     DivergenceTarget,
     LogRatioTarget,
 )
-from lightopd.schemas.objectives.weights import DriftFadeWeight
+from lightopd.schemas.objectives.weights import DriftFadeWeight, HorizonWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,10 @@ class CacheFacts:
     """Names of its text columns."""
     shapes: frozenset[str] = frozenset()
     """Signals that have a shape of their tail."""
+    hidden: frozenset[str] = frozenset()
+    """Signals that keep hidden states."""
+    horizons: Mapping[str, Horizon] = field(default_factory=dict)
+    """Of the signals that have one."""
     remarks: tuple[str, ...] = ()
     """What is there and of no use to the objective, one line each."""
     is_teacher_known: bool = True
@@ -72,8 +80,17 @@ def cache_facts(cache: Cache, wanted: Needs) -> CacheFacts:
         there.add("teacher_reward")
     texts, remarks = frozenset(text_names(cache.path)), tuple(cache_remarks(cache, wanted))
     shapes = frozenset(n for n, signal in cache.signals.items() if signal.manifest.tail_shape is not None)
-    is_teacher_known = cache.manifest.sft.proof != "unknown"
-    return CacheFacts(str(cache.path), signals, frozenset(there), texts, shapes, remarks, is_teacher_known)
+    return CacheFacts(
+        str(cache.path),
+        signals,
+        frozenset(there),
+        texts,
+        shapes,
+        frozenset(kept_hidden(cache)),
+        horizons_of(cache, cache.signals),
+        remarks,
+        is_teacher_known=cache.manifest.sft.proof != "unknown",
+    )
 
 
 def cache_remarks(cache: Cache, wanted: Needs) -> list[str]:
@@ -178,6 +195,7 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     """What the cache lacks, one line each with the command that adds it; empty when it can serve."""
     wanted = needs(config)
     lines = [line for name in wanted.signals if (line := _missing_signal(name, config, wanted, facts))]
+    lines += _missing_hidden(config, wanted, facts)
     lines += [
         f"signal {tail.signal} has no shape of its tail; score it under another name with engine hf "
         f"(lightopd precompute --set shape_tokens=2048), or set tail: uniform or bucket"
@@ -203,6 +221,7 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
         for name in wanted.shown
         if name not in facts.texts
     ]
+    lines += _shares_of_shares(config, wanted, facts)
     for name in wanted.columns:
         if name in facts.columns:
             continue
@@ -218,9 +237,61 @@ def missing(config: ObjectiveConfig, facts: CacheFacts) -> list[str]:
     return lines
 
 
+def _shares_of_shares(config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> list[str]:
+    """Token weights that would take a share of what a signal's horizon has left."""
+    weights = [part for term in config.terms for part in term.token_weights]
+    shares = {part.share for part in weights if isinstance(part, HorizonWeight) and part.share is not None}
+    return [
+        f"signal {name} has a horizon of {facts.horizons[name]}, and token weight horizon would train the "
+        f"share {share:g} of that alone; take the weight out (-c methods/lightning_opd), or score whole "
+        f"responses under another name"
+        for share in sorted(shares)
+        for name in wanted.signals
+        if name in facts.horizons
+    ]
+
+
+def _missing_hidden(config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> list[str]:
+    """Hidden states that are read and not kept, and parts that cannot do with them."""
+    readers = dict.fromkeys(wanted.hidden, "tail: whole") | {name: "entries" for name, _ in wanted.entries}
+    lines = [
+        f"signal {name} keeps no hidden states, which {reader} reads; score it under another name and set "
+        f"that name in the objective: lightopd precompute --cache {facts.path} --teacher MODEL --signal "
+        f"{name}_hidden --keep hidden"
+        for name, reader in readers.items()
+        if name in facts.signals and name not in facts.hidden and name != facts.planned
+    ]
+    lines += [
+        f"signal {name} is planned without hidden states, which {reader} reads; set precompute.keep to hidden"
+        for name, reader in readers.items()
+        if name == facts.planned and name not in facts.hidden
+    ]
+    made = _made(wanted, facts)
+    measured = {
+        name
+        for term in config.terms
+        if isinstance(term.extrapolate, DistanceExtrapolation)
+        for name in (*teacher_names(term), term.extrapolate.reference)
+    }
+    return lines + [
+        f"extrapolate by_distance measures the mass outside a stored top-k, and signal {name} stores none; "
+        f"score it under another name with --top-k 64"
+        for name in sorted(measured & made.keys())
+    ]
+
+
+def _made(wanted: Needs, facts: CacheFacts) -> dict[str, int]:
+    """Signals whose top-k is made of hidden states, and its size."""
+    hidden = {name: size for name, size in facts.signals.items() if name in facts.hidden}
+    return {name: entries.top_k for name, entries in on_signals(wanted, hidden).entries}
+
+
 def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: CacheFacts) -> str | None:
     size = max(_top_k(name, config, wanted), 1 if name in wanted.topk else 0)
-    if name in facts.signals and facts.signals[name] >= size:
+    made = _made(wanted, facts).get(name)
+    if made is not None and made < size:
+        return f"{size} entries or more of signal {name} are needed; set entries.top_k to {size}"
+    if made is not None or (name in facts.signals and facts.signals[name] >= size):
         return None
     declared = "" if facts.is_teacher_known else " --sft-teacher MODEL"
     role = declared if name in teachers_of(config) else " --set role=reference"
@@ -230,6 +301,8 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
         return _unplanned(name, size, facts)
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
+    if name in wanted.hidden:
+        top_k = " --keep hidden"
     if name not in facts.signals:
         there = ", ".join(f"{known} (top {k})" for known, k in facts.signals.items()) or "none"
         return f"no signal {name} (there: {there}); add it: {command.format(name)}{top_k}"
@@ -281,6 +354,8 @@ def warnings_of(config: ObjectiveConfig) -> list[str]:
 
 def _term_warnings(term: TermConfig) -> list[str]:
     lines = []
+    if term.entries and not term_needs(term).topk:
+        lines.append(f"term {term.name}: no part of it reads a top-k, so its entries are not made")
     extrapolates = isinstance(term.extrapolate, ConstantExtrapolation) and term.extrapolate.factor != 1
     has_ratio = any(weight.kind == "ratio" for weight in term.token_weights)
     if extrapolates and isinstance(term.target, LogRatioTarget) and term.baseline is None and not has_ratio:

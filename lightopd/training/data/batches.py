@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightopd.cache.reader import ShardColumns, SignalColumns, TokenColumns
+from lightopd.cache.signals.channels import HiddenColumns, joined
+from lightopd.cache.signals.hidden import hidden_states
 from lightopd.errors import LightopdError
 from lightopd.objectives.base.batch import BatchTotals, RolloutBatch, SignalBatch
 from lightopd.schemas.cache import STUDENTS_OWN, TOKEN_COLUMNS
@@ -43,6 +45,8 @@ class HostSignal:
     """Support entries at each position; None, like the other three, where no support is read."""
     topk_ids_C: NDArray[np.int32] | None
     topk_logprobs_C: NDArray[np.float32] | None
+    hidden: HiddenColumns | None = None
+    """Hidden states, as they are stored; None where they are not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,8 +291,10 @@ def _join(spans: Sequence[tuple[Any, int, int]], name: str) -> Any:
 
 def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) -> HostSignal:
     own = [(shard.signals[name], start, end) for shard, start, end in spans]
+    kept = [c.hidden[start:end] for c, start, end in own if c.hidden is not None]
+    hidden = joined(kept) if kept else None
     if any(columns.topk_offsets is None for columns, _, _ in own):
-        return HostSignal(_join(own, "logprobs_N"), None, None, None, None)
+        return HostSignal(_join(own, "logprobs_N"), None, None, None, None, hidden)
     entries = [(columns, *_entries(columns, start, end)) for columns, start, end in own]
     ends = [columns.topk_offsets[start + 1 : end + 1] for columns, start, end in own]  # type: ignore[index]
     starts = [columns.topk_offsets[start:end] for columns, start, end in own]  # type: ignore[index]
@@ -298,13 +304,15 @@ def _gather_signal(name: str, spans: Sequence[tuple[ShardColumns, int, int]]) ->
         counts_N=np.concatenate(ends) - np.concatenate(starts),
         topk_ids_C=_join(entries, "topk_ids_C"),
         topk_logprobs_C=_join(entries, "topk_logprobs_C"),
+        hidden=hidden,
     )
 
 
 def _show_signal(rows: HostSignal, is_visible_N: NDArray[np.bool_]) -> HostSignal:
     logprobs_N = rows.logprobs_N[is_visible_N]
+    hidden = None if rows.hidden is None else rows.hidden[is_visible_N]
     if rows.counts_N is None or rows.topk_ids_C is None or rows.topk_logprobs_C is None:
-        return HostSignal(logprobs_N, None, None, None, None)
+        return HostSignal(logprobs_N, None, None, None, None, hidden)
     assert rows.tail_logprobs_N is not None
     is_visible_C = np.repeat(is_visible_N, rows.counts_N)
     return HostSignal(
@@ -313,6 +321,7 @@ def _show_signal(rows: HostSignal, is_visible_N: NDArray[np.bool_]) -> HostSigna
         rows.counts_N[is_visible_N],
         rows.topk_ids_C[is_visible_C],
         rows.topk_logprobs_C[is_visible_C],
+        hidden,
     )
 
 
@@ -323,9 +332,10 @@ def _entries(columns: SignalColumns, start: int, end: int) -> tuple[int, int]:
 
 def _signal_tokens(rows: HostSignal, device: torch.device) -> SignalBatch:
     logprobs_N = _moved(rows.logprobs_N, device)
+    hidden_ND = None if rows.hidden is None else hidden_states(rows.hidden, device)
     if rows.counts_N is None or rows.topk_ids_C is None or rows.topk_logprobs_C is None:
         none_NK = logprobs_N.new_zeros((len(logprobs_N), 0))
-        return SignalBatch(logprobs_N, none_NK.long(), none_NK, torch.zeros_like(logprobs_N))
+        return SignalBatch(logprobs_N, none_NK.long(), none_NK, torch.zeros_like(logprobs_N), hidden_ND)
     assert rows.tail_logprobs_N is not None
     width = int(rows.counts_N.max(initial=0))
     counts_N = _long(rows.counts_N, device)
@@ -334,13 +344,14 @@ def _signal_tokens(rows: HostSignal, device: torch.device) -> SignalBatch:
         topk_ids_NK=_padded(_long(rows.topk_ids_C, device), counts_N, width, -1),
         topk_logprobs_NK=_padded(_moved(rows.topk_logprobs_C, device), counts_N, width, -torch.inf),
         tail_logprobs_N=_moved(rows.tail_logprobs_N, device),
+        hidden_ND=hidden_ND,
     )
 
 
 def _padded(flat_C: Tensor, counts_N: Tensor, width: int, padding: float) -> Tensor:
     """Entries laid end to end as [N, K]."""
     if len(flat_C) == len(counts_N) * width:
-        return flat_C.view(-1, width)
+        return flat_C.view(len(counts_N), width)
     is_entry_NK = torch.arange(width, device=flat_C.device) < counts_N[:, None]
     return flat_C.new_full(is_entry_NK.shape, padding).masked_scatter_(is_entry_NK, flat_C)
 

@@ -17,6 +17,9 @@ from lightopd.cache.contexts import read_texts
 from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import ShardColumns, read_shard_columns
 from lightopd.cache.shards import read_content, shard_path
+from lightopd.cache.signals.channels import BYTES
+from lightopd.cache.signals.horizon import horizons_of
+from lightopd.cache.signals.trained_part import trained_part
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import flat_column
 from lightopd.errors import CacheError
@@ -35,6 +38,9 @@ Files = dict[Path, tuple[pa.Buffer, Stamp]]
 IndexPart = tuple[NDArray[Any], ...]
 """Of one shard, [R] each: shard, row, prompt tokens, response tokens, trained tokens, group."""
 
+Read = tuple[Sequence[str], Sequence[str], Sequence[str]]
+"""Signals that are read, those whose top-k is read as well, and those whose hidden states are."""
+
 ROLLOUT_BYTES = 512
 """Generous share of a rollout's strings and per-rollout values in memory."""
 
@@ -45,6 +51,7 @@ def index_cache(
     topk: Sequence[str],
     prepared: PreparedRollouts | None = None,
     parts: Sequence[IndexPart] | None = None,
+    hidden: Sequence[str] = (),
 ) -> CacheIndex:
     """Find out where every trainable rollout lies and how long it is.
 
@@ -54,13 +61,16 @@ def index_cache(
         topk: those whose top-k will be read as well.
         prepared: which rollouts the objective selects, and its columns; None for all, without columns.
         parts: of all shards, in order, from `index_shard`; None reads the rollouts for them.
+        hidden: signals whose hidden states will be read.
 
     Raises:
         CacheError: a row is not what it must be; the message names file and row.
     """
     if parts is None:
         seen: set[str] = set()
-        parts = [index_shard(n, read_shard_columns(cache, n, seen=seen)) for n in cache.shards]
+        horizons = horizons_of(cache, signals)
+        shards = ((n, read_shard_columns(cache, n, seen=seen)) for n in cache.shards)
+        parts = [index_shard(n, trained_part(columns, horizons)) for n, columns in shards]
     shard_P, row_P, prompts_P, responses_P, trained_P, groups_P = (
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
         for column in range(6)
@@ -68,7 +78,7 @@ def index_cache(
     has_tokens_P = trained_P > 0
     is_kept_P = has_tokens_P if prepared is None else has_tokens_P & prepared.keep_R
     bytes_S = np.zeros(max(cache.shards, default=-1) + 1, dtype=np.int64)
-    np.add.at(bytes_S, shard_P, _bytes_of(cache, signals, topk, prompts_P, responses_P))
+    np.add.at(bytes_S, shard_P, _bytes_of(cache, (signals, topk, hidden), prompts_P, responses_P))
     return CacheIndex(
         shard_P=shard_P[is_kept_P],
         row_P=row_P[is_kept_P],
@@ -109,6 +119,8 @@ class FirstReading:
     """Most bytes held."""
     shown: str | None = None
     """Text column whose prompts take the place of the rollouts' own."""
+    hidden: tuple[str, ...] = ()
+    """Signals whose hidden states are read as well."""
     stamps: Stamps = field(default_factory=dict)
     """Of the files as they were read."""
     parts: list[IndexPart] = field(default_factory=list)
@@ -128,12 +140,20 @@ class FirstReading:
             self.stamps |= {path: stamp for path, (_, stamp) in files.items()}
             contents = {path: content for path, (content, _) in files.items()}
             columns = read_shard_columns(
-                self.cache, shard, self.signals, topk=self.topk, contents=contents, seen=self._seen
+                self.cache,
+                shard,
+                self.signals,
+                topk=self.topk,
+                contents=contents,
+                seen=self._seen,
+                hidden=self.hidden,
             )
+            columns = trained_part(columns, horizons_of(self.cache, self.signals))
             columns = under_prompts(self.cache, shard, columns, self.shown)
             part = index_shard(shard, columns)
             self.parts.append(part)
-            size_bytes += int(_bytes_of(self.cache, self.signals, self.topk, part[2], part[3]).sum())
+            read = (self.signals, self.topk, self.hidden)
+            size_bytes += int(_bytes_of(self.cache, read, part[2], part[3]).sum())
             if size_bytes > self.limit_bytes:
                 self._held.clear()
             else:
@@ -143,7 +163,7 @@ class FirstReading:
     def store(self, index: CacheIndex) -> "ShardStore":
         """The shards for training, after the reading."""
         place = (self.cache, self.signals, self.topk, self.stamps, index.bytes_S, self.limit_bytes)
-        return ShardStore(*place, self.shown, self._held)
+        return ShardStore(*place, self.shown, self.hidden, self._held)
 
 
 @dataclass(slots=True)
@@ -162,6 +182,8 @@ class ShardStore:
     """Most bytes held; a single shard may be larger."""
     shown: str | None = None
     """Text column whose prompts take the place of the rollouts' own."""
+    hidden: tuple[str, ...] = ()
+    """Signals whose hidden states are read as well."""
     _held: "OrderedDict[int, ShardColumns]" = field(default_factory=OrderedDict)
 
     def shard(self, number: int) -> ShardColumns:
@@ -175,7 +197,7 @@ class ShardStore:
             return self._held[number]
         while self._held and self._held_bytes() + self.bytes_S[number] > self.limit_bytes:
             self._held.popitem(last=False)
-        columns = _read_unchanged(self.cache, number, self.signals, self.topk, self.stamps)
+        columns = _read_unchanged(self.cache, number, (self.signals, self.topk, self.hidden), self.stamps)
         self._held[number] = under_prompts(self.cache, number, columns, self.shown)
         return self._held[number]
 
@@ -196,6 +218,7 @@ class ShardStore:
             self.bytes_S,
             self.limit_bytes,
             self.shown,
+            self.hidden,
         )
 
 
@@ -216,12 +239,12 @@ def store_as_it_is(
 ) -> ShardStore:
     """A store of the files as they lie there now, for looking; their SHA-256 is not compared."""
     stamps = {path: _stamp(path) for shard in cache.shards for path in _files(cache, shard, signals)}
-    return ShardStore(cache, signals, signals, stamps, bytes_S, limit_bytes)
+    hidden = tuple(name for name in signals if cache.signals[name].manifest.hidden is not None)
+    return ShardStore(cache, signals, signals, stamps, bytes_S, limit_bytes, hidden=hidden)
 
 
-def _read_unchanged(
-    cache: Cache, shard: int, signals: tuple[str, ...], topk: tuple[str, ...], stamps: Stamps
-) -> ShardColumns:
+def _read_unchanged(cache: Cache, shard: int, read: Read, stamps: Stamps) -> ShardColumns:
+    signals, topk, hidden = read
     for path in _files(cache, shard, signals):
         found = _stamp(path) if path.exists() else None
         if found != stamps[path]:
@@ -229,7 +252,8 @@ def _read_unchanged(
                 f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
                 f"{cache.path}`, and start again from the last checkpoint"
             )
-    return read_shard_columns(cache, shard, signals, topk=topk)
+    columns = read_shard_columns(cache, shard, signals, topk=topk, hidden=hidden)
+    return trained_part(columns, horizons_of(cache, signals))
 
 
 def _read_ahead(cache: Cache, signals: Sequence[str]) -> Iterator[tuple[int, Files]]:
@@ -271,21 +295,20 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _bytes_of(
-    cache: Cache,
-    signals: Sequence[str],
-    topk: Sequence[str],
-    prompts_R: NDArray[np.integer],
-    responses_R: NDArray[np.integer],
+    cache: Cache, read: Read, prompts_R: NDArray[np.integer], responses_R: NDArray[np.integer]
 ) -> NDArray[np.int64]:
     """What each rollout counts with in memory."""
-    per_token = _bytes_per_token(cache, signals, topk)
+    per_token = _bytes_per_token(cache, read)
     size_R: NDArray[np.int64] = 4 * prompts_R + per_token * responses_R.astype(np.int64) + ROLLOUT_BYTES
     return size_R
 
 
-def _bytes_per_token(cache: Cache, signals: Sequence[str], topk: Sequence[str]) -> int:
+def _bytes_per_token(cache: Cache, read: Read) -> int:
     """Bytes of a response token in `ShardColumns`, had every position its full top-k."""
+    signals, topk, hidden = read
     rollout = 4 + 1 + 4 + 4 + 4
     tails = 4 + 8
     wide: list[int] = [tails + 8 * cache.signals[name].manifest.top_k for name in topk]
+    kept = [states for name in hidden if (states := cache.signals[name].manifest.hidden)]
+    wide += [states.size * BYTES[states.format] + 4 for states in kept]
     return rollout + 4 * len(signals) + sum(wide)

@@ -55,7 +55,7 @@ def select_rollouts(
     """
     prepared = prepare_rollouts(objective, cache_views(cache, needed, reading))
     parts = None if reading is None else reading.parts
-    index = index_cache(cache, needed.signals, needed.topk, prepared, parts)
+    index = index_cache(cache, needed.signals, needed.topk, prepared, parts, needed.hidden)
     notes = list(prepared.notes)
     if id_limit is not None:
         index, without = _below(cache, index, id_limit)

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightopd.objectives.base.batch import BatchTotals
+from lightopd.objectives.base.hidden_states import HiddenSignal
 from lightopd.objectives.base.part import Needs
 from lightopd.objectives.base.teacher import teacher_names
 from lightopd.objectives.loss import compute_loss
-from lightopd.objectives.requirements import needs, term_needs
+from lightopd.objectives.requirements import term_needs
 from lightopd.objectives.state import ObjectiveState, visible_tokens
 from lightopd.schemas.objectives.objective import ObjectiveConfig, TermConfig
 from lightopd.schemas.objectives.targets import ConstantExtrapolation, DivergenceTarget, EstimatorTarget
@@ -35,6 +36,8 @@ class HeldOut:
     index: CacheIndex
     store: ShardStore
     objective: ObjectiveConfig
+    needed: Needs
+    """What the objective reads of the cache."""
     micro_batch_tokens: int
     row_tokens: int | None = None
     """Length of the rows that rollouts share; None where each has its own."""
@@ -64,20 +67,24 @@ def held_out_objective(objective: ObjectiveConfig, needed: Needs) -> ObjectiveCo
     """What is measured on held-out rollouts; lower is better, and it is never negative.
 
     An objective that reads a teacher is measured by the divergence of its first teacher: the reverse KL where
-    the student is evaluated on the teacher's support, else half the squared log-ratio of the sampled tokens
-    (k2), which is zero where the two agree. Any other objective is measured by its own loss.
+    the student is evaluated on the teacher's support, or over the whole vocabulary where the objective
+    compares it so; else half the squared log-ratio of the sampled tokens (k2), which is zero where the two
+    agree. Any other objective is measured by its own loss.
     """
     for term in objective.terms:
         names = set(teacher_names(term))
         if names <= set(term_needs(term).signals):
-            has_support = names <= set(needed.supports)
-            target = (
-                DivergenceTarget(kind="divergence", divergence="reverse_kl")
-                if has_support
-                else EstimatorTarget(kind="estimator", estimator="k2")
-            )
+            target: DivergenceTarget | EstimatorTarget = EstimatorTarget(kind="estimator", estimator="k2")
+            if names <= set(needed.supports):
+                target = DivergenceTarget(kind="divergence", divergence="reverse_kl")
+            elif isinstance(term.target, DivergenceTarget) and term.target.tail == "whole":
+                target = DivergenceTarget(kind="divergence", divergence="reverse_kl", tail="whole")
             measured = TermConfig(
-                signal=term.signal, router=term.router, extrapolate=_unguarded(term), target=target
+                signal=term.signal,
+                router=term.router,
+                extrapolate=_unguarded(term),
+                target=target,
+                entries=term.entries,
             )
             return ObjectiveConfig(terms=(measured,))
     return objective.model_copy(update={"select": (), "curriculum": None, "balance": None, "jump": None})
@@ -86,17 +93,28 @@ def held_out_objective(objective: ObjectiveConfig, needed: Needs) -> ObjectiveCo
 def held_out_loss(
     student: PreTrainedModel,
     micro_batches: Sequence[HostBatch],
-    objective: ObjectiveConfig,
+    held_out: HeldOut,
+    hidden: Sequence[HiddenSignal],
     device: torch.device,
     reduce: Callable[[Tensor], Tensor],
 ) -> float:
-    """The loss over all held-out rollouts, nats for a divergence; `reduce` adds up over the ranks."""
+    """The loss over all held-out rollouts, nats for a divergence.
+
+    Args:
+        student: in its own number format.
+        micro_batches: this rank's share of the rollouts held out.
+        held_out: what is measured.
+        hidden: signals whose hidden states it reads.
+        device: of the student.
+        reduce: adds up over the ranks.
+    """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    supports = needs(objective).supports
+    objective, supports = held_out.objective, held_out.needed.supports
     with torch.no_grad():
         for rows in micro_batches:
             batch = collate(rows, device)
-            loss = compute_loss(objective, batch.rollouts, student_tokens(student, batch, supports))
+            tokens = student_tokens(student, batch, supports, hidden=hidden)
+            loss = compute_loss(objective, batch.rollouts, tokens)
             total += loss.value.double()
     return float(reduce(total))
 

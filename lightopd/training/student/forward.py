@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from lightopd.kernels.selected_logprobs import selected_logprobs
 from lightopd.models.head import Head, head_of
 from lightopd.objectives.base.batch import MetricSums, RolloutBatch, StudentTokens
-from lightopd.objectives.base.whole_vocabulary import LiveSide, SpreadTail, outside_support
+from lightopd.objectives.base.hidden_states import HiddenSignal, Live, rebuilt, whole_divergences
+from lightopd.objectives.base.whole_vocabulary import (
+    LiveSide,
+    SpreadTail,
+    fixed_vectors,
+    linear_sums,
+    outside_support,
+)
 from lightopd.training.data.batches import Microbatch
 from lightopd.training.distributed.fsdp import output_of
 from lightopd.training.student.drift import drift_sums
@@ -24,19 +31,27 @@ from lightopd.training.student.router_loss import Routers
 
 
 def student_tokens(
-    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str], tails: Sequence[SpreadTail] = ()
+    student: PreTrainedModel,
+    batch: Microbatch,
+    supports: Sequence[str],
+    tails: Sequence[SpreadTail] = (),
+    hidden: Sequence[HiddenSignal] = (),
 ) -> StudentTokens:
-    """What the student says now about every response token, with gradients."""
+    """What the student says now about every response token, with gradients; see `evaluate_tokens`."""
     output = output_of(student, use_cache=False, **decoder_inputs(student, batch))
-    return _read(student, output, batch, supports, tails)
+    return _read(student, output, batch, supports, tails, hidden)
 
 
 def routed_tokens(
-    student: PreTrainedModel, batch: Microbatch, supports: Sequence[str], tails: Sequence[SpreadTail] = ()
+    student: PreTrainedModel,
+    batch: Microbatch,
+    supports: Sequence[str],
+    tails: Sequence[SpreadTail] = (),
+    hidden: Sequence[HiddenSignal] = (),
 ) -> tuple[StudentTokens, Routers]:
     """`student_tokens`, and the logits of the routers that the tokens passed."""
     output = _routed_output(student, batch)
-    return _read(student, output, batch, supports, tails), output.router_logits
+    return _read(student, output, batch, supports, tails, hidden), output.router_logits
 
 
 def routers_of(student: PreTrainedModel, batch: Microbatch) -> Routers:
@@ -55,9 +70,10 @@ def _read(
     batch: Microbatch,
     supports: Sequence[str],
     tails: Sequence[SpreadTail],
+    hidden: Sequence[HiddenSignal],
 ) -> StudentTokens:
     hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions_N)
-    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports, tails)
+    return evaluate_tokens(hidden_ND, head_of(student), batch.rollouts, supports, tails, hidden)
 
 
 def evaluate_tokens(
@@ -66,6 +82,7 @@ def evaluate_tokens(
     rollouts: RolloutBatch,
     supports: Sequence[str],
     tails: Sequence[SpreadTail] = (),
+    hidden: Sequence[HiddenSignal] = (),
 ) -> StudentTokens:
     """Log-probabilities of sampled tokens and of the supports' tokens, and what lies outside each support.
 
@@ -75,12 +92,16 @@ def evaluate_tokens(
         rollouts: the cached side.
         supports: names of the signals whose top-k is read.
         tails: what is compared token by token outside a support; each is of a signal in `supports`.
+        hidden: signals that keep hidden states, and what is made of them.
     """
-    blocks = [rollouts.ids_N[:, None], *(rollouts.signals[name].topk_ids_NK for name in supports)]
+    hidden_ND, weight_VD = _in_compute_format(hidden_ND, head.weight_VD)
+    head, vectors = replace(head, weight_VD=weight_VD), fixed_vectors(tails)
+    own = Live(hidden_ND, head)
+    made = {each.name: rebuilt(each, rollouts.signals[each.name], own) for each in hidden if each.entries}
+    signals = rollouts.signals | made
+    blocks = [rollouts.ids_N[:, None], *(signals[name].topk_ids_NK for name in supports)]
     widths = [block.shape[1] for block in blocks]
     ids_NM = torch.cat(blocks, dim=1)
-    hidden_ND, weight_VD = _in_compute_format(hidden_ND, head.weight_VD)
-    head = replace(head, weight_VD=weight_VD)
     selected = selected_logprobs(
         hidden_ND,
         head.weight_VD,
@@ -89,22 +110,27 @@ def evaluate_tokens(
         bias_V=head.bias_V,
         softcap=head.softcap,
         temperature=head.temperature,
+        averaged_FV=vectors.averaged_FV,
+        weighing_GV=vectors.weighing_GV,
     )
     sampled_N1, *on_supports = torch.split(selected.logprobs_NM, widths, dim=1)
     topk_NK = dict(zip(supports, on_supports, strict=True))
     tail_N = dict(zip(supports, selected.tail_logprobs_NS.unbind(1), strict=True))
     outside_N = {}
-    for tail in tails:
+    for tail, linear in zip(tails, linear_sums(tails, selected), strict=True):
         name = tail.what.signal
         student_NM = torch.cat([topk_NK[name], tail_N[name][:, None]], dim=1)
-        live = LiveSide(hidden_ND, head, selected.logsumexp_N, student_NM)
-        outside_N[tail.what.term] = outside_support(tail, rollouts.signals[name], live)
+        live = LiveSide(hidden_ND, head, selected.logsumexp_N, student_NM, linear)
+        outside_N[tail.what.key] = outside_support(tail, signals[name], live)
+    for each in hidden:
+        outside_N |= whole_divergences(each, rollouts.signals[each.name], own)
     return StudentTokens(
         logprobs_N=sampled_N1.squeeze(1),
         entropies_N=selected.entropy_N,
         topk_logprobs_NK=topk_NK,
         tail_logprobs_N=tail_N,
         outside_N=outside_N,
+        rebuilt=made,
     )
 
 

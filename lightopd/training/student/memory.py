@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightopd.kernels.selected_logprobs import CUDA_TILE
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.data.sizes import NOTHING, CachedSizes
 from lightopd.training.distributed.strategies import FSDP, uses_gpu
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ POSITION_BYTES = 64
 """Of a response token, support left out: ids, places, masks, log-probabilities and their gradients."""
 ENTRY_BYTES = 28
 """Of an entry of a support: its id twice, the cached log-probability, the student's and its gradient."""
+HIDDEN_BYTES = 6
+"""Of a number in a hidden state: as it is stored, at most 2, and in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class MemoryEstimate:
     kernel: int
     """Around the output layer: gradients before they are added up, the cast head, and one tile."""
     cache: int
-    """The cached columns of the largest micro-batch, and what the student says on the same ids."""
+    """The cached columns of the largest micro-batch, what the student says on the same ids, and heads."""
 
     @property
     def total(self) -> int:
@@ -85,7 +88,7 @@ def available_memory(finetune: FinetuneConfig) -> Memory | None:
 
 
 def estimate_memory(
-    student: PreTrainedModel, finetune: FinetuneConfig, longest: int, *, cached_entries: int = 0
+    student: PreTrainedModel, finetune: FinetuneConfig, longest: int, cached: CachedSizes = NOTHING
 ) -> MemoryEstimate:
     """Weights, gradients and moments from their formats; activations from a run without memory.
 
@@ -97,7 +100,7 @@ def estimate_memory(
         student: its parameters say how many numbers there are and which are trained; they may lie on `meta`.
         finetune: of the run.
         longest: tokens of the longest rollout.
-        cached_entries: of a position, over all signals whose support is read.
+        cached: what is read of the cache.
     """
     size = 2 if finetune.precision == "bf16-true" else 4
     trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
@@ -111,7 +114,8 @@ def estimate_memory(
         moments=MOMENT_BYTES[finetune.precision] * trained // shares,
         activations=_activations(student, finetune, (rows, longest)),
         kernel=_kernel(student, finetune, (rows, longest)),
-        cache=rows * longest * (POSITION_BYTES + ENTRY_BYTES * cached_entries),
+        cache=cached.heads
+        + rows * longest * (POSITION_BYTES + ENTRY_BYTES * cached.entries + HIDDEN_BYTES * cached.hidden),
     )
 
 

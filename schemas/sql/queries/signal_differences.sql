@@ -10,6 +10,6 @@ SELECT
     round(corr(a.logprob_signal, b.logprob_signal), 4) AS correlation
 FROM tokens AS a
 JOIN tokens AS b ON a.rollout_id = b.rollout_id AND a.pos = b.pos AND a.signal < b.signal
-WHERE a.loss_mask
+WHERE a.loss_mask AND a.logprob_signal IS NOT NULL AND b.logprob_signal IS NOT NULL
 GROUP BY a.signal, b.signal
 ORDER BY a.signal, b.signal;

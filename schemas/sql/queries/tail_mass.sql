@@ -10,6 +10,6 @@ SELECT
     round(quantile_cont(exp(logprob_tail), 0.99), 5) AS p99_tail,
     round(avg((exp(logprob_tail) > 0.1)::INTEGER), 4) AS share_above_10_percent
 FROM tokens
-WHERE signal IS NOT NULL
+WHERE logprob_tail IS NOT NULL
 GROUP BY signal
 ORDER BY signal;

@@ -11,8 +11,10 @@ import torch
 from cache_cases import table_to_rollouts
 from fake_engine import FakeEngine
 from safetensors.numpy import load_file, save
+from scored_caches import roll, score_with
 
 import lightopd as package
+from lightopd.cache.index import query
 from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape, shape_of, write_shape
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
@@ -20,7 +22,7 @@ from lightopd.config import load_stage
 from lightopd.errors import CacheError, ConfigError, OutputError
 from lightopd.models.load import load_model
 from lightopd.objectives.plain_tensors import loss_from_logits
-from lightopd.pipelines import precompute, rollout, train
+from lightopd.pipelines import train
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.signals.kinds import TailShape
 
@@ -30,18 +32,13 @@ FOLDER = "signals/teacher"
 @pytest.fixture(scope="module")
 def rolled(world, tmp_path_factory):
     """A cache with enough tokens for a shape, and no signal yet."""
-    path = tmp_path_factory.mktemp("rolled") / "cache"
-    asked = {"student": world.sft / "student", "prompts": world.root / "prompts.jsonl", "cache": path}
-    sets = ["sampling.max_tokens=14", "sampling.n=4", "shard_rollouts=16"]
-    rollout.run(load_stage("rollout", [], sets, asked))
+    path = roll(world, tmp_path_factory.mktemp("rolled") / "cache")
     assert open_cache(path).num_tokens > 300
     return path
 
 
 def score(world, cache, *sets, load=None, **flags):
-    asked = {"cache": cache, "teacher": world.teacher, "top_k": 4, **flags}
-    config = load_stage("precompute", [], sets, asked)
-    return precompute.run(config) if load is None else precompute.run(config, load=load)
+    return score_with(world, cache, *sets, load=load, **{"top_k": 4, **flags})
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +101,17 @@ def test_the_report_names_the_tokens_and_a_sound_shape_has_no_findings(world, ro
     cache = copied(rolled, tmp_path)
     assert score(world, cache).figures["tail_shape_tokens"] == open_cache(cache).num_tokens
     assert verify(cache) == []
+
+
+def test_sql_says_which_signals_have_a_shape(world, shaped, tmp_path):
+    cache = copied(shaped, tmp_path)
+    score(world, cache, "signal=bare", "shape_tokens=0")
+    kept = open_cache(cache).signals["teacher"].manifest.tail_shape
+    columns = "name, tail_shape_sha256 AS sha256, tail_shape_tokens AS tokens"
+    assert query(cache, f"SELECT {columns} FROM signals ORDER BY name").to_pylist() == [
+        {"name": "bare", "sha256": None, "tokens": None},
+        {"name": "teacher", "sha256": kept.sha256, "tokens": kept.tokens},
+    ]
 
 
 def test_a_scoring_that_is_resumed_gives_the_same_bytes(world, shaped, tmp_path):

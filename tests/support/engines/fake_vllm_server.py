@@ -30,6 +30,7 @@ class FakeServer:
         ignores_stop: does not look for texts that end a response.
         stops_late: tokens that it returns behind such a text.
         max_tokens: most tokens of a response, whatever is asked for.
+        odd_replica: nats that every third answer is off in scoring, as from a replica with other weights.
         statuses: of the first completions, before any is answered.
         api_key: asked for in every request.
         version: of vLLM.
@@ -42,7 +43,7 @@ class FakeServer:
         self.options = options
         self.statuses = list(options.get("statuses", ()))
         self.seen_headers, self.bodies = [], []
-        self.most_at_once = self._at_once = 0
+        self.most_at_once = self._at_once = self._scored = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -169,6 +170,8 @@ class FakeServer:
     def _prompt_logprobs(self, ids, top_k):
         top_k = min(top_k, self.options.get("clip_logprobs", top_k))
         rows = [None]
+        self._scored += 1
+        off = self.options.get("odd_replica", 0.0) if self._scored % 3 == 0 else 0.0
         for end in range(1, len(ids)):
             logits_V = self.engine.logits(ids[:end])
             logprobs_V = logits_V - logits_V.max()
@@ -177,6 +180,6 @@ class FakeServer:
             shown = dict.fromkeys([int(ids[end]), *order[:top_k].tolist()])
             rank_V = np.argsort(order)
             rows.append(
-                {str(t): {"logprob": float(logprobs_V[t]), "rank": int(rank_V[t]) + 1} for t in shown}
+                {str(t): {"logprob": float(logprobs_V[t]) - off, "rank": int(rank_V[t]) + 1} for t in shown}
             )
         return rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightopd.kernels.fixed_sums import FixedSums
 from lightopd.kernels.selected_logprobs import TokenLogprobs, selected_logprobs
 
 needs_gpu = pytest.mark.skipif(
@@ -115,7 +116,13 @@ def ours(hidden_ND: Tensor, head_VD: Tensor, ids_NM: Tensor, **options: Any) -> 
     inputs = (each.to(Path.device) for each in (hidden_ND, head_VD, ids_NM))
     selected = selected_logprobs(*inputs, fused=Path.is_fused, **there)
     values = (getattr(selected, field.name) for field in fields(selected))
-    return TokenLogprobs(*(None if value is None else value.cpu() for value in values))
+    return TokenLogprobs(*(_to_cpu(value) for value in values))
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, FixedSums):
+        return FixedSums(*(each.cpu() for each in value))
+    return None if value is None else value.cpu()
 
 
 def outcome(case: Case, compute: Any, **sizes: int) -> Outcome:

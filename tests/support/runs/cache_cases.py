@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import write_shard
+from lightopd.cache.signals.horizon import scored_length
 from lightopd.cache.store import Cache, create_cache, create_signal, open_cache
 from lightopd.cache.tables import rollout_id, rollouts_to_table, scores_to_table, split_lists
 from lightopd.schemas.cache import ROLLOUTS, SCHEMA_VERSION
@@ -117,6 +118,18 @@ def make_scores(
     )
 
 
+def cut_scores(scores: RolloutSignal, length: int) -> RolloutSignal:
+    """The scores of a response's first tokens."""
+    entries = int(scores.topk_counts[:length].sum())
+    return RolloutSignal(
+        logprobs=scores.logprobs[:length],
+        topk_counts=scores.topk_counts[:length],
+        topk_ids=scores.topk_ids[:entries],
+        topk_logprobs=scores.topk_logprobs[:entries],
+        tail_logprobs=scores.tail_logprobs[:length],
+    )
+
+
 def write_rollouts(path: Path, shards: Sequence[Sequence[Rollout]], **changes: object) -> Cache:
     """A cache of the given rollouts, with no signal."""
     counted = {"num_prompts": sum(len(rollouts) for rollouts in shards)}
@@ -154,7 +167,13 @@ def make_cache(
     for name, changes in ({"teacher": {}} if signals is None else signals).items():
         settings = signal_manifest(name, cache.manifest, **changes)
         written[name] = [
-            [make_scores(rng, row.response_ids, settings.top_k, settings.min_probability) for row in shard]
+            [
+                cut_scores(
+                    make_scores(rng, row.response_ids, settings.top_k, settings.min_probability),
+                    scored_length(settings.horizon, len(row.response_ids)),
+                )
+                for row in shard
+            ]
             for shard in rollouts
         ]
         rows = [

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from training_runs import read_first
 
 from lightopd.errors import ConfigError
+from lightopd.objectives.base.part import Needs
 from lightopd.schemas.configs import ModelConfig
 from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
@@ -179,7 +180,7 @@ def test_a_jump_is_refused(make_cache, student_folder, tmp_path):
 def test_every_rank_runs_as_many_held_out_micro_batches(make_cache, tmp_path, world_size):
     cache = make_cache(tmp_path / "cache")
     store, index = read_first(cache)
-    held_out = HeldOut(index, store, ObjectiveConfig(), micro_batch_tokens=60)
+    held_out = HeldOut(index, store, ObjectiveConfig(), Needs(), micro_batch_tokens=60)
     alone = held_out.rows(0, 1)
     assert len(alone) % world_size, "they cannot be shared equally"
     shares = [held_out.rows(rank, world_size) for rank in range(world_size)]

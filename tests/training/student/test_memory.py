@@ -8,6 +8,7 @@ from model_families import FAMILIES, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightopd.schemas.finetune import FinetuneConfig
+from lightopd.training.data.sizes import CachedSizes
 from lightopd.training.student.memory import (
     GIB,
     Memory,
@@ -80,5 +81,7 @@ def test_shards_divide_what_is_kept_between_steps():
 def test_columns_of_the_cache_grow_with_its_support():
     student = LlamaForCausalLM(LlamaConfig(**SIZES))
     finetune = FinetuneConfig(micro_batch_tokens=64)
-    none, some = (estimate_memory(student, finetune, 32, cached_entries=k) for k in (0, 10))
-    assert some.cache - none.cache == 64 * 10 * 28
+    read = (CachedSizes(), CachedSizes(entries=10), CachedSizes(hidden=48, heads=4096))
+    none, support, hidden = (estimate_memory(student, finetune, 32, each).cache for each in read)
+    assert support - none == 64 * 10 * 28
+    assert hidden - none == 64 * 48 * 6 + 4096

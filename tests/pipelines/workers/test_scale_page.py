@@ -1,0 +1,38 @@
+"""The commands of docs/scale.md, as they stand there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
+BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL))
+
+
+def shards_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one process", "replicas", "shared folder"])
+def test_each_layout_makes_the_same_cache(world, tmp_path, layout):
+    shutil.copy(world.root / "prompts.jsonl", tmp_path)
+    for name, folder in (("STUDENT", world.sft / "student"), ("TEACHER", world.teacher)):
+        (tmp_path / name).symlink_to(folder)
+    if layout == "shared folder":
+        shutil.copytree(world.cache, tmp_path / "CACHE")
+        shutil.rmtree(tmp_path / "CACHE/signals")
+    script = BLOCKS[layout].replace(
+        "--prompts", "--n 2 --set sampling.max_tokens=10 --set shard_rollouts=6 --prompts"
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    words = ["bash", "-e", "-c", script]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("rollouts", "signals/teacher"):
+        assert shards_of(tmp_path / "CACHE" / part) == shards_of(world.cache / part)
