@@ -25,8 +25,8 @@ class Task:
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest response, the end token, and room for a slip that makes a total a digit longer."""
-        return len(reference_response(longest_prompt(self.addends))) + 3
+        """The longest response, the end token, and room for a slip that makes every total after it longer."""
+        return len(reference_response(longest_prompt(self.addends))) + 1 + self.addends - 2
 
     @property
     def sequence_tokens(self) -> int:
