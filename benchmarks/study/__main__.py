@@ -2,65 +2,78 @@
 
     python benchmarks/study                      # all that is missing
     python benchmarks/study --only live lightning --seeds 2 --minutes 60
-    python benchmarks/study --quick              # one seed of a few arms at a tenth of the size, nothing kept
+    python benchmarks/study --quick              # every arm once, at a hundredth of its size, nothing kept
 
-A finished run is one line of docs/study/results/ARM.jsonl and is not run again while its settings and models
-are the same. Runs that choose a setting have seed 1000 and other prompts than those that measure.
+A finished run is one line of docs/study/results/REGIME/ARM.jsonl and is not run again while its settings and
+models are the same. Runs that choose a setting have seed 1000 and other prompts than those that measure.
+After each arm docs/study.md is written anew. Where there is a GPU it is used.
 """
 
 import argparse
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from arms import TUNING_SEED, Arm, Cell, combinations, read_arms
-from cells import Line, identity, measure, run_of
-from summary import best_tuning
+from cells import QUICK, identity, measure, run_of
+from page import RESULTS, write_page
+from summary import Line, best_tuning, read_lines
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "study"
-RESULTS = ROOT / "docs" / "study" / "results"
+SECONDS_OF_A_RUN = 50.0
+"""Of a run that no other of its arm tells the length of."""
 log = logging.getLogger("study")
 
 
-def tuning_cells(name: str, arm: Arm) -> Iterator[Cell]:
+def regimes_of(arm: Arm, only: str | None) -> list[str]:
+    """The regimes of an arm that are asked for."""
+    return [regime for regime in arm.regimes if only in (None, regime)]
+
+
+def tuning_cells(name: str, arm: Arm, only: str | None) -> Iterator[Cell]:
     """The runs that choose a setting, for every regime and combination of the grid."""
-    for regime in arm.regimes:
+    for regime in regimes_of(arm, only):
         for grid in combinations(arm.grid):
             for tuned in combinations(arm.tune):
                 if tuned:
                     yield Cell(name, regime, grid, tuned, TUNING_SEED)
 
 
-def measured_cells(name: str, arm: Arm, lines: list[Line], seeds: int | None) -> Iterator[Cell]:
-    """The runs that measure, at the settings that were chosen."""
-    for regime in arm.regimes:
+def measured_cells(name: str, arm: Arm, only: str | None, seeds: int | None) -> Iterator[Cell]:
+    """The runs that measure, at the settings that were chosen; where none was yet, at the regime's own."""
+    lines = read_lines(RESULTS, arm.tuned_like or name)
+    for regime in regimes_of(arm, only):
         for grid in combinations(arm.grid):
-            chosen = best_tuning(lines, (name, regime, grid)) or {}
+            place = (arm.tuned_like, regime, ()) if arm.tuned_like else (name, regime, grid)
+            chosen = best_tuning(lines, place) or {}
             for seed in range(min(arm.seeds, seeds or arm.seeds)):
                 yield Cell(name, regime, grid, tuple(chosen.items()), seed)
 
 
-def read_lines(results: Path, name: str) -> list[Line]:
-    """The finished runs of an arm."""
-    path = results / f"{name}.jsonl"
-    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
+    """Every arm once, on the models that ship with the package."""
+    for name, arm in arms.items():
+        if "large_gap" in arm.regimes:
+            yield arm, Cell(name, "large_gap", next(combinations(arm.grid)), (), 0)
 
 
 def keep_line(results: Path, name: str, line: Line) -> None:
     """Put a line in the place of an older one of its key, or at the end."""
-    results.mkdir(parents=True, exist_ok=True)
-    lines = {one["key"]: one for one in (*read_lines(results, name), line)}
-    rows = "".join(json.dumps(one) + "\n" for one in lines.values())
-    (results / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    path = results / line["regime"] / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = [one for one in read_lines(results, name) if one["regime"] == line["regime"]]
+    lines = {one["key"]: one for one in (*mine, line)}
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
 
 
-def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, work: Path, results: Path) -> None:
+def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, work: Path) -> None:
     """Run what is not there yet, until the time is up."""
-    done = {line["key"]: line["identity"] for line in read_lines(results, name)}
+    done = {line["key"]: line["identity"] for line in read_lines(RESULTS, name)}
     for cell in cells:
         run = run_of(arm, cell, work)
         if done.get(cell.key) == identity(run, arm):
@@ -69,24 +82,50 @@ def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, work: 
             return
         started_s = time.monotonic()
         line = measure(arm, cell, run, work) | {"seconds": round(time.monotonic() - started_s, 1)}
-        keep_line(results, name, line)
+        keep_line(RESULTS, name, line)
         log.warning("%s: accuracy %.4f, %.0f s", cell.key, line["accuracy"], line["seconds"])
+
+
+def run_quick(arms: dict[str, Arm]) -> None:
+    """Run every arm small, in a folder that is deleted."""
+    with tempfile.TemporaryDirectory() as work:
+        for arm, cell in quick_cells(arms):
+            line = measure(arm, cell, run_of(arm, cell, Path(work), QUICK), Path(work))
+            log.warning("%s: accuracy %.4f, which says nothing at this size", cell.key, line["accuracy"])
+
+
+def remaining_hours(arms: dict[str, Arm], only: str | None, seeds: int | None) -> float:
+    """Hours of the runs that have no line, by what the arm's others took."""
+    seconds = 0.0
+    for name, arm in arms.items():
+        lines = read_lines(RESULTS, name)
+        keys = {line["key"] for line in lines}
+        cells = [*tuning_cells(name, arm, only), *measured_cells(name, arm, only, seeds)]
+        each_s = sum(line["seconds"] for line in lines) / len(lines) if lines else SECONDS_OF_A_RUN
+        seconds += each_s * sum(cell.key not in keys for cell in cells)
+    return seconds / 3600
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM")
+    parser.add_argument("--regime", help="this one alone")
     parser.add_argument("--seeds", type=int, help="at most so many of an arm")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after these")
-    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--quick", action="store_true", help="every arm once, small, nothing kept")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    arms = read_arms(asked.only)
+    if asked.quick:
+        run_quick(arms)
+        return
+    log.warning("about %.1f hours of one thread to go", remaining_hours(arms, asked.regime, asked.seeds))
     until_s = time.monotonic() + 60 * asked.minutes
-    for name, arm in read_arms(asked.only).items():
-        run_cells(name, arm, tuning_cells(name, arm), until_s, asked.work, RESULTS)
-        lines = read_lines(RESULTS, name)
-        run_cells(name, arm, measured_cells(name, arm, lines, asked.seeds), until_s, asked.work, RESULTS)
+    for name, arm in arms.items():
+        run_cells(name, arm, tuning_cells(name, arm, asked.regime), until_s, WORK)
+        run_cells(name, arm, measured_cells(name, arm, asked.regime, asked.seeds), until_s, WORK)
+        write_page()
 
 
 if __name__ == "__main__":

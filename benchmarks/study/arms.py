@@ -1,4 +1,4 @@
-"""The arms of the study: YAML files that are laid over a regime's run file, and the runs that each stands for."""
+"""The arms of the study: YAML files laid over a regime's run file, and the runs that each stands for."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,16 +29,22 @@ class Arm(StrictModel):
     """Numbers of the questions that it helps to answer."""
     regimes: tuple[str, ...] = ("small_gap",)
     """Regimes in which it is run."""
-    kind: Literal["offline", "rounds", "sft"] = "offline"
+    kind: Literal["offline", "rounds", "sft", "untrained"] = "offline"
     """`rounds` samples again; `sft` goes on with the teacher's answers to the rollouts' prompts."""
     method: str | None = None
     """A shipped recipe whose objective is taken."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field({})
     """Laid over the regime's run file."""
-    grid: Grid = {}
+    grid: Grid = Field({})
     """Settings of the run of which every combination is measured."""
-    tune: Grid = {}
+    tune: Grid = Field({})
     """Settings of which the best on the validation prompts is measured, chosen for every combination anew."""
+    tuned_like: str | None = None
+    """Arm whose chosen settings are taken, where a search of its own is too dear."""
+    signals: dict[str, dict[str, JsonValue]] = Field({})
+    """Signals beside the teacher's, by name, scored by the student at rollout."""
+    measures: tuple[Literal["gradient_gap"], ...] = ()
+    """Measures of the trained student beside accuracy and KL."""
     seeds: int = Field(5, ge=1)
     """Seeds that are measured."""
 

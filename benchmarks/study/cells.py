@@ -1,5 +1,6 @@
-"""One run of the study, from the stages that users run: cache, training, evaluation, and its line of figures."""
+"""One run of the study, from the stages that users run: cache, training, evaluation, its figures."""
 
+import csv
 import shutil
 import time
 from collections.abc import Mapping
@@ -8,25 +9,57 @@ from typing import Any
 
 import models
 from arms import Arm, Cell, read_regime, settings_of
+from measures import extrapolated_kl, gradient_gap
+from summary import Line
 
 from lightopd.config import build, build_run, merged
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
+from lightopd.pipelines.shared.reports import Report
 from lightopd.schemas.base import canonical_hash
-from lightopd.schemas.configs import EvalConfig, ModelConfig, PrecomputeConfig, RolloutConfig, SftConfig, TrainConfig
+from lightopd.schemas.configs import (
+    EvalConfig,
+    ModelConfig,
+    PrecomputeConfig,
+    RolloutConfig,
+    SftConfig,
+    TrainConfig,
+)
 from lightopd.schemas.run import RunConfig
 
-Line = dict[str, Any]
 VALIDATION = {"split": "train", "seed": 900}
 """Laid over the held-out prompts for runs that choose a setting: prompts that no cache of the study has."""
-OF_TRAINING = ("w_mean", "w_std", "ess", "chi2", "overlap", "log_ratio", "loss", "tokens", "tokens_per_second")
+OF_TRAINING = (
+    "w_mean",
+    "w_std",
+    "ess",
+    "chi2",
+    "overlap",
+    "log_ratio",
+    "loss",
+    "tokens",
+    "tokens_per_second",
+)
+OF_CURVE = ("step", "loss", "w_mean", "ess", "chi2", "log_ratio", "avg_at_k")
+CURVE_POINTS = 10
 OF_CACHE = ("gap_nats", "response_tokens", "bytes_per_token")
 
 
-def run_of(arm: Arm, cell: Cell, work: Path) -> RunConfig:
-    """The cell as a run file with its models and folders."""
+QUICK: Line = {
+    "prompts": {"count": 64},
+    "eval_prompts": {"count": 64},
+    "train": {"steps": 2, "batch_sequences": 16},
+}
+"""Laid over a run that only shows that it runs."""
+QUICK_ROUNDS: Line = {"rounds": {"steps": 2, "prompts_per_round": 16}, "train": {"steps": 1}}
+
+
+def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunConfig:
+    """The cell as a run file with its models and folders, `over` laid on top."""
     regime = read_regime(cell.regime)
-    settings = settings_of(arm, cell)
+    settings = merged(settings_of(arm, cell), over or {})
+    if over and arm.kind == "rounds":
+        settings = merged(settings, QUICK_ROUNDS)
     scorer = settings.pop("teacher", regime["teacher"])
     if cell.is_tuning:
         settings = merged(settings, {"eval_prompts": VALIDATION})
@@ -42,46 +75,70 @@ def identity(run: RunConfig, arm: Arm) -> str:
     """Hash of what decides a cell's figures: settings and models, but no folder and no title."""
     settings = run.model_dump(mode="json", exclude={"out", "teacher", "student"})
     weights = [fingerprint_model(ModelConfig(path=one.path)).identity for one in (run.teacher, run.student)]
-    return canonical_hash([arm.kind, settings, weights])
+    return canonical_hash([arm.kind, arm.signals, settings, weights])
 
 
 def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
     """Run a cell and give its line; what it wrote is deleted, but for the cache that others share."""
     shutil.rmtree(run.out, ignore_errors=True)
-    trained = {"offline": _offline, "rounds": _rounds, "sft": _more_sft}[arm.kind](run, work)
+    trained = TRAININGS[arm.kind](arm, run, work)
     line = {
         "key": cell.key,
         "identity": identity(run, arm),
         **{"arm": cell.arm, "regime": cell.regime, "seed": cell.seed},
         **{"grid": dict(cell.grid), "tuned": dict(cell.tuned), "is_tuning": cell.is_tuning},
         **trained,
-        **evaluated(run, run.out / "train" / "student", is_quick=cell.is_tuning),
+        **evaluated(run, trained_model(arm, run), is_tuning=cell.is_tuning),
+        **(measured_besides(arm, cell, run, work) if not cell.is_tuning else {}),
     }
     shutil.rmtree(run.out, ignore_errors=True)
     return line
 
 
-def evaluated(run: RunConfig, model: Path, *, is_quick: bool) -> Line:
-    """Accuracy at temperature 1, and unless `is_quick` greedily; KL to the teacher on the model's own answers."""
+def evaluated(run: RunConfig, model: Path, *, is_tuning: bool) -> Line:
+    """Accuracy at temperature 1 and greedily; KL to the teacher on the model's own answers."""
     settings = run.settings("eval_after") | {"model": str(model), "out": run.out / "eval"}
     sampled = evaluate.run(build(EvalConfig, settings)).figures
     figures = {"accuracy": sampled["avg_at_k"], "standard_error": sampled["standard_error"]}
     figures |= {"reverse_kl_nats": sampled["reverse_kl_nats"], "forward_kl_nats": sampled["forward_kl_nats"]}
-    if is_quick:
+    if is_tuning:  # greedy answers choose nothing
         return figures
     greedy = merged(settings, {"sampling": {"temperature": 0.0}, "teacher": None, "out": run.out / "greedy"})
     return figures | {"greedy_accuracy": evaluate.run(build(EvalConfig, greedy)).figures["avg_at_k"]}
 
 
-def cache_of(run: RunConfig, work: Path) -> tuple[Path, Line]:
+def trained_model(arm: Arm, run: RunConfig) -> Path:
+    """What is evaluated."""
+    return Path(run.student.path) if arm.kind == "untrained" else run.out / "train" / "student"
+
+
+def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
+    """What one question alone asks for."""
+    models = [Path(one.path) for one in (run.teacher, run.student)]
+    trained = trained_model(arm, run)
+    factor = dict(cell.grid).get("train.objective.extrapolate.factor")
+    if isinstance(factor, float):
+        return {"extrapolated_kl_nats": extrapolated_kl(trained, *models, factor, run.out / "eval")}
+    if "gradient_gap" in arm.measures:
+        place, _ = cache_of(arm, run, work)
+        return gradient_gap(trained, *models, place)._asdict()
+    return {}
+
+
+def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
     """A cell's cache, shared by all that sample and score alike, and what it cost when it was made."""
     sampling, scoring = run.settings("rollout"), run.settings("precompute")
     named = {name: value for name, value in scoring.items() if name != "cache"}
-    place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named]))[:16]
+    place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named, arm.signals]))[:16]
     first = rollout.run(build(RolloutConfig, sampling | {"cache": place}))
     second = precompute.run(build(PrecomputeConfig, scoring | {"cache": place}))
+    for name, own in arm.signals.items():
+        beside = {"cache": place, "teacher": run.student, "signal": name, **own}
+        precompute.run(build(PrecomputeConfig, beside))
     return place, {name: second.figures[name] for name in OF_CACHE if name in second.figures} | {
-        "rollout_seconds": round(first.seconds, 2), "score_seconds": round(second.seconds, 2)}
+        "rollout_seconds": round(first.seconds, 2),
+        "score_seconds": round(second.seconds, 2),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -89,32 +146,58 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else (str(value) if isinstance(value, Path) else value)
+    return (
+        value.model_dump(mode="json")
+        if hasattr(value, "model_dump")
+        else (str(value) if isinstance(value, Path) else value)
+    )
 
 
-def _offline(run: RunConfig, work: Path) -> Line:
-    place, cost = cache_of(run, work)
+def _untrained(_arm: Arm, _run: RunConfig, _work: Path) -> Line:
+    return {}
+
+
+def _offline(arm: Arm, run: RunConfig, work: Path) -> Line:
+    place, cost = cache_of(arm, run, work)
     started_s = time.monotonic()
     report = train.run(build(TrainConfig, run.settings("train") | {"cache": place}))
-    found = {name: report.figures[name] for name in OF_TRAINING if name in report.figures}
-    return {**cost, **found, "train_seconds": round(time.monotonic() - started_s, 2)}
+    return cost | _of_training(report, started_s) | {"curve": curve(run.out / "train" / "metrics.csv")}
 
 
-def _rounds(run: RunConfig, work: Path) -> Line:
+def _rounds(_arm: Arm, run: RunConfig, _work: Path) -> Line:
     started_s = time.monotonic()
     report = rounds.run(run.model_copy(update={"eval_prompts": None}))
     shutil.copytree(run.out / "student", run.out / "train" / "student")
-    seconds = round(time.monotonic() - started_s, 2)
-    return {"train_seconds": seconds, **{n: report.figures[n] for n in OF_TRAINING if n in report.figures}}
+    return _of_training(report, started_s)
 
 
-def _more_sft(run: RunConfig, work: Path) -> Line:
+def _more_sft(_arm: Arm, run: RunConfig, _work: Path) -> Line:
     """The teacher answers the prompts of the rollouts, and the student learns from these as before."""
     own = run.train
     fitted = {name: own[name] for name in ("steps", "batch_sequences", "optimizer", "seed") if name in own}
-    settings = {"prompts": run.prompts, "teacher": run.teacher, "student": run.student, "out": run.out / "train"}
+    settings = {
+        "prompts": run.prompts,
+        "teacher": run.teacher,
+        "student": run.student,
+        "out": run.out / "train",
+    }
     settings |= {name: run.rollout[name] for name in ("sampling", "engine", "shard_rollouts")}
     started_s = time.monotonic()
-    report = sft.run(build(SftConfig, settings | {"finetune": fitted}))
+    return _of_training(sft.run(build(SftConfig, settings | {"finetune": fitted})), started_s)
+
+
+TRAININGS = {"offline": _offline, "rounds": _rounds, "sft": _more_sft, "untrained": _untrained}
+"""How each kind of arm makes the model that is evaluated."""
+
+
+def _of_training(report: Report, started_s: float) -> Line:
     seconds = round(time.monotonic() - started_s, 2)
     return {"train_seconds": seconds, **{n: report.figures[n] for n in OF_TRAINING if n in report.figures}}
+
+
+def curve(metrics: Path) -> list[Line]:
+    """At most `CURVE_POINTS` steps of a training, evenly, with the measures of drift and accuracy."""
+    rows = list(csv.DictReader(metrics.read_text().splitlines()))
+    every = max(1, len(rows) // CURVE_POINTS)
+    kept = [row for place, row in enumerate(rows, 1) if place % every == 0 or row.get("avg_at_k")]
+    return [{name: float(row[name]) for name in OF_CURVE if row.get(name)} for row in kept]

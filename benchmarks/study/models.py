@@ -20,7 +20,7 @@ ADDENDS = 8
 
 
 def teacher(work: Path, name: str) -> Path:
-    """Folder of a teacher; one that is not shipped is trained where it is not there, with a base beside it."""
+    """Folder of a teacher; one that does not ship is made where it is not there, with a base beside it."""
     if name == SHIPPED:
         return DEMO / "teacher"
     folder = work / "models" / name
@@ -32,7 +32,7 @@ def teacher(work: Path, name: str) -> Path:
 
 
 def student(work: Path, regime: str) -> Path:
-    """Folder of a regime's student: the shipped one, or a base fine-tuned on answers of the regime's teacher."""
+    """Folder of a regime's student: the shipped one, or a base fine-tuned on its teacher's answers."""
     described = read_regime(regime)
     if "sft" not in described:
         return DEMO / "student"

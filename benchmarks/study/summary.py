@@ -1,7 +1,9 @@
 """From the lines of the runs to what is said of an arm: chosen settings, means and intervals over seeds."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -22,6 +24,12 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ± {self.half_width:.4f}" if self.seeds > 1 else f"{self.mean:.4f}"
+
+
+def read_lines(results: Path, name: str) -> list[Line]:
+    """The finished runs of an arm, in all regimes."""
+    files = sorted(results.glob(f"*/{name}.jsonl"))
+    return [json.loads(row) for path in files for row in path.read_text().splitlines()]
 
 
 def interval(values: Iterable[float]) -> Interval:
@@ -48,6 +56,6 @@ def measured(lines: Iterable[Line]) -> Iterator[tuple[Place, list[Line]]]:
 
 
 def best_tuning(lines: Iterable[Line], place: Place) -> dict[str, Any] | None:
-    """The tuned settings with the highest validation accuracy; of equal ones the first. None where none ran."""
+    """The tuned settings of the highest validation accuracy, the first of equals; None where none ran."""
     tried = [line for line in lines if line["is_tuning"] and place_of(line) == place]
     return max(tried, key=lambda line: line["accuracy"])["tuned"] if tried else None

@@ -1,0 +1,264 @@
+"""docs/study.md and its pictures, from the results and from the answers that were written to them.
+
+python benchmarks/study/page.py        needs the extra `report` for the pictures
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+from arms import Arm, read_arms, read_regime
+from summary import Interval, Line, Place, interval, measured, read_lines
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "study" / "results"
+ANSWERS = ROOT / "docs" / "study" / "answers.yaml"
+PAGE = ROOT / "docs" / "study.md"
+
+Column = tuple[str, Callable[[Place, list[Line]], str]]
+Places = list[tuple[Place, list[Line]]]
+
+QUESTIONS = {
+    1: "Does offline distillation work?",
+    2: "Where does the plain loss gain, where does it lose?",
+    3: "What does it cost?",
+    4: "Does the teacher have to be the one of the fine-tuning?",
+    5: "Which direction of KL, live, offline, or with one refresh?",
+    6: "How far does the student drift?",
+    7: "Past the teacher: ExOPD",
+    8: "How many bytes does the signal need?",
+    9: "The methods of the literature on one cache",
+}
+
+
+def page() -> str:
+    """The whole page."""
+    answers = yaml.safe_load(ANSWERS.read_text())
+    arms = read_arms()
+    lines = {name: read_lines(RESULTS, name) for name in arms}
+    parts = [answers["title"], *setting(lines), *answers_first(answers)]
+    for number, title in QUESTIONS.items():
+        own = {name: arm for name, arm in arms.items() if number in arm.questions}
+        parts += [f"## {number}. {title}", answers["questions"][number], *tables(number, own, lines)]
+    return "\n\n".join([*parts, answers["limits"], *searches(arms, lines)]).replace("\n\n\n", "\n\n") + "\n"
+
+
+def answers_first(answers: dict[str, Any]) -> list[str]:
+    """The page's three sentences before all tables."""
+    return ["## In short", answers["short"]]
+
+
+def setting(lines: dict[str, list[Line]]) -> list[str]:
+    """What was run, and for how long."""
+    found = [line for own in lines.values() for line in own]
+    hours = sum(line["seconds"] for line in found) / 3600
+    rows = [
+        f"| `{name}` | {line['accuracy']:.4f} | {line['greedy_accuracy']:.4f} |"
+        f" {line['reverse_kl_nats']:.3f} | {read_regime(name)['about']} |"
+        for name in regimes(found)
+        for line in lines["untrained"]
+        if line["regime"] == name
+    ]
+    head = [
+        "| regime | student's accuracy | greedily | KL to the teacher, nats | what it is |",
+        "|---|---|---|---|---|",
+    ]
+    ran = f"{len(found):,} runs, {hours:.1f} hours of one thread, those that chose a setting included."
+    return ["## Setting", "\n".join([*head, *rows]), ran]
+
+
+def regimes(lines: Iterable[Line]) -> list[str]:
+    """The regimes that have lines, in order."""
+    return sorted({line["regime"] for line in lines})
+
+
+def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
+    """A table for each regime in which arms of a question were run, and what was not run."""
+    if number == 2:
+        yield from maps(lines["map"])
+        return
+    found = [place for name in arms for place in measured(lines[name])]
+    for regime in regimes(line for _, own in found for line in own):
+        yield f"**`{regime}`**"
+        here = [(place, own) for place, own in found if place[1] == regime]
+        yield drift(here) if number == 6 else table(COLUMNS[number], here, arms)
+    missing = [name for name in arms if not any(place[0] == name for place, _ in found)]
+    if missing or not arms:
+        yield f"Not run: {', '.join(f'`{name}`' for name in missing) or 'all'}."
+
+
+def table(columns: tuple[Column, ...], places: Places, arms: dict[str, Arm]) -> str:
+    """One row for each place, named by its arm and its combination of the grid."""
+    head = ["| arm | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
+    for place, own in places:
+        grid = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in place[2])
+        name = f"{arms[place[0]].title}{': ' if grid else ''}{grid} (`{place[0]}`)"
+        rows.append(f"| {name} | " + " | ".join(cell(place, own) for _, cell in columns) + " |")
+    return "\n".join([*head, *rows])
+
+
+def over_seeds(name: str, digits: int = 4, scale: float = 1.0) -> Callable[[Place, list[Line]], str]:
+    """A cell with the mean and interval of one figure."""
+
+    def cell(_place: Place, lines: list[Line]) -> str:
+        values = [scale * line[name] for line in lines if line.get(name) is not None]
+        return shown(interval(values), digits) if values else ""
+
+    return cell
+
+
+def mean_of(name: str, digits: int) -> Callable[[Place, list[Line]], str]:
+    """A cell with the mean of one figure."""
+
+    def cell(_place: Place, lines: list[Line]) -> str:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return f"{mean(values):,.{digits}f}" if values else ""
+
+    return cell
+
+
+def shown(found: Interval, digits: int) -> str:
+    """A mean with its interval, and its seeds where these are not five."""
+    seeds = "" if found.seeds == 5 else f" ({found.seeds})"
+    if found.seeds < 2:
+        return f"{found.mean:.{digits}f}{seeds}"
+    return f"{found.mean:.{digits}f} ± {found.half_width:.{digits}f}{seeds}"
+
+
+def rate(_place: Place, lines: list[Line]) -> str:
+    """The learning rate that the arm's search chose, or that its combination has."""
+    rates = {
+        value
+        for line in lines
+        for name, value in (line["tuned"] | line["grid"]).items()
+        if name.endswith(".lr")
+    }
+    return ", ".join(f"{one:g}" for one in sorted(rates))
+
+
+def to_the_student(_place: Place, lines: list[Line]) -> str:
+    """Seconds from the SFT student to the trained one: sampling, scoring and training."""
+    parts = ("rollout_seconds", "score_seconds", "train_seconds")
+    values = [sum(line.get(part, 0.0) for part in parts) for line in lines]
+    return f"{max(values):.0f}"
+
+
+ACCURACY: Column = ("accuracy", over_seeds("accuracy"))
+GREEDY: Column = ("greedily", over_seeds("greedy_accuracy"))
+KL: Column = ("KL(student, teacher), nats", over_seeds("reverse_kl_nats", 3))
+RATE: Column = ("learning rate", rate)
+SECONDS: Column = ("seconds of training", mean_of("train_seconds", 0))
+COLUMNS: dict[int, tuple[Column, ...]] = {
+    1: (RATE, ACCURACY, GREEDY, KL, SECONDS),
+    3: (
+        ACCURACY,
+        (
+            "seconds to sample",
+            lambda _, lines: f"{max(line.get('rollout_seconds', 0) for line in lines):.1f}",
+        ),
+        ("to score", lambda _, lines: f"{max(line.get('score_seconds', 0) for line in lines):.1f}"),
+        ("to train", mean_of("train_seconds", 1)),
+        ("in all", to_the_student),
+        ("tokens sampled", mean_of("response_tokens", 0)),
+    ),
+    4: (RATE, ACCURACY, GREEDY, KL),
+    5: (RATE, ACCURACY, GREEDY, KL, SECONDS),
+    7: (RATE, ACCURACY, KL, ("KL to the teacher scaled", over_seeds("extrapolated_kl_nats", 3))),
+    8: (RATE, ACCURACY, KL, ("bytes a token", mean_of("bytes_per_token", 1))),
+    9: (RATE, ACCURACY, GREEDY, KL, SECONDS),
+}
+
+
+def maps(lines: list[Line]) -> Iterator[str]:
+    """Accuracy of the plain loss over tokens a step, learning rate and steps, with drift beside."""
+    for regime in regimes(lines):
+        places = [(place, own) for place, own in measured(lines) if place[1] == regime]
+        steps = sorted(
+            {
+                point["step"]
+                for _, own in places
+                for line in own
+                for point in line["curve"]
+                if "avg_at_k" in point
+            }
+        )
+        head = [
+            "rollouts a step",
+            "learning rate",
+            *(f"step {step:.0f}" for step in steps),
+            "w",
+            "ESS",
+            "gap, nats",
+        ]
+        rows = [
+            [
+                *(f"{value:g}" for _, value in place[2]),
+                *(at_step(own, step, "avg_at_k") for step in steps),
+                *(at_step(own, steps[-1], name) for name in ("w_mean", "ess")),
+                mean_of("gap_nats", 3)(place, own),
+            ]
+            for place, own in places
+        ]
+        yield f"**`{regime}`**"
+        yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def at_step(lines: list[Line], step: float, name: str) -> str:
+    """One figure of the curves at a step."""
+    values = [
+        point[name] for line in lines for point in line["curve"] if point["step"] == step and name in point
+    ]
+    return shown(interval(values), 3) if values else ""
+
+
+def drift(places: Places) -> str:
+    """The measures of drift along the training."""
+    head = ["arm", "step", "w", "ESS", "χ²", "log ratio, nats"]
+    rows = [
+        [
+            f"`{place[0]}`",
+            f"{step:.0f}",
+            *(at_step(own, step, name) for name in ("w_mean", "ess", "chi2", "log_ratio")),
+        ]
+        for place, own in places
+        for step in steps_of(own)
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def steps_of(lines: list[Line]) -> list[float]:
+    """First, middle and last of the kept steps of a training."""
+    steps = sorted({point["step"] for line in lines for point in line.get("curve", [])})
+    return [steps[0], steps[len(steps) // 2], steps[-1]] if steps else []
+
+
+def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
+    """The validation accuracy of every setting that was tried."""
+    yield "## The search"
+    yield "Accuracy on 2,000 validation prompts, one seed that no measured run has; the highest was taken."
+    tried = [line for name in arms for line in lines[name] if line["is_tuning"]]
+    rates = sorted({value for line in tried for value in line["tuned"].values()})
+    places: dict[Place, dict[Any, float]] = {}
+    for line in tried:
+        place = line["arm"], line["regime"], tuple(line["grid"].items())
+        places.setdefault(place, {})[next(iter(line["tuned"].values()))] = line["accuracy"]
+    head = ["arm", "regime", *(f"{value:g}" for value in rates)]
+    rows = []
+    for (arm, regime, grid), found in places.items():
+        name = f"`{arm}`" + "".join(f", {setting.rpartition('.')[2]} {value:g}" for setting, value in grid)
+        rows.append(
+            [name, f"`{regime}`", *(f"{found[value]:.4f}" if value in found else "" for value in rates)]
+        )
+    yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def write_page() -> None:
+    """Write the page anew."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_page()
