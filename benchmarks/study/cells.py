@@ -118,7 +118,9 @@ def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
     trained = trained_model(arm, run)
     factor = dict(cell.grid).get("train.objective.extrapolate.factor")
     if isinstance(factor, float):
-        return {"extrapolated_kl_nats": extrapolated_kl(trained, *models, factor, run.out / "eval")}
+        return {
+            "extrapolated_kl_nats": extrapolated_kl(trained, *models, factor, run.out / "eval" / "answers")
+        }
     if "gradient_gap" in arm.measures:
         place, _ = cache_of(arm, run, work)
         return gradient_gap(trained, *models, place)._asdict()

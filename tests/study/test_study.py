@@ -1,0 +1,149 @@
+"""The study: its arms are whole, its statistics and measures right, and its page is what the results say."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import page
+import pytest
+from arms import Arm, Cell, combinations, read_arms, read_regime, settings_of
+from cells import QUICK, VALIDATION
+from measures import extrapolated_kl, gradient_gap
+from summary import best_tuning, interval, read_lines
+
+from lightopd.config import build_run
+from lightopd.pipelines import DEMO, rollout
+from lightopd.schemas.configs import RolloutConfig
+
+ARMS = read_arms()
+TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory):
+    prompts = {"kind": "running_totals", "split": "train", "count": 12, "render": "plain"}
+    cache = tmp_path_factory.mktemp("rollouts") / "cache"
+    sampling = {"temperature": 1.0, "max_tokens": 20}
+    rollout.run(RolloutConfig(prompts=prompts, student=str(STUDENT), cache=cache, sampling=sampling))
+    return cache
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_run_of_an_arm_is_a_run_file(name):
+    arm = ARMS[name]
+    for regime in arm.regimes:
+        for grid in combinations(arm.grid):
+            for tuned in combinations(arm.tune):
+                settings = settings_of(arm, Cell(name, regime, grid, tuned, 3))
+                settings.pop("teacher", None)
+                run = build_run(settings | {"out": "X", "teacher": str(TEACHER), "student": str(STUDENT)})
+                assert run.rollout["sampling"]["seed"] == run.train["seed"] == run.prompts.seed == 3
+
+
+def test_every_question_has_an_arm_or_says_that_it_has_none():
+    asked = {number for arm in ARMS.values() for number in arm.questions}
+    assert asked <= set(page.QUESTIONS)
+    assert all(arm.seeds >= 5 or arm.kind == "untrained" for arm in ARMS.values())
+    for number in set(page.QUESTIONS) - asked:
+        assert list(page.tables(number, {}, {"map": []})) == ["Not run: all."]
+
+
+def test_an_arm_that_is_tuned_like_another_names_one_that_is_tuned():
+    for arm in ARMS.values():
+        like = ARMS[arm.tuned_like] if arm.tuned_like else None
+        assert like is None or (like.tune and not like.grid and set(arm.regimes) <= set(like.regimes))
+
+
+def test_all_arms_that_search_try_the_same_number_of_settings():
+    assert len({len(list(combinations(arm.tune))) for arm in ARMS.values() if arm.tune}) == 1
+
+
+def test_tuning_prompts_are_none_that_a_measured_run_sees():
+    for name in ("small_gap", "large_gap"):
+        described = read_regime(name)
+        seeds = {
+            described["run"]["eval_prompts"]["seed"],
+            described.get("sft", {}).get("prompts", {}).get("seed"),
+        }
+        assert VALIDATION["seed"] not in {*seeds, *range(5)}
+
+
+def test_an_interval_is_student_s_t_over_the_seeds():
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(interval([1.0]).half_width)
+
+
+def test_the_best_setting_is_that_of_the_highest_validation_accuracy():
+    lines = [
+        {
+            "arm": "a",
+            "regime": "r",
+            "grid": {},
+            "is_tuning": tuning,
+            "tuned": {"lr": lr},
+            "accuracy": accuracy,
+        }
+        for lr, accuracy, tuning in ((1, 0.5, True), (2, 0.7, True), (3, 0.7, True), (4, 0.9, False))
+    ]
+    assert best_tuning(lines, ("a", "r", ())) == {"lr": 2}
+    assert best_tuning(lines, ("b", "r", ())) is None
+
+
+def test_the_gradients_of_now_and_of_the_rollout_are_equal_before_the_first_step(rollouts):
+    found = gradient_gap(STUDENT, TEACHER, STUDENT, rollouts)
+    assert found.chi2 == found.gap == found.bound == 0.0
+    assert found.gradient > 0.1
+
+
+def test_the_teacher_has_no_gradient_with_samples_of_now_and_its_gap_is_below_the_bound(rollouts):
+    at_teacher = gradient_gap(TEACHER, TEACHER, STUDENT, rollouts)
+    assert at_teacher.gradient == pytest.approx(0.0, abs=1e-6)
+    moved = gradient_gap(STUDENT, STUDENT, TEACHER, rollouts)
+    other = gradient_gap(TEACHER, STUDENT, STUDENT, rollouts)
+    assert moved.chi2 > 0
+    assert 0 < other.gap <= other.bound
+
+
+def test_the_target_of_exopd_lies_between_and_beyond_its_two_models(rollouts):
+    at = {factor: extrapolated_kl(STUDENT, TEACHER, STUDENT, factor, rollouts) for factor in (0.0, 1.0, 1.5)}
+    assert at[0.0] == pytest.approx(0.0, abs=1e-12)
+    assert 0 < at[1.0] < at[1.5]
+    assert extrapolated_kl(TEACHER, TEACHER, STUDENT, 1.0, rollouts) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_page_is_made_from_the_results():
+    assert page.PAGE.read_text() == page.page(), "python benchmarks/study/page.py writes it"
+
+
+def test_every_line_of_the_results_is_of_an_arm_that_there_is():
+    lines = [line for name in ARMS for line in read_lines(page.RESULTS, name)]
+    assert {path.stem for path in page.RESULTS.glob("*/*.jsonl")} <= set(ARMS)
+    assert all(line["regime"] in ARMS[line["arm"]].regimes for line in lines)
+    assert len({line["key"] for line in lines}) == len(lines)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("study_command", Path(page.__file__).parent / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return module
+
+
+def test_a_finished_run_is_not_run_again_while_its_settings_stay(study, tmp_path):
+    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
+    cell = Cell("a", "large_gap", (), (), 0)
+
+    def seconds(arm):
+        study.run_cells("a", arm, iter([cell]), math.inf, tmp_path)
+        [line] = read_lines(study.RESULTS, "a")
+        assert 0.5 < line["accuracy"] <= 1.0
+        return line["seconds"], line["identity"]
+
+    first = seconds(arm)
+    assert seconds(arm.model_copy(update={"title": "other"})) == first
+    changed = arm.model_copy(update={"run": {**QUICK, "eval_prompts": {"count": 32}}})
+    assert seconds(changed)[1] != first[1]
