@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "study" / "results"
 ANSWERS = ROOT / "docs" / "study" / "answers.yaml"
 PAGE = ROOT / "docs" / "study.md"
+IMAGES = ROOT / "docs" / "images"
+PICTURES = {1: "arms", 2: "map", 6: "drift"}
 
 Column = tuple[str, Callable[[Place, list[Line]], str]]
 Places = list[tuple[Place, list[Line]]]
@@ -41,8 +43,16 @@ def page() -> str:
     parts = [answers["title"], *setting(lines), *answers_first(answers)]
     for number, title in QUESTIONS.items():
         own = {name: arm for name, arm in arms.items() if number in arm.questions}
-        parts += [f"## {number}. {title}", answers["questions"][number], *tables(number, own, lines)]
+        parts += [f"## {number}. {title}", answers["questions"][number], *picture(number)]
+        parts += tables(number, own, lines)
     return "\n\n".join([*parts, answers["limits"], *searches(arms, lines)]).replace("\n\n\n", "\n\n") + "\n"
+
+
+def picture(number: int) -> Iterator[str]:
+    """The picture of a question, where there is one."""
+    name = f"study-{PICTURES.get(number)}.svg"
+    if (IMAGES / name).exists():
+        yield f"![{QUESTIONS[number]}](images/{name})"
 
 
 def answers_first(answers: dict[str, Any]) -> list[str]:
@@ -256,8 +266,12 @@ def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str
 
 
 def write_page() -> None:
-    """Write the page anew."""
+    """Write the page and its pictures anew."""
+    from pictures import write_pictures
+
     PAGE.write_text(page(), encoding="utf-8")
+    arms = read_arms()
+    write_pictures(IMAGES, arms, {name: read_lines(RESULTS, name) for name in arms})
 
 
 if __name__ == "__main__":
