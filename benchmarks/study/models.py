@@ -36,7 +36,9 @@ def student(work: Path, regime: str) -> Path:
     described = read_regime(regime)
     if "sft" not in described:
         return DEMO / "student"
-    base = teacher(work, "a").parent / "base"
+    base = (
+        DEMO / "student" if described["base"] == SHIPPED else teacher(work, described["base"]).parent / "base"
+    )
     own = {"teacher": str(teacher(work, described["teacher"])), "student": str(base)}
     out = work / "students" / regime
     sft.run(build(SftConfig, merged(described["sft"], own | {"out": str(out)})))
