@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
 	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
-	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets]'
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""Commands on a cache folder: verify, index, join, import, export."""
+"""Commands on a cache folder: verify, index, join, import, export, push, pull."""
 
 import json
 from pathlib import Path
@@ -155,4 +155,58 @@ def export(
     say(json.dumps({"files": paths}) if as_json else "\n".join(paths))
 
 
-COMMANDS = {"verify": verify, "index": index, "join": join_, "import": import_, "export": export}
+Signals = Annotated[
+    list[str] | None, typer.Option("--signal", help="A signal that goes along; repeatable, all by default.")
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", help="Files under way at the same time.")]
+
+
+def push(
+    cache: CacheFolder,
+    url: Annotated[str, typer.Argument(help="Where to: s3://bucket/folder, gs://..., file:///...")],
+    signals: Signals = None,
+    jobs: Jobs = None,
+    sets: options.Sets = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Send a cache to an object store; run again, it sends what is not there yet.
+
+    Example: lightopd push runs/cache s3://bucket/cache
+    """
+    from lightopd.config import build, laid_over
+    from lightopd.pipelines.caches.push import push as send
+    from lightopd.schemas.buckets import BucketConfig
+
+    config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
+    show_report(send(cache, url, config, signals), as_json)
+
+
+def pull(
+    url: Annotated[str, typer.Argument(help="Where from: s3://bucket/folder, gs://..., file:///...")],
+    cache: CacheFolder,
+    signals: Signals = None,
+    jobs: Jobs = None,
+    sets: options.Sets = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fetch a cache from an object store and check every shard; run again, it fetches what is missing.
+
+    Example: lightopd pull s3://bucket/cache runs/cache
+    """
+    from lightopd.config import build, laid_over
+    from lightopd.pipelines.caches.pull import pull as fetch
+    from lightopd.schemas.buckets import BucketConfig
+
+    config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
+    show_report(fetch(url, cache, config, signals), as_json)
+
+
+COMMANDS = {
+    "verify": verify,
+    "index": index,
+    "join": join_,
+    "import": import_,
+    "export": export,
+    "push": push,
+    "pull": pull,
+}

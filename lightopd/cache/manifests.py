@@ -27,6 +27,9 @@ from lightopd.schemas.manifest import (
     compared_fields,
 )
 
+PULLING = ".lightopd.pull"
+"""File in a cache folder that `lightopd pull` has not finished; it holds the URL."""
+
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
 Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
@@ -60,25 +63,36 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         CacheError: the file is missing, is not JSON, does not fit, or has a newer schema version.
     """
     try:
-        plain = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CacheError(f"{path} is missing; copy the whole cache folder, or make it again") from None
+    return parsed_manifest(content, str(path), kind)
+
+
+def parsed_manifest(content: bytes, where: str, kind: type[Manifest]) -> Manifest:
+    """A manifest from its bytes, which were read at `where`.
+
+    Raises:
+        CacheError: they are not JSON, do not fit, or have a newer schema version.
+    """
+    try:
+        plain = json.loads(content)
     except ValueError as error:
         raise CacheError(
-            f"{path} is not valid JSON ({error}); copy the file again from where it was made"
+            f"{where} is not valid JSON ({error}); copy the file again from where it was made"
         ) from None
     version = plain.get("schema_version") if isinstance(plain, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CacheError(
-            f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
+            f"{where} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
         )
     try:
         return kind.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        field = ".".join(map(str, first["loc"])) or "the file"
         raise CacheError(
-            f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
+            f"{where} does not fit: {field}: {first['msg']}; copy or make the cache again"
         ) from None
 
 
@@ -166,6 +180,9 @@ def restoring(cache: Path, name: str) -> str:
 
 def made_again(cache: Path) -> str:
     """What to do about a folder without the manifest of a cache."""
+    if (cache / PULLING).is_file():
+        url = (cache / PULLING).read_text(encoding="utf-8").strip()
+        return f"it is half pulled; run `lightopd pull {url} {cache}` again, it resumes"
     if _made_from(rollouts_folder(cache)):
         return f"it has rollouts, which say how they were made: lightopd verify {cache} --restore"
     return "name a folder made by `lightopd rollout`"
