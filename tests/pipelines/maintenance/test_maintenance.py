@@ -19,7 +19,6 @@ from lightopd.config import load_stage
 from lightopd.pipelines import precompute, rollout
 from lightopd.pipelines.maintenance.merge import merge
 
-
 PAGE = Path(__file__).parents[3] / "docs/maintenance.md"
 
 
