@@ -125,7 +125,13 @@ def _contract(manifest: CacheManifest) -> CacheManifest:
     writers = {(each.origin, each.sampler.identity): each for each in manifest.joined}
     seedless = manifest.sampling and manifest.sampling.model_copy(update={"seed": 0})
     joined = tuple(writers[key].model_copy(update={"content": ""}) for key in sorted(writers))
-    changed = {"schema_version": 0, "sampling": seedless, "joined": joined, "made_of": (), "overrides": ()}
+    changed: dict[str, Any] = {
+        "schema_version": 0,
+        "sampling": seedless,
+        "joined": joined,
+        "made_of": (),
+        "overrides": (),
+    }
     changed |= {"prompts": "", "num_prompts": 0, "num_shards": 0, "shard_rollouts": 1}
     return manifest.model_copy(update=changed)
 

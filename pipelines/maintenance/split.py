@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from lightopd.cache.contexts import text_names
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.store import Cache, open_cache
@@ -55,7 +57,7 @@ def split(out: Path, path: Path, fractions: Sequence[float], *, seed: int = 0) -
         for number, prompts in enumerate(chosen, 1):
             own = [row for row in rows if row.prompt_id in prompts]
             made.append(_make(folder / f"part-{number}", source, own, f"{number} of {len(chosen)}"))
-    table = tuple(
+    table: tuple[dict[str, JsonValue], ...] = tuple(
         {
             "part": str(out / cache.path.name),
             "prompts": cache.manifest.num_prompts,
