@@ -148,6 +148,13 @@ def put_folder(part: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def looks_like_url(path: Path) -> str | None:
+    """The URL that a path was made from, where a command that takes a folder got one; None for paths."""
+    scheme, separator, rest = str(path).partition(":/")
+    is_url = bool(separator) and len(scheme) > 1 and scheme.isalnum()
+    return f"{scheme}://{rest.lstrip('/')}" if is_url and not path.exists() else None
+
+
 STREAMS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip

@@ -9,7 +9,8 @@ from cache_cases import make_cache
 
 from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD
-from lightopd.errors import InputError
+from lightopd.errors import InputError, OutputError
+from lightopd.pipelines.shared.run_folder import writing
 
 OLD = Path(__file__).parents[2] / "fixtures/version_0_1/cache"
 
@@ -164,3 +165,13 @@ def test_reading_what_is_gone_names_the_object(store, tmp_path):
     with pytest.raises(InputError, match="nothing: it is not there"):
         bucket.download("nothing", 3, tmp_path / "file", lambda path: None)
     assert not list(tmp_path.glob("*file*"))
+
+
+def test_a_url_in_the_place_of_a_folder_is_refused_with_the_way_round(lightopd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (("verify",), ("sql", "select 1"), ("export", "out")):
+        code, _, err = lightopd(command[0], "s3://bucket/x", *command[1:])
+        assert (code, "`lightopd pull s3://bucket/x CACHE`" in err) == (5, True)
+    with pytest.raises(OutputError, match="then `lightopd push` it"), writing(Path("s3://bucket/x")):
+        pass
+    assert not list(tmp_path.iterdir())

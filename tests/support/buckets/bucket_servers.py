@@ -85,7 +85,7 @@ class S3Server:
             *(f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}"),
             *("-s3", f"-s3.port={self.port}", f"-s3.port.grpc={free_port()}", "-s3.config=s3.json"),
             "-master.volumeSizeLimitMB=64",
-            "-s3.port.iceberg=0",
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
 
 
