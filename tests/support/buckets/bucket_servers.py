@@ -63,6 +63,8 @@ class S3Server:
             try:
                 client.create_bucket(Bucket=BUCKET)
                 return self
+            except client.exceptions.BucketAlreadyOwnedByYou:
+                return self
             except Exception:
                 if time.monotonic() > until_s:
                     raise
