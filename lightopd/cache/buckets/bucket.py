@@ -172,10 +172,9 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
     options: dict[str, Any] = dict(config.store)
     if parts.scheme in S3:
         options = {"checksum_algorithm": "SHA256", **options}
+    opened: Any = from_url  # its overloads name the options of each store
     try:
-        return from_url(
-            url, client_options=_client(config, options), retry_config=_retries(config), **options
-        )
+        return opened(url, client_options=_client(config, options), retry_config=_retries(config), **options)
     except BaseError as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{url} cannot be opened: {message}; look at --set store.KEY=VALUE") from error
