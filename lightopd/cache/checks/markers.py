@@ -45,7 +45,7 @@ def copied_shards(folder: Path) -> Mapping[int, int]:
 
 def row_count_faults(folder: Path, manifest: CacheManifest) -> Iterator[tuple[int, str]]:
     """Shards of sampled rollouts that hold another number of rows than their prompts make, in words."""
-    if manifest.sampling is None:
+    if manifest.sampling is None or manifest.made_of:
         return
     n = manifest.sampling.n
     width, last = max(1, manifest.shard_rollouts // n), manifest.num_shards - 1

@@ -15,7 +15,7 @@ from lightopd.schemas.manifest import CacheManifest, ShardMarker
 
 def order_faults(rollouts: pa.Table, manifest: CacheManifest, marker: ShardMarker) -> Iterator[Fault]:
     """The first row that breaks a group; none where rows were dropped, or are not of one model's sampling."""
-    if manifest.sampling is None or manifest.joined or marker.dropped:
+    if manifest.sampling is None or manifest.joined or manifest.made_of or marker.dropped:
         return
     n, rows = manifest.sampling.n, np.arange(rollouts.num_rows)
     indices = rollouts.column("sample_index").to_numpy()
