@@ -93,7 +93,8 @@ def verify(path: Path) -> list[Finding]:
     findings += _count_findings(path, manifest)
     rebuilders, own = _rebuilders(path, manifest, signals)
     findings += own
-    parts = [_part(path, own) for own in (manifest, *signals)]
+    manifests: list[CacheManifest | SignalManifest] = [manifest, *signals]
+    parts = [_part(path, own) for own in manifests]
     seen: set[str] = set()
     for index in range(manifest.num_shards):
         findings += _shard_findings(path, index, parts, rebuilders, seen)
