@@ -14,6 +14,7 @@ from cache_cases import TEACHER, cache_manifest, make_rollout, make_scores, writ
 
 from lightopd.cache.checks.seals import is_changed, sealed
 from lightopd.cache.index import build_index
+from lightopd.cache.manifests import read_manifest
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import open_cache
 from lightopd.cache.tables import rollout_id
@@ -23,15 +24,13 @@ from lightopd.schemas.manifest import CacheManifest, SignalManifest
 
 ROLLOUTS = "rollouts/part-00000.parquet"
 SCORES = "signals/teacher/part-00000.parquet"
-SAMPLES = 2
-"""Rollouts of a prompt, beside each other."""
 
 
 def make(path, seed=0, temperature=1.0, **signal):
     """Two shards of two prompts with two rollouts each, a signal over them, and an index."""
     rng = np.random.default_rng(seed)
     shards = [[row for _ in range(2) for row in _group(rng)] for _ in range(2)]
-    sampling = SamplingConfig(n=SAMPLES, temperature=temperature)
+    sampling = SamplingConfig(n=2, temperature=temperature)
     cache = write_rollouts(path, shards, sampling=sampling, num_prompts=4, shard_rollouts=4)
     scored = [
         [(row.rollout_id, make_scores(rng, row.response_ids, 4)) for row in rollouts] for rollouts in shards
@@ -71,19 +70,11 @@ def cache(whole, tmp_path):
 
 def write(cache, file, change):
     """Write a shard again with another table, as a program that knows the format would."""
-    path = cache / file
-    kind = str(Path(file).parent)
-    is_rollouts = kind == "rollouts"
-    manifest = (CacheManifest if is_rollouts else SignalManifest).model_validate_json(
-        json.dumps(
-            {
-                name: value
-                for name, value in json.loads(
-                    (cache / ("lightopd.json" if is_rollouts else f"{kind}/signal.json")).read_text()
-                ).items()
-                if name != "checksum"
-            }
-        )
+    path, kind = cache / file, str(Path(file).parent)
+    manifest = (
+        read_manifest(cache / "lightopd.json", CacheManifest)
+        if kind == "rollouts"
+        else read_manifest(cache / kind / "signal.json", SignalManifest)
     )
     table = change(pq.read_table(path))
     write_shard(
@@ -140,10 +131,9 @@ def moved(before, after, copy=False):
 
     def change(cache):
         for end in (".parquet", ".json"):
-            source, target = (cache / file).with_suffix(end), (cache / after).with_suffix(end)
+            source, target = (cache / before).with_suffix(end), (cache / after).with_suffix(end)
             (shutil.copy if copy else shutil.move)(source, target)
 
-    file = before
     return change
 
 
@@ -164,8 +154,8 @@ def cut(cache):
 
 
 def gone(cache):
-    for end in (".parquet", ".json"):
-        (cache / SCORES).with_suffix(end).unlink()
+    (cache / SCORES).unlink()
+    (cache / SCORES).with_suffix(".json").unlink()
 
 
 def mixed_in(file, **settings):
@@ -179,14 +169,8 @@ def mixed_in(file, **settings):
     return change
 
 
-def of_other_rollouts(cache):
-    other = make(cache.parent / "other", temperature=0.7)
-    shutil.rmtree(cache / "signals" / "teacher")
-    shutil.copytree(other / "signals" / "teacher", cache / "signals" / "teacher")
-
-
 def scored_again(**settings):
-    """The whole signal scored otherwise on the same rollouts, with nothing that says that it may be."""
+    """The whole signal of a cache that was made otherwise, with nothing that says that it may be."""
 
     def change(cache):
         other = make(cache.parent / "other", **settings)
@@ -206,10 +190,8 @@ def edited(file, **changes):
 
 def longer(cache):
     """Another signal, made after the index."""
-    table = pq.read_table(cache / SCORES)
-    plain = json.loads((cache / "signals/teacher/signal.json").read_text())
-    plain.pop("checksum")
-    signal = SignalManifest.model_validate_json(json.dumps({**plain, "name": "other"}))
+    signal = read_manifest(cache / "signals/teacher/signal.json", SignalManifest)
+    signal = signal.model_copy(update={"name": "other"})
     folder = cache / "signals" / "other"
     folder.mkdir()
     (folder / "signal.json").write_bytes(sealed(signal.model_dump(mode="json")))
@@ -341,7 +323,7 @@ FAULTS = {
         r"the SFT teacher is .*teacher.*, and no override says so; score the rollouts again",
     ),
     "a signal of rollouts at another temperature": (
-        of_other_rollouts,
+        scored_again(temperature=0.7),
         "signals/teacher/signal.json",
         "it scored rollouts [0-9a-f]{12}, the cache is",
     ),
