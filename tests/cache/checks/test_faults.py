@@ -188,8 +188,7 @@ def edited(file, **changes):
     return change
 
 
-def longer(cache):
-    """Another signal, made after the index."""
+def signal_after_the_index(cache):
     signal = read_manifest(cache / "signals/teacher/signal.json", SignalManifest)
     signal = signal.model_copy(update={"name": "other"})
     folder = cache / "signals" / "other"
@@ -327,7 +326,11 @@ FAULTS = {
         "signals/teacher/signal.json",
         "it scored rollouts [0-9a-f]{12}, the cache is",
     ),
-    "a stale index": (longer, "index.duckdb", "it is stale: its shards, signals, lineage are not those"),
+    "a stale index": (
+        signal_after_the_index,
+        "index.duckdb",
+        "it is stale: its shards, signals, lineage are not those",
+    ),
     "a broken index": (
         lambda cache: (cache / "index.duckdb").write_bytes(b"x" * 4096),
         "index.duckdb",
