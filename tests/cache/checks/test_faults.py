@@ -396,9 +396,3 @@ def test_a_checksum_holds_against_every_single_flip(file, cache):
         except ValueError:
             continue
         assert is_changed(path) or "checksum" not in plain, place
-
-
-def test_the_command_names_it_and_ends_with_code_5(cache, lightopd):
-    cut(cache)
-    code, out, _ = lightopd("verify", cache)
-    assert (code, out.startswith(f"{ROLLOUTS}: it has")) == (5, True)

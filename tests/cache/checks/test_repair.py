@@ -126,3 +126,9 @@ def test_a_repair_waits_for_nobody_and_is_not_combined_with_scoring(lightopd, ca
         code, _, err = lightopd("verify", cache, "--repair")
     assert (code, "another lightopd process is writing here" in err) == (7, True)
     assert lightopd("verify", cache, "--repair", "--rescore", "2")[0] == 2
+
+
+def test_without_it_the_command_names_the_file_and_ends_with_code_5(lightopd, cache):
+    flip(cache / ROLLOUTS)
+    code, out, _ = lightopd("verify", cache)
+    assert (code, out.startswith(f"{ROLLOUTS}: its SHA-256 is not the one in its marker")) == (5, True)
