@@ -113,7 +113,7 @@ def build_index(cache: Cache) -> Path:
         with replaced_file(path, own_suffix()) as part:
             part.unlink(missing_ok=True)
             with duckdb.connect(str(part), config=search) as connection:
-                _make_views(connection, cache, "")
+                make_views(connection, cache, "")
     except (OSError, duckdb.IOException) as error:
         raise output_error(error, path) from error
     return path
@@ -181,7 +181,7 @@ def connect(
         with duckdb.connect(":memory:", config=settings) as connection:
             connection.register_filesystem(ReadOnlyFolder(cache.path))
             try:
-                _make_views(connection, cache, "cache://")
+                make_views(connection, cache, "cache://")
             except duckdb.Error as error:
                 raise _unreadable(error, cache.path) from None
             connection.execute("SET allowed_directories = ['cache://']")
@@ -190,7 +190,7 @@ def connect(
             yield connection
 
 
-def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
+def make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
     """Create the raw views and tables, then those of views.sql; `prefix` stands before every path."""
     rollouts = [shard_path(rollouts_folder(Path()), index) for index in cache.shards]
     signals = [

@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from lightopd.cache.buckets.at_once import at_once
 from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD, Part, parts_of, small_files
 from lightopd.cache.buckets.remote import remote_fingerprint
-from lightopd.cache.shards import AGAIN
+from lightopd.cache.shards import AGAIN, marker_of
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import file_sha256
@@ -115,10 +113,8 @@ def _send(bucket: Bucket, cache: Path, part: Part, index: int, there: Mapping[st
 
 def _is_of(content: bytes | None, marker: ShardMarker) -> bool:
     """Whether a marker at the URL speaks of this shard's bytes."""
-    try:
-        return content is not None and ShardMarker.model_validate_json(content).sha256 == marker.sha256
-    except ValidationError:
-        return False
+    found = None if content is None else marker_of(content)
+    return found is not None and found.sha256 == marker.sha256
 
 
 def _send_small(bucket: Bucket, cache: Path, parts: Sequence[Part], there: Mapping[str, int]) -> None:

@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
 from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD, ROLLOUTS, manifest_of
 from lightopd.cache.manifests import parsed_manifest
-from lightopd.cache.shards import AGAIN, marker_path, shard_path
+from lightopd.cache.shards import AGAIN, marker_of, marker_path, shard_path
 from lightopd.errors import CacheError
 from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest, ShardMarker, SignalManifest, TextManifest
 
@@ -89,10 +87,9 @@ def parsed_marker(content: bytes | None, part: RemotePart, index: int, url: str)
     Raises:
         CacheError: it is broken, or of other settings than its manifest.
     """
-    try:
-        marker = ShardMarker.model_validate_json(content or b"")
-    except ValidationError as error:
-        raise CacheError(f"{url}/{part.marker(index)} is not a valid marker; {AGAIN}") from error
+    marker = marker_of(content or b"")
+    if marker is None:
+        raise CacheError(f"{url}/{part.marker(index)} is not a valid marker; {AGAIN}")
     if marker.fingerprint != part.fingerprint:
         raise CacheError(f"{url}/{part.marker(index)} is of other settings than {part.folder}; {AGAIN}")
     return marker
