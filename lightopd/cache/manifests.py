@@ -16,6 +16,7 @@ from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
 from lightopd.files import json_bytes, write_atomically
 from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.lineage.hashing import compared_fields
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -24,7 +25,6 @@ from lightopd.schemas.manifest import (
     ModelFingerprint,
     SignalManifest,
     TextManifest,
-    compared_fields,
 )
 
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
@@ -139,12 +139,18 @@ def _spelled_as(now: Any, begun: Any) -> Any:
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:
     """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
-    before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
-    return [
-        f"{field}: is {before.get(field)!r}, would be {after.get(field)!r}"
+    pairs = differing_fields(found, wanted).items()
+    return [f"{field}: is {before!r}, would be {after!r}" for field, (before, after) in pairs]
+
+
+def differing_fields(one: Manifest, other: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Both values of every field that makes two manifests' fingerprints differ, by its dotted name."""
+    before, after = _flat(compared_fields(one)), _flat(compared_fields(other))
+    return {
+        field: (before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
-    ]
+    }
 
 
 def differing(one: str, other: str) -> tuple[str, str]:

@@ -266,6 +266,15 @@ def _checked_marker(folder: Path, index: int, fingerprint: str) -> ShardMarker:
 
 def row_count_fault(manifest: CacheManifest, markers: Sequence[ShardMarker]) -> str | None:
     """What is wrong with the number of rows of all shards together, in words."""
+    if manifest.made_of:
+        wanted, found = (
+            sum(each)
+            for each in (
+                (source.rollouts for source in manifest.made_of),
+                (marker.rows for marker in markers),
+            )
+        )
+        return None if found == wanted else f"{found} rollouts are there, its manifest speaks of {wanted}"
     if manifest.sampling is None or manifest.joined:
         return None
     found = sum(marker.rows + sum(marker.dropped.values()) for marker in markers)

@@ -17,6 +17,7 @@ FOLDERS = {
 }
 ROOMS = [
     "schemas.base",
+    "schemas.lineage",
     "schemas.objectives",
     "schemas",
     "errors",
@@ -56,6 +57,7 @@ ROOMS = [
     "pipelines.workers",
     "pipelines.sampling",
     "pipelines.caches",
+    "pipelines.maintenance",
     "pipelines.chains",
     "pipelines.stages",
     "pipelines.demos",
