@@ -64,6 +64,13 @@ def test_two_builders_of_an_index_do_not_disturb_each_other(tmp_path):
     assert (tmp_path / f".{INDEX}.1.tmp").exists()
 
 
+def _build_while(timer, cache):
+    timer.start()
+    build_index(cache)
+    timer.join()
+    time.sleep(1)
+
+
 def test_ctrl_c_while_an_index_is_built_is_ctrl_c_and_leaves_nothing(tmp_path):
     cache, *_ = make_cache(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -74,10 +81,7 @@ def test_ctrl_c_while_an_index_is_built_is_ctrl_c_and_leaves_nothing(tmp_path):
         (tmp_path / INDEX).unlink(missing_ok=True)
         timer = threading.Timer(whole_s * share / 10, signal.raise_signal, [signal.SIGINT])
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            build_index(cache)
-            timer.join()
-            time.sleep(1)
+            _build_while(timer, cache)
         assert sorted({*tmp_path.rglob("*")} - {tmp_path / INDEX}) == before
 
 
