@@ -16,7 +16,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +43,7 @@ from lightopd.schemas.manifest import (
 )
 from lightopd.schemas.records import Rollout
 from lightopd.schemas.rewriting import BRANCHES, TEXTS
+from lightopd.stopping import LISTEN_S, result_of, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,6 @@ RAW_MANIFESTS = pa.schema(
     ]
 )
 RAW_LINEAGE = pa.schema([("file", pa.string()), ("key", pa.string()), ("value", pa.string())])
-LISTEN_S = 0.1
-"""Seconds between two looks whether Ctrl-C was pressed."""
 
 Value = TypeVar("Value")
 
@@ -149,18 +147,16 @@ def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) 
     if threading.current_thread() is not threading.main_thread():
         return call()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call)
+        with undisturbed():
+            future = pool.submit(call)
         try:
-            while True:
-                try:
-                    return future.result(timeout=LISTEN_S)
-                except FutureTimeout:
-                    if future.done():  # the call's own error
-                        return future.result()
+            return result_of(future)
         except KeyboardInterrupt:
-            while not future.done():
+            is_done = False
+            while not is_done:
                 connection.interrupt()
-                wait([future], timeout=LISTEN_S)
+                with undisturbed():
+                    is_done = bool(wait([future], timeout=LISTEN_S).done)
             raise
 
 
