@@ -114,7 +114,7 @@ def build_index(cache: Cache) -> Path:
         with tempfile.TemporaryDirectory(prefix="lightopd-index-") as scratch:
             made = Path(scratch) / INDEX
             with duckdb.connect(str(made), config=search) as connection:
-                stoppable(connection, lambda: _make_views(connection, cache, ""))
+                stoppable(connection, lambda: make_views(connection, cache, ""))
             content = made.read_bytes()
     except (OSError, duckdb.IOException) as error:
         raise output_error(error, path) from error
@@ -184,7 +184,7 @@ def connect(
         with duckdb.connect(":memory:", config=settings) as connection:
             connection.register_filesystem(ReadOnlyFolder(cache.path))
             try:
-                stoppable(connection, lambda: _make_views(connection, cache, "cache://"))
+                stoppable(connection, lambda: make_views(connection, cache, "cache://"))
             except duckdb.Error as error:
                 raise _unreadable(error, cache.path) from None
             connection.execute("SET allowed_directories = ['cache://']")
@@ -193,7 +193,7 @@ def connect(
             yield connection
 
 
-def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
+def make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
     """Create the raw views and tables, then those of views.sql; `prefix` stands before every path."""
     rollouts = [shard_path(rollouts_folder(Path()), index) for index in cache.shards]
     signals = [
