@@ -369,5 +369,7 @@ class ShardMarker(StrictModel):
     """Fingerprint of the manifest it was made under."""
     dropped: dict[str, int] = {}
     """Rows left out, by reason."""
+    shard: int | None = None
+    """Number of the shard, so that a file under another's name shows; None in older ones."""
     made_from: dict[str, JsonValue] | None = None
     """The manifest that it was made under, so that one that is lost can be made again; None in older ones."""

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
-from lightopd.files import json_bytes, write_atomically
+from lightopd.files import write_atomically
 from lightopd.schemas.cache import SCHEMA_VERSION
 from lightopd.schemas.lineage.hashing import compared_fields
 from lightopd.schemas.manifest import (
@@ -73,7 +74,7 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
             f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
         )
     try:
-        return kind.model_validate_json(json.dumps(plain))
+        return kind.model_validate_json(json.dumps(unsealed(plain)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -203,24 +204,25 @@ def _restore(path: Path, folder: Path, kind: type[Manifest]) -> Path:
         manifest = kind.model_validate(found[0])
     except ValidationError as error:
         raise CacheError(f"the markers in {folder} hold a broken manifest; copy {path.name} again") from error
-    markers = [read_marker(folder, index) for index in _indices(folder)]
+    markers = [read_marker(folder, index) for index in shard_numbers(folder)]
     others = [marker for marker in markers if marker and marker.fingerprint != manifest.fingerprint()]
     if others or (isinstance(manifest, SignalManifest) and manifest.name != folder.name):
         raise CacheError(
             f"the markers in {folder} hold a manifest of other shards; copy {path.name} again from where it "
             "was made"
         )
-    write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+    write_atomically(path, sealed(manifest.model_dump(mode="json")))
     return path
 
 
 def _made_from(folder: Path) -> list[dict[str, JsonValue]]:
     """The manifests that the markers of a folder hold."""
-    markers = [read_marker(folder, index) for index in _indices(folder)]
+    markers = [read_marker(folder, index) for index in shard_numbers(folder)]
     return [marker.made_from for marker in markers if marker is not None and marker.made_from is not None]
 
 
-def _indices(folder: Path) -> list[int]:
+def shard_numbers(folder: Path) -> list[int]:
+    """Numbers of the shards that have a marker in a folder, sorted."""
     names = (path.stem.removeprefix("part-") for path in sorted(folder.glob("part-*.json")))
     return [int(name) for name in names if name.isdecimal()]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightopd.cache.checks.seals import sealed
 from lightopd.cache.manifests import (
     Manifest,
     differences,
@@ -25,7 +26,7 @@ from lightopd.cache.manifests import (
 )
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
-from lightopd.files import json_bytes, streams_in, write_atomically
+from lightopd.files import streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import (
@@ -198,13 +199,13 @@ def create_part(path: Path, manifest: Manifest, others: Sequence[Path] = ()) -> 
             raise OutputError(
                 f"{path.parent} has {found[0]}/ but no {path.name}; name another folder, or empty it"
             )
-        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+        write_atomically(path, sealed(manifest.model_dump(mode="json")))
         return
     existing = read_manifest(path, type(manifest))
     if existing.fingerprint() == manifest.fingerprint():
         return
     if not any(path.parent.rglob("part-*.parquet")):  # of a start that failed: nothing in it is paid for
-        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+        write_atomically(path, sealed(manifest.model_dump(mode="json")))
     else:
         raise OutputError(
             f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightopd.cache.checks.repair import BAD
 from lightopd.cache.claims.claims import Claims
 from lightopd.cache.claims.store import FolderStore
 from lightopd.cache.index import refresh_index
@@ -23,8 +24,6 @@ from lightopd.schemas.manifest import CACHE_MANIFEST
 
 DROPPED = ".lightopd.dropped"
 """Folder of a cache for what was taken out of it and is being deleted."""
-BAD = ".lightopd.bad"
-"""Folder of a cache for damaged files that were moved aside."""
 LEASE_S = 120.0
 """For claims that do not say how long they last."""
 
