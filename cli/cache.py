@@ -218,7 +218,7 @@ def push(
     """
     from lightopd.config import build, laid_over
     from lightopd.pipelines.caches.push import push as send
-    from lightopd.schemas.buckets import BucketConfig
+    from lightopd.schemas.stores.buckets import BucketConfig
 
     config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
     show_report(send(cache, url, config, signals), as_json)
@@ -238,7 +238,7 @@ def pull(
     """
     from lightopd.config import build, laid_over
     from lightopd.pipelines.caches.pull import pull as fetch
-    from lightopd.schemas.buckets import BucketConfig
+    from lightopd.schemas.stores.buckets import BucketConfig
 
     config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
     show_report(fetch(url, cache, config, signals), as_json)

@@ -16,8 +16,8 @@ from lightopd.files import file_sha256, write_atomically
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report
 from lightopd.pipelines.shared.run_folder import writing
-from lightopd.schemas.buckets import BucketConfig
 from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest
+from lightopd.schemas.stores.buckets import BucketConfig
 
 
 def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | None = None) -> Report:

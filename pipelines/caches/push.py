@@ -15,8 +15,8 @@ from lightopd.errors import CacheError, OutputError
 from lightopd.files import file_sha256
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report
-from lightopd.schemas.buckets import BucketConfig
 from lightopd.schemas.manifest import ShardMarker
+from lightopd.schemas.stores.buckets import BucketConfig
 
 
 @dataclass(frozen=True, slots=True)

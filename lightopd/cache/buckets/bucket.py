@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from lightopd.cache.buckets.failures import bucket_error, is_refusal
 from lightopd.errors import ConfigError, InputError
 from lightopd.files import replaced_file
-from lightopd.schemas.buckets import BucketConfig
+from lightopd.schemas.stores.buckets import BucketConfig
 
 BROKEN_OFF = ("error decoding response body", "request or response body error")
 """What obstore says of an answer whose body broke off."""

@@ -3,7 +3,7 @@
 import re
 
 from lightopd.errors import InputError, LightopdError, OutputError
-from lightopd.schemas.buckets import BucketConfig
+from lightopd.schemas.stores.buckets import BucketConfig
 
 CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (`aws configure export-credentials --format env` prints "

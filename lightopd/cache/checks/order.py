@@ -24,7 +24,7 @@ def order_faults(rollouts: pa.Table, manifest: CacheManifest, marker: ShardMarke
     if is_off.any():
         row = int(is_off.argmax())
         what = (
-            f"it is sample {indices[row]} of prompt {prompts[row]}, where sample {row % n} of the "
+            f"it is sample {indices[row]} of prompt {prompts[row]!r}, where sample {row % n} of the "
             f"{'next' if row % n == 0 else 'same'} prompt is due: rows are missing, repeated or out of order"
         )
         yield Fault("order", row, what, int(is_off.sum()))
