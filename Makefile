@@ -7,19 +7,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 ENGINE ?= hf
 SEED ?= 0
+ROUNDS ?= 200
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1 || echo +cpu)
 
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods study study-quick clean
+.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods study study-quick clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
 	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
-	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets]'
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.ready
@@ -60,6 +61,10 @@ test-browser: $(VENV)/.ready
 
 test-all: $(VENV)/.smollm2
 	$(BIN)/pytest -m 'slow'
+
+# Random faults at random moments of every stage; docs/torture.md.
+torture: $(VENV)/.ready
+	$(BIN)/python -P tests/torture --rounds $(ROUNDS) --seed $(SEED) --folder runs/torture
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Commands on a cache folder: verify, index, join, import, export."""
+"""Commands on a cache folder: verify, index, join, import, export, push, pull."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from lightopd.cli import options
 from lightopd.cli.output import say, show_report
+from lightopd.errors import ConfigError
 
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
 
@@ -25,12 +26,16 @@ def verify(
     restore: Annotated[
         bool, typer.Option("--restore", help="First make manifests that are gone again, from the shards.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move what is bad aside, so that its stage makes it again.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every byte and number of a cache; one line a finding, exit code 5 when there is one.
 
     Example: lightopd verify runs/cache --rescore 16
     """
+    from lightopd.cache.index import refresh_index
     from lightopd.cache.manifests import restore_manifests
     from lightopd.cache.verify import verify as check
     from lightopd.pipelines.shared.run_folder import writing
@@ -39,6 +44,15 @@ def verify(
         with writing(cache):
             for path in restore_manifests(cache):
                 say(f"{path} made again from its shards", err=True)
+            if (cache / "index.duckdb").exists():
+                refresh_index(cache)
+    if repair:
+        if rescore is not None:
+            raise ConfigError(
+                "--repair and --rescore were given together; repair, run the stages, then rescore"
+            )
+        _repair(cache, as_json)
+        return
     findings = [str(finding) for finding in check(cache)]
     if rescore is not None and not findings:
         from lightopd.pipelines.caches.rescore import rescore as again
@@ -52,6 +66,36 @@ def verify(
     else:
         say("\n".join(findings) if findings else f"{cache} is whole")
     if findings:
+        raise typer.Exit(5)
+
+
+def _repair(cache: Path, as_json: bool) -> None:
+    """Move what is bad aside; the lines that no repair can mend, else the commands that make it again."""
+    from lightopd.cache.checks.repair import left_over, move_aside, next_commands
+    from lightopd.cache.index import refresh_index
+    from lightopd.cache.verify import verify as check
+    from lightopd.pipelines.shared.run_folder import writing
+
+    if not cache.is_dir():
+        check(cache)  # says that it is no cache
+    with writing(cache):
+        findings = check(cache)
+        moved = move_aside(cache, findings)
+        if moved:
+            refresh_index(cache)
+    left, commands = [str(finding) for finding in left_over(findings)], next_commands(cache, findings)
+    for finding in findings:
+        say(str(finding), err=True)
+    for before, after in moved:
+        say(f"{cache / before} moved to {cache / after}", err=True)
+    if as_json:
+        told = {"cache": str(cache), "is_whole": not findings, "findings": list(map(str, findings))}
+        say(json.dumps({**told, "moved": dict(moved), "not_mended": left, "next": commands}))
+    elif not findings:
+        say(f"{cache} is whole")
+    else:
+        say("\n".join([*(f"not mended: {line}" for line in left), *(f"next: {line}" for line in commands)]))
+    if left:
         raise typer.Exit(5)
 
 
@@ -114,7 +158,6 @@ def import_(
     Example: lightopd import responses.jsonl --format responses --student STUDENT --cache runs/cache
     """
     from lightopd.config import build, laid_over
-    from lightopd.errors import ConfigError
     from lightopd.schemas.configs import ImportConfig
 
     if format == "responses":
@@ -155,4 +198,58 @@ def export(
     say(json.dumps({"files": paths}) if as_json else "\n".join(paths))
 
 
-COMMANDS = {"verify": verify, "index": index, "join": join_, "import": import_, "export": export}
+Signals = Annotated[
+    list[str] | None, typer.Option("--signal", help="A signal that goes along; repeatable, all by default.")
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", help="Files under way at the same time.")]
+
+
+def push(
+    cache: CacheFolder,
+    url: Annotated[str, typer.Argument(help="Where to: s3://bucket/folder, gs://..., file:///...")],
+    signals: Signals = None,
+    jobs: Jobs = None,
+    sets: options.Sets = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Send a cache to an object store; run again, it sends what is not there yet.
+
+    Example: lightopd push runs/cache s3://bucket/cache
+    """
+    from lightopd.config import build, laid_over
+    from lightopd.pipelines.caches.push import push as send
+    from lightopd.schemas.stores.buckets import BucketConfig
+
+    config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
+    show_report(send(cache, url, config, signals), as_json)
+
+
+def pull(
+    url: Annotated[str, typer.Argument(help="Where from: s3://bucket/folder, gs://..., file:///...")],
+    cache: CacheFolder,
+    signals: Signals = None,
+    jobs: Jobs = None,
+    sets: options.Sets = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fetch a cache from an object store and check every shard; run again, it fetches what is missing.
+
+    Example: lightopd pull s3://bucket/cache runs/cache
+    """
+    from lightopd.config import build, laid_over
+    from lightopd.pipelines.caches.pull import pull as fetch
+    from lightopd.schemas.stores.buckets import BucketConfig
+
+    config = build(BucketConfig, laid_over({}, sets or [], {"jobs": jobs}))
+    show_report(fetch(url, cache, config, signals), as_json)
+
+
+COMMANDS = {
+    "verify": verify,
+    "index": index,
+    "join": join_,
+    "import": import_,
+    "export": export,
+    "push": push,
+    "pull": pull,
+}

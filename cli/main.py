@@ -10,6 +10,7 @@ import typer
 from lightopd import __version__
 from lightopd.cli import cache, inspection, methods, settings, stages, tools
 from lightopd.cli.guard import debug_file, guarded
+from lightopd.cli.maintenance import app as maintenance
 from lightopd.telling import LogLines
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ for group in (stages, cache, inspection, tools):
         app.command(name)(guarded(command))
 app.add_typer(settings.app, name="config")
 app.add_typer(methods.app, name="methods")
+app.add_typer(maintenance.app, name="cache")
 
 
 def _log_to_stderr() -> None:

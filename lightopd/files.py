@@ -6,6 +6,7 @@ Whoever looks sees the old one or the new one, whole.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -51,10 +52,31 @@ def write_atomically(path: Path, content: Content, *, shared: bool = False) -> N
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shared:
+            _remove_left_of(path)
         with replaced_file(path, own_suffix() if shared else "") as part, part.open("wb") as file:
             file.write(content)
     except OSError as error:
         raise output_error(error, path, len(content)) from error
+
+
+def _remove_left_of(path: Path) -> None:
+    """Remove what processes of this machine that are gone left of writing a shared file."""
+    begin = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp*"):
+        pid = left.name.removeprefix(begin).partition(".")[0]
+        if pid.isdecimal() and not _is_process(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def own_suffix() -> str:
@@ -146,6 +168,13 @@ def put_folder(part: Path, final: Path) -> None:
     part.rename(final)
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def looks_like_url(path: Path) -> str | None:
+    """The URL that a path was made from, where a command that takes a folder got one; None for paths."""
+    scheme, separator, rest = str(path).partition(":/")
+    is_url = bool(separator) and len(scheme) > 1 and scheme.isalnum()
+    return f"{scheme}://{rest.lstrip('/')}" if is_url and not path.exists() else None
 
 
 STREAMS = {

@@ -5,12 +5,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 TERMINATED = 143
 """Exit code after SIGTERM, as shells count: 128 and the signal's number."""
 GRACE_S = 5.0
 """Seconds that a stop waits for the step that is being made."""
+LISTEN_S = 0.1
+"""Seconds until Ctrl-C is heard while another thread is waited for."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -94,3 +100,46 @@ def stops_wait(grace_s: float = GRACE_S) -> Iterator[Callable[[], None]]:
             timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM wait for the end of the block; for short steps beside other threads.
+
+    Python's own conditions, events and futures have a moment in which their lock is taken and nothing would
+    release it: what a signal raises there leaves the other thread waiting for ever, and whoever joins it.
+    Outside the main thread, and for a signal that is ignored, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+    arrived: list[signal.Signals] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if callable(handler)}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            arrived.append(signal.Signals(number))
+        else:
+            before[signal.Signals(number)](number, frame)
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            before[arrived[0]](arrived[0], None)
+
+
+def result_of(future: "Future[Value]") -> Value:
+    """What another thread's call returns or raises, once it has ended; Ctrl-C and SIGTERM end the wait."""
+    while True:
+        with undisturbed():
+            is_done = bool(wait([future], timeout=LISTEN_S).done)
+        if is_done:
+            with undisturbed():
+                return future.result()

@@ -93,7 +93,7 @@ def run(
         report = precompute_report(
             config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
         )
-        refresh_index(open_cache(config.cache, incomplete=True))
+        refresh_index(config.cache)
         save_report(report, folder)
     return report
 

@@ -5,13 +5,14 @@ A cache has `lightopd.json` (a `CacheManifest`, about its rollouts) and one `sig
 `lightopd_student.json` (a `StudentLineage`) in its folder.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import Field, JsonValue
 
-from lightopd.schemas.base import StrictModel, canonical_hash
+from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import Allowed, Horizon, SamplingConfig
+from lightopd.schemas.lineage.hashing import fingerprint_of
 from lightopd.schemas.rewriting import BRANCHES, TEXTS, BranchConfig
 from lightopd.schemas.signals.kinds import Hidden, HiddenStates, Kept, Sampled, TailShape, TopK, TopkDtype
 
@@ -159,6 +160,27 @@ class JoinedCache(StrictModel):
     """Its folder; for people, never compared."""
 
 
+class SourceCache(StrictModel):
+    """A cache that another one was merged from, or split off."""
+
+    content: str
+    """Content id of its rollouts."""
+    source: str
+    """Its folder; for people, never compared."""
+    rollouts: int = Field(ge=0)
+    """Rollouts taken from it."""
+    seed: int | None = None
+    """Seed that its rollouts were sampled with; None where none is known."""
+    part: str | None = None
+    """Which part of it was taken, such as `1 of 2`; None for the whole."""
+    made_of: tuple["SourceCache", ...] = ()
+    """What it was itself merged from, or split off."""
+
+    def seeds(self) -> set[int | None]:
+        """Seeds of the caches that it goes back to."""
+        return set().union(*(each.seeds() for each in self.made_of)) if self.made_of else {self.seed}
+
+
 class CacheManifest(StrictModel):
     """`lightopd.json`: the contract of a cache's rollouts."""
 
@@ -172,6 +194,8 @@ class CacheManifest(StrictModel):
     """The model that sampled: the student, or the teacher in the sft stage; None when imported."""
     joined: tuple[JoinedCache, ...] = ()
     """The caches that a `mixed` one was made from."""
+    made_of: tuple[SourceCache, ...] = ()
+    """The caches that it was merged from, or the one that it was split off; empty where a stage made it."""
     precision: Precision | None
     """How the sampler was run."""
     sft: SftLineage
@@ -206,7 +230,7 @@ class CacheManifest(StrictModel):
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the bytes of the shards; paths and lightopd's version left out."""
-        return _fingerprint(self)
+        return fingerprint_of(self, self.schema_version)
 
 
 class SignalManifest(StrictModel):
@@ -274,7 +298,7 @@ class SignalManifest(StrictModel):
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards; paths, lightopd's version and noise left out."""
-        return _fingerprint(self)
+        return fingerprint_of(self, self.schema_version)
 
 
 class TextManifest(StrictModel):
@@ -327,7 +351,7 @@ class TextManifest(StrictModel):
 
     def fingerprint(self) -> str:
         """Hash of what decides the bytes of the shards."""
-        return _fingerprint(self)
+        return fingerprint_of(self, self.schema_version)
 
 
 class ShardMarker(StrictModel):
@@ -345,56 +369,7 @@ class ShardMarker(StrictModel):
     """Fingerprint of the manifest it was made under."""
     dropped: dict[str, int] = {}
     """Rows left out, by reason."""
+    shard: int | None = None
+    """Number of the shard, so that a file under another's name shows; None in older ones."""
     made_from: dict[str, JsonValue] | None = None
     """The manifest that it was made under, so that one that is lost can be made again; None in older ones."""
-
-
-_NEVER_HASHED = {"lightopd_version", "noise", "cross_check", "rendered_at", "sft_declared"}
-"""Fields of a manifest that decide no byte of its shards."""
-_HASHED_BY_VERSION_1 = {
-    "CacheManifest": ("rendering", "overrides"),
-    "SignalManifest": ("context", "min_probability", "overrides"),
-    "ModelFingerprint": ("adapter",),
-    "Precision": ("quantization",),
-    "EngineRecord": ("settings",),
-    "SftLineage": ("teacher", "name", "data"),
-    "SamplingConfig": ("n", "temperature", "top_p", "max_tokens", "seed"),
-}
-"""Fields that schema version 1 hashes at their default too. Complete for good: none is ever added."""
-
-
-def compared_fields(manifest: CacheManifest | SignalManifest | TextManifest) -> dict[str, Any]:
-    """Every field that can decide a byte of the shards: paths, lightopd's version and noise are left out."""
-    compared: dict[str, Any] = _without_sources(manifest.model_dump(mode="json", exclude=_NEVER_HASHED))
-    return compared
-
-
-def _fingerprint(manifest: CacheManifest | SignalManifest | TextManifest) -> str:
-    """Hash of the compared fields that are not at their default.
-
-    A field that is added with a default leaves the fingerprint of every manifest as it was.
-    """
-    plain = manifest.model_dump(mode="json", exclude=_NEVER_HASHED)
-    return canonical_hash(_without_sources(_without_defaults(manifest, plain, manifest.schema_version)))
-
-
-def _without_defaults(value: Any, plain: Any, version: int) -> Any:
-    """`plain`, the JSON of `value`, without the fields of models that are at their default."""
-    if isinstance(value, tuple):
-        return [_without_defaults(item, told, version) for item, told in zip(value, plain, strict=True)]
-    if not isinstance(value, StrictModel):
-        return plain
-    always = _HASHED_BY_VERSION_1.get(type(value).__name__, ()) if version == 1 else ()
-    return {
-        name: _without_defaults(getattr(value, name), plain[name], version)
-        for name, field in type(value).model_fields.items()
-        if name in plain and (field.is_required() or name in always or getattr(value, name) != field.default)
-    }
-
-
-def _without_sources(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_sources(item) for key, item in value.items() if key not in ("source", "commit")}
-    if isinstance(value, list):
-        return [_without_sources(item) for item in value]
-    return value

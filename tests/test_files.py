@@ -3,6 +3,9 @@
 import errno
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,18 @@ def test_a_full_disk_is_known_from_the_words_of_a_library_too(tmp_path):
     told = "Error while serializing: I/O error: No space left on device (os error 28)"
     error = output_error(SafetensorError(told), tmp_path / "model.safetensors")
     assert f"cannot write {tmp_path / 'model.safetensors'}: No space left on device; free space" in str(error)
+
+
+def test_what_killed_processes_left_of_a_shared_file_goes_with_the_next_write(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    left = [tmp_path / f".a.json.{host}.{ended.pid}.tmp{end}" for end in ("", ".wal")]
+    others = [
+        tmp_path / f".a.json.{host}.{os.getppid()}.tmp",
+        tmp_path / f".a.json.elsewhere.{ended.pid}.tmp",
+    ]
+    for path in left + others:
+        path.touch()
+    write_atomically(tmp_path / "a.json", b"{}", shared=True)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "a.json"])

@@ -2,10 +2,11 @@
 
 # N = response tokens of a rollout, K = cached ids at each position
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import write_shard
@@ -59,20 +60,33 @@ def write_random_cache(
     create_cache(path, manifest)
     signal = _signal(manifest, top_k)
     create_signal(open_cache(path, incomplete=True), signal)
+    first = rollouts_to_table(rollouts)
+    first_scored = scores_to_table([one.rollout_id for one in rollouts], scores, "float16")
     for index in range(num_shards):
-        rows = [_sample_of(one, index) for one in rollouts]
-        own = rollouts_to_table(rows)
-        scored = scores_to_table([one.rollout_id for one in rows], scores, "float16")
+        own, scored = _sample_of(first, first_scored, rollouts, index)
         write_shard(rollouts_folder(path), index, own, kind="rollouts", fingerprint=manifest.fingerprint())
         folder, fingerprint = signal_folder(path, "teacher"), signal.fingerprint()
         write_shard(folder, index, scored, kind="signals/teacher", fingerprint=fingerprint)
     return open_cache(path)
 
 
-def _sample_of(rollout: Rollout, index: int) -> Rollout:
-    """The same tokens as the sample of another shard: no two rows of a cache have one id."""
-    name = rollout_id(rollout.prompt_ids, rollout.response_ids, NO_SAMPLER, index)
-    return replace(rollout, rollout_id=name, sample_index=index)
+def _sample_of(
+    own: pa.Table, scored: pa.Table, rollouts: list[Rollout], index: int
+) -> tuple[pa.Table, pa.Table]:
+    """The same tokens as the samples of another shard: no two rows of a cache have one id."""
+    names = [rollout_id(one.prompt_ids, one.response_ids, NO_SAMPLER, index) for one in rollouts]
+    columns = {
+        "rollout_id": pa.array(names, pa.string()),
+        "sample_index": pa.array([index] * len(names), pa.int32()),
+    }
+    return _with(own, columns), _with(scored, {"rollout_id": columns["rollout_id"]})
+
+
+def _with(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    for name, column in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), column)
+    return table
 
 
 def _rollout(
@@ -126,7 +140,7 @@ def _manifest(num_shards: int, per_shard: int, vocabulary_size: int) -> CacheMan
         origin="student",
         sampler=None,
         precision=None,
-        sft=SftLineage(proof="unknown"),
+        sft=SftLineage(proof="none"),
         tokenizer=None,
         vocabulary_size=vocabulary_size,
         sampling=None,

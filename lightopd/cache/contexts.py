@@ -68,9 +68,37 @@ def write_contexts(folder: Path, contexts: Contexts, tokenizer: Any) -> None:
         ],
         schema=_SCHEMA,
     )
+    _write(folder, table)
+
+
+def _write(folder: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **WRITE_OPTIONS)
     write_atomically(folder / CONTEXTS, sink.getvalue())
+
+
+def take_contexts(folder: Path, sources: Sequence[Path], wanted: Sequence[tuple[int, str, str]]) -> Contexts:
+    """Store contexts of other signals in a signal's folder, and return them.
+
+    Args:
+        folder: of the signal.
+        sources: folders of the other signals, their contexts checked.
+        wanted: place among the sources, key there and key here, in the order in which they are stored; of
+            several with one key the first is stored, and the others must be equal.
+
+    Raises:
+        CacheError: contexts of one key differ.
+        OutputError: no permission or no space.
+    """
+    tables = [pq.read_table(source / CONTEXTS, schema=_SCHEMA).to_pylist() for source in sources]
+    by_key = [{row["prompt_id"]: row for row in rows} for rows in tables]
+    found: dict[str, dict[str, Any]] = {}
+    for place, key, name in wanted:
+        row = by_key[place][key]
+        if found.setdefault(name, {**row, "prompt_id": name})["prompt_ids"] != row["prompt_ids"]:
+            raise CacheError(f"{sources[place] / CONTEXTS}: prompt {key} has another context than elsewhere")
+    _write(folder, pa.Table.from_pylist(list(found.values()), schema=_SCHEMA))
+    return {name: np.asarray(row["prompt_ids"], np.int32) for name, row in found.items()}
 
 
 def read_contexts(folder: Path, described: Mapping[str, JsonValue]) -> Contexts | None:

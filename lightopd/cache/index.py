@@ -16,7 +16,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +30,7 @@ from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_fold
 from lightopd.cache.shards import shard_path
 from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
-from lightopd.files import output_error, own_suffix, replaced_file
+from lightopd.files import output_error, write_atomically
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
 from lightopd.schemas.manifest import (
@@ -44,6 +43,7 @@ from lightopd.schemas.manifest import (
 )
 from lightopd.schemas.records import Rollout
 from lightopd.schemas.rewriting import BRANCHES, TEXTS
+from lightopd.stopping import LISTEN_S, result_of, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,6 @@ RAW_MANIFESTS = pa.schema(
     ]
 )
 RAW_LINEAGE = pa.schema([("file", pa.string()), ("key", pa.string()), ("value", pa.string())])
-LISTEN_S = 0.1
-"""Seconds between two looks whether Ctrl-C was pressed."""
 
 Value = TypeVar("Value")
 
@@ -112,12 +110,15 @@ def build_index(cache: Cache) -> Path:
     """
     path, search = cache.path / INDEX, {"file_search_path": str(cache.path.resolve())}
     try:
-        with replaced_file(path, own_suffix()) as part:
-            part.unlink(missing_ok=True)
-            with duckdb.connect(str(part), config=search) as connection:
-                _make_views(connection, cache, "")
+        # DuckDB keeps a log beside its file, which a full disk, or a kill, would leave in the cache.
+        with tempfile.TemporaryDirectory(prefix="lightopd-index-") as scratch:
+            made = Path(scratch) / INDEX
+            with duckdb.connect(str(made), config=search) as connection:
+                stoppable(connection, lambda: make_views(connection, cache, ""))
+            content = made.read_bytes()
     except (OSError, duckdb.IOException) as error:
         raise output_error(error, path) from error
+    write_atomically(path, content, shared=True)
     return path
 
 
@@ -146,18 +147,16 @@ def stoppable(connection: duckdb.DuckDBPyConnection, call: Callable[[], Value]) 
     if threading.current_thread() is not threading.main_thread():
         return call()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call)
+        with undisturbed():
+            future = pool.submit(call)
         try:
-            while True:
-                try:
-                    return future.result(timeout=LISTEN_S)
-                except FutureTimeout:
-                    if future.done():  # the call's own error
-                        return future.result()
+            return result_of(future)
         except KeyboardInterrupt:
-            while not future.done():
+            is_done = False
+            while not is_done:
                 connection.interrupt()
-                wait([future], timeout=LISTEN_S)
+                with undisturbed():
+                    is_done = bool(wait([future], timeout=LISTEN_S).done)
             raise
 
 
@@ -185,7 +184,7 @@ def connect(
         with duckdb.connect(":memory:", config=settings) as connection:
             connection.register_filesystem(ReadOnlyFolder(cache.path))
             try:
-                _make_views(connection, cache, "cache://")
+                stoppable(connection, lambda: make_views(connection, cache, "cache://"))
             except duckdb.Error as error:
                 raise _unreadable(error, cache.path) from None
             connection.execute("SET allowed_directories = ['cache://']")
@@ -194,7 +193,7 @@ def connect(
             yield connection
 
 
-def _make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
+def make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
     """Create the raw views and tables, then those of views.sql; `prefix` stands before every path."""
     rollouts = [shard_path(rollouts_folder(Path()), index) for index in cache.shards]
     signals = [

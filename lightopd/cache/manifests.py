@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
-from lightopd.files import json_bytes, write_atomically
+from lightopd.files import write_atomically
 from lightopd.schemas.cache import SCHEMA_VERSION
+from lightopd.schemas.lineage.hashing import compared_fields
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -24,8 +26,10 @@ from lightopd.schemas.manifest import (
     ModelFingerprint,
     SignalManifest,
     TextManifest,
-    compared_fields,
 )
+
+PULLING = ".lightopd.pull"
+"""File in a cache folder that `lightopd pull` has not finished; it holds the URL."""
 
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
@@ -60,25 +64,36 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         CacheError: the file is missing, is not JSON, does not fit, or has a newer schema version.
     """
     try:
-        plain = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CacheError(f"{path} is missing; copy the whole cache folder, or make it again") from None
+    return parsed_manifest(content, str(path), kind)
+
+
+def parsed_manifest(content: bytes, where: str, kind: type[Manifest]) -> Manifest:
+    """A manifest from its bytes, which were read at `where`.
+
+    Raises:
+        CacheError: they are not JSON, do not fit, or have a newer schema version.
+    """
+    try:
+        plain = json.loads(content)
     except ValueError as error:
         raise CacheError(
-            f"{path} is not valid JSON ({error}); copy the file again from where it was made"
+            f"{where} is not valid JSON ({error}); copy the file again from where it was made"
         ) from None
     version = plain.get("schema_version") if isinstance(plain, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CacheError(
-            f"{path} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
+            f"{where} has schema version {version}, this lightopd reads up to {SCHEMA_VERSION}; upgrade it"
         )
     try:
-        return kind.model_validate_json(json.dumps(plain))
+        return kind.model_validate_json(json.dumps(unsealed(plain)))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        field = ".".join(map(str, first["loc"])) or "the file"
         raise CacheError(
-            f"{path} does not fit: {where}: {first['msg']}; copy or make the cache again"
+            f"{where} does not fit: {field}: {first['msg']}; copy or make the cache again"
         ) from None
 
 
@@ -139,12 +154,18 @@ def _spelled_as(now: Any, begun: Any) -> Any:
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:
     """Fields that make two manifests' fingerprints differ, as `field: is A, would be B`."""
-    before, after = _flat(compared_fields(found)), _flat(compared_fields(wanted))
-    return [
-        f"{field}: is {before.get(field)!r}, would be {after.get(field)!r}"
+    pairs = differing_fields(found, wanted).items()
+    return [f"{field}: is {before!r}, would be {after!r}" for field, (before, after) in pairs]
+
+
+def differing_fields(one: Manifest, other: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Both values of every field that makes two manifests' fingerprints differ, by its dotted name."""
+    before, after = _flat(compared_fields(one)), _flat(compared_fields(other))
+    return {
+        field: (before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
-    ]
+    }
 
 
 def differing(one: str, other: str) -> tuple[str, str]:
@@ -166,6 +187,9 @@ def restoring(cache: Path, name: str) -> str:
 
 def made_again(cache: Path) -> str:
     """What to do about a folder without the manifest of a cache."""
+    if (cache / PULLING).is_file():
+        url = (cache / PULLING).read_text(encoding="utf-8").strip()
+        return f"it is half pulled; run `lightopd pull {url} {cache}` again, it resumes"
     if _made_from(rollouts_folder(cache)):
         return f"it has rollouts, which say how they were made: lightopd verify {cache} --restore"
     return "name a folder made by `lightopd rollout`"
@@ -197,24 +221,25 @@ def _restore(path: Path, folder: Path, kind: type[Manifest]) -> Path:
         manifest = kind.model_validate(found[0])
     except ValidationError as error:
         raise CacheError(f"the markers in {folder} hold a broken manifest; copy {path.name} again") from error
-    markers = [read_marker(folder, index) for index in _indices(folder)]
+    markers = [read_marker(folder, index) for index in shard_numbers(folder)]
     others = [marker for marker in markers if marker and marker.fingerprint != manifest.fingerprint()]
     if others or (isinstance(manifest, SignalManifest) and manifest.name != folder.name):
         raise CacheError(
             f"the markers in {folder} hold a manifest of other shards; copy {path.name} again from where it "
             "was made"
         )
-    write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+    write_atomically(path, sealed(manifest.model_dump(mode="json")))
     return path
 
 
 def _made_from(folder: Path) -> list[dict[str, JsonValue]]:
     """The manifests that the markers of a folder hold."""
-    markers = [read_marker(folder, index) for index in _indices(folder)]
+    markers = [read_marker(folder, index) for index in shard_numbers(folder)]
     return [marker.made_from for marker in markers if marker is not None and marker.made_from is not None]
 
 
-def _indices(folder: Path) -> list[int]:
+def shard_numbers(folder: Path) -> list[int]:
+    """Numbers of the shards that have a marker in a folder, sorted."""
     names = (path.stem.removeprefix("part-") for path in sorted(folder.glob("part-*.json")))
     return [int(name) for name in names if name.isdecimal()]
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightopd.cache.manifests import signal_folder
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
-from lightopd.cache.shards import read_table
+from lightopd.cache.shards import read_table, shard_path
 from lightopd.cache.signals.channels import HiddenColumns, hidden_columns, read_channels
 from lightopd.cache.signals.hidden_checks import hidden_faults
 from lightopd.cache.signals.horizon import scored_offsets, scored_tokens, spread
@@ -201,6 +202,25 @@ def read_columns(
     manifest = cache.manifest_of(signal)
     marker = cache.marker(shard, signal)
     return read_table(cache.file(shard, signal), manifest.kind, marker, columns, content)
+
+
+def speaks_of(cache: Cache, signal: str, shard: int) -> bool:
+    """Whether a signal's shard, which is whole, scored the rollouts that are there: ids hash their content.
+
+    Rollouts that were made again may have come out others. A file that cannot be read speaks of none.
+    """
+    files = shard_path(signal_folder(cache.path, signal), shard), cache.file(shard)
+    try:
+        own, theirs = (_ids_in(file) for file in files)
+    except (OSError, pa.ArrowException):
+        return False
+    return own == theirs
+
+
+def _ids_in(file: Path) -> list[str]:
+    with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        names: list[str] = opened.read(["rollout_id"]).column(0).to_pylist()
+    return names
 
 
 def check_rollouts(cache: Cache) -> None:

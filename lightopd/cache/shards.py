@@ -7,16 +7,17 @@ one writer, or several of which one wins: then hard links give the names, which 
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.errors import CacheError
-from lightopd.files import file_sha256, json_bytes, put_if_absent, write_atomically
+from lightopd.files import file_sha256, put_if_absent, write_atomically
 from lightopd.schemas.cache import (
     HIDDEN_COLUMNS,
     ROLLOUTS,
@@ -101,7 +102,7 @@ def write_shard(
         OutputError: no permission, no space, or another failure of the disk; nothing half-written stays.
     """
     content = shard_bytes(table, kind=kind, fingerprint=fingerprint)
-    marker = _marker(table, content, fingerprint, dropped, made_from)
+    marker = _marker(index, table, content, fingerprint, dropped, made_from)
     write_atomically(shard_path(folder, index), content)
     write_atomically(marker_path(folder, index), _marker_bytes(marker))
     return marker
@@ -144,7 +145,7 @@ def put_shard(
             write_atomically(file, content, shared=True)
         else:
             table, content = found, there
-    marker = _marker(table, content, fingerprint, None, made_from)
+    marker = _marker(index, table, content, fingerprint, None, made_from)
     if put_if_absent(marker_path(folder, index), _marker_bytes(marker)):
         return marker
     return read_marker(folder, index) or marker
@@ -163,6 +164,7 @@ def _whole_table(content: bytes, wanted: pa.Table, kind: str, fingerprint: str) 
 
 
 def _marker(
+    index: int,
     table: pa.Table,
     content: Any,
     fingerprint: str,
@@ -176,13 +178,14 @@ def _marker(
         sha256=hashlib.sha256(content).hexdigest(),
         fingerprint=fingerprint,
         dropped=dict(sorted((dropped or {}).items())),
+        shard=index,
         made_from=None if made_from is None else made_from.model_dump(mode="json"),
     )
 
 
 def _marker_bytes(marker: ShardMarker) -> bytes:
     left_out = {"made_from"} if marker.made_from is None else None
-    return json_bytes(marker.model_dump(mode="json", exclude=left_out))
+    return sealed(marker.model_dump(mode="json", exclude=left_out))
 
 
 def shard_bytes(table: pa.Table, *, kind: str, fingerprint: str) -> pa.Buffer:
@@ -227,8 +230,16 @@ def why_invalid(folder: Path, index: int, fingerprint: str) -> str | None:
 def read_marker(folder: Path, index: int) -> ShardMarker | None:
     """The marker of a shard; None when it is missing or broken."""
     try:
-        return ShardMarker.model_validate_json(marker_path(folder, index).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return marker_of(marker_path(folder, index).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def marker_of(content: bytes) -> ShardMarker | None:
+    """A marker from its file's bytes; None when they are broken."""
+    try:
+        return ShardMarker.model_validate_json(json.dumps(unsealed(json.loads(content))))
+    except (ValueError, RecursionError):
         return None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightopd.cache.checks.seals import sealed
 from lightopd.cache.manifests import (
     Manifest,
     differences,
@@ -25,7 +26,7 @@ from lightopd.cache.manifests import (
 )
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
-from lightopd.files import json_bytes, streams_in, write_atomically
+from lightopd.files import looks_like_url, streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import (
@@ -156,6 +157,10 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
         CacheError: not a cache, newer schema version, broken JSON, a signal that is not there, a shard that
             is missing, has another size than its marker says or was made under other settings.
     """
+    if url := looks_like_url(path):
+        raise CacheError(
+            f"{url} is a URL, and a cache is read from a folder: `lightopd pull {url} CACHE`, then name CACHE"
+        )
     if streams := streams_of(path):
         raise CacheError(streams[0])
     if not (path / CACHE_MANIFEST).is_file():
@@ -198,13 +203,13 @@ def create_part(path: Path, manifest: Manifest, others: Sequence[Path] = ()) -> 
             raise OutputError(
                 f"{path.parent} has {found[0]}/ but no {path.name}; name another folder, or empty it"
             )
-        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+        write_atomically(path, sealed(manifest.model_dump(mode="json")))
         return
     existing = read_manifest(path, type(manifest))
     if existing.fingerprint() == manifest.fingerprint():
         return
     if not any(path.parent.rglob("part-*.parquet")):  # of a start that failed: nothing in it is paid for
-        write_atomically(path, json_bytes(manifest.model_dump(mode="json")))
+        write_atomically(path, sealed(manifest.model_dump(mode="json")))
     else:
         raise OutputError(
             f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "
@@ -266,6 +271,15 @@ def _checked_marker(folder: Path, index: int, fingerprint: str) -> ShardMarker:
 
 def row_count_fault(manifest: CacheManifest, markers: Sequence[ShardMarker]) -> str | None:
     """What is wrong with the number of rows of all shards together, in words."""
+    if manifest.made_of:
+        wanted, found = (
+            sum(each)
+            for each in (
+                (source.rollouts for source in manifest.made_of),
+                (marker.rows for marker in markers),
+            )
+        )
+        return None if found == wanted else f"{found} rollouts are there, its manifest speaks of {wanted}"
     if manifest.sampling is None or manifest.joined:
         return None
     found = sum(marker.rows + sum(marker.dropped.values()) for marker in markers)

@@ -4,25 +4,33 @@ Shards are read one by one and checked in blocks of rows, so memory stays at one
 check reports its first row and how many places failed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import duckdb
 import pyarrow as pa
 
+from lightopd.cache.checks.findings import Finding, Mending
+from lightopd.cache.checks.markers import copied_shards, row_count_faults, shard_fault
+from lightopd.cache.checks.order import order_faults
+from lightopd.cache.checks.seals import is_changed
+from lightopd.cache.checks.stale_index import index_fault
 from lightopd.cache.contexts import CONTEXTS, read_contexts, read_texts, text_folder, text_names
+from lightopd.cache.index import INDEX
 from lightopd.cache.manifests import (
     differing,
     orphaned_signals,
     read_manifest,
     restoring,
     rollouts_folder,
+    shard_numbers,
     signal_folder,
     signal_names,
 )
 from lightopd.cache.row_checks import Fault, rollout_faults, score_faults
-from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path, why_invalid
+from lightopd.cache.shards import AGAIN, marker_path, read_marker, read_table, shard_path
 from lightopd.cache.signals.hidden_checks import hidden_faults
 from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape
 from lightopd.cache.store import open_cache, row_count_fault, streams_of
@@ -36,28 +44,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something in a cache that is not as it must be."""
-
-    file: str
-    """Path relative to the cache folder."""
-    row: int | None
-    """Row of the file, from 0; None where it is about the whole file."""
-    what: str
-    """What is wrong, in words."""
-
-    def __str__(self) -> str:
-        return f"{self.file}{'' if self.row is None else f' row {self.row}'}: {self.what}"
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     """One folder of shards and what its files must be."""
 
     folder: Path
-    kind: str
-    fingerprint: str
+    manifest: CacheManifest | SignalManifest
     schema: pa.Schema
+    copies: Mapping[int, int]
+    """Shards that are copies of earlier ones, with their numbers."""
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
 
 
 def verify(path: Path) -> list[Finding]:
@@ -77,20 +75,37 @@ def verify(path: Path) -> list[Finding]:
         manifest = read_manifest(path / CACHE_MANIFEST, CacheManifest)
     except CacheError as error:
         return [Finding(CACHE_MANIFEST, None, str(error))]
+    changed = _changed_manifest(path, path / CACHE_MANIFEST, manifest)
+    if changed:
+        return [changed]  # what it says of the shards is not what they were made under
     signals, findings = _signal_manifests(path)
     findings += [finding for signal in signals for finding in _lineage_findings(manifest, signal)]
+    changes = {
+        signal.name: _changed_manifest(path, path / signal.kind / SIGNAL_MANIFEST, signal)
+        for signal in signals
+    }
+    findings += [finding for finding in changes.values() if finding]
+    signals = [signal for signal in signals if changes[signal.name] is None]
     findings += [finding for signal in signals for finding in _context_findings(path, signal)]
     findings += [finding for signal in signals for finding in _shape_findings(path, manifest, signal)]
     findings += _text_findings(path)
     findings += _stray_shards(path, manifest, signals)
-    findings += [Finding(CACHE_MANIFEST, None, what) for what in _count_faults(path, manifest)]
-    findings += _manifest_findings(path, manifest, signals)
+    findings += _count_findings(path, manifest)
     rebuilders, own = _rebuilders(path, manifest, signals)
     findings += own
+    manifests: list[CacheManifest | SignalManifest] = [manifest, *signals]
+    parts = [_part(path, own) for own in manifests]
     seen: set[str] = set()
     for index in range(manifest.num_shards):
-        findings += _shard_findings(path, index, manifest, signals, rebuilders, seen)
-    return findings
+        findings += _shard_findings(path, index, parts, rebuilders, seen)
+    is_readable = all(finding.mending in (Mending.NONE, Mending.STAGE) for finding in findings)
+    return findings + (_index_findings(path) if is_readable else [])
+
+
+def _part(path: Path, manifest: CacheManifest | SignalManifest) -> _Part:
+    schema = ROLLOUTS if isinstance(manifest, CacheManifest) else signal_columns(manifest.hidden)
+    folder = path / manifest.kind
+    return _Part(folder, manifest, schema, copied_shards(folder))
 
 
 def _signal_manifests(path: Path) -> tuple[list[SignalManifest], list[Finding]]:
@@ -137,7 +152,9 @@ def _lineage_findings(manifest: CacheManifest, signal: SignalManifest) -> Iterat
             check_tokenizer(manifest.tokenizer, signal.tokenizer, overridden, "verify")
     except LineageError as error:
         what = str(error).removeprefix("verify refused: ").partition("; ")[0]
-        yield Finding(file, None, f"{what}, and no override says so")
+        yield Finding(
+            file, None, f"{what}, and no override says so; score the rollouts again under another name"
+        )
 
 
 def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
@@ -193,64 +210,88 @@ def _text_findings(path: Path) -> Iterator[Finding]:
             yield Finding(str(text_folder(path, name).relative_to(path)), None, str(error))
 
 
-def _manifest_findings(
-    path: Path, manifest: CacheManifest, signals: list[SignalManifest]
-) -> Iterator[Finding]:
-    """Manifests that all markers of their folder, which agree with each other, do not know."""
-    parts = [(CACHE_MANIFEST, rollouts_folder(path), manifest.fingerprint())]
-    for signal in signals:
-        folder = signal_folder(path, signal.name)
-        parts.append((str((folder / SIGNAL_MANIFEST).relative_to(path)), folder, signal.fingerprint()))
-    for file, folder, fingerprint in parts:
-        markers = [read_marker(folder, index) for index in range(manifest.num_shards)]
-        found = [marker.fingerprint for marker in markers if marker is not None]
-        if len(set(found)) == 1 and found[0] != fingerprint:
-            theirs, own = differing(found[0], fingerprint)
-            what = f"it is {own}, all markers speak of {theirs}: the manifest was changed; copy it again"
-            yield Finding(file, None, what)
+def _changed_manifest(path: Path, file: Path, manifest: CacheManifest | SignalManifest) -> Finding | None:
+    """A finding where a manifest was changed after it was written: by its checksum, or by all its markers."""
+    folder = path / manifest.kind
+    markers = [read_marker(folder, index) for index in shard_numbers(folder)]
+    found = {marker.fingerprint for marker in markers if marker is not None}
+    fingerprint, name = manifest.fingerprint(), str(file.relative_to(path))
+    mended = f"copy it again, or move it away and run `lightopd verify {path} --restore`"
+    if len(found) == 1 and fingerprint not in found:
+        theirs, own = differing(found.pop(), fingerprint)
+        what = f"it is {own}, all markers speak of {theirs}: the manifest was changed; {mended}"
+        return Finding(name, None, what)
+    if is_changed(file):
+        what = f"the manifest was changed after it was written: its checksum does not hold; {mended}"
+        return Finding(name, None, what)
+    return None
 
 
-def _count_faults(path: Path, manifest: CacheManifest) -> Iterator[str]:
-    markers = [read_marker(rollouts_folder(path), index) for index in range(manifest.num_shards)]
+def _count_findings(path: Path, manifest: CacheManifest) -> list[Finding]:
+    """Too few or too many rollouts: by shard where that can be told, else over all of them."""
+    folder = rollouts_folder(path)
+    markers = [read_marker(folder, index) for index in range(manifest.num_shards)]
     fault = row_count_fault(manifest, [marker for marker in markers if marker is not None])
-    if fault and None not in markers:
-        yield fault
+    if fault is None or None in markers:
+        return []
+    by_shard = [
+        Finding(str(shard_path(folder, index).relative_to(path)), None, f"{what}; {AGAIN}", Mending.ASIDE)
+        for index, what in row_count_faults(folder, manifest)
+    ]
+    return by_shard or [Finding(CACHE_MANIFEST, None, fault)]
+
+
+def _index_findings(path: Path) -> list[Finding]:
+    """Whether the index is stale; a cache that cannot be opened has findings of its own."""
+    try:
+        fault = index_fault(open_cache(path, incomplete=True))
+    except (CacheError, duckdb.Error, UnicodeDecodeError):
+        return []
+    return [Finding(INDEX, None, fault, Mending.INDEX)] if fault else []
 
 
 def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManifest]) -> Iterator[Finding]:
     folders = [rollouts_folder(path), *(signal_folder(path, signal.name) for signal in signals)]
     for folder in folders:
-        known = {shard_path(folder, index) for index in range(manifest.num_shards)}
-        for file in sorted(set(folder.glob("part-*.parquet")) - known):
+        indices = range(manifest.num_shards)
+        known = {made(folder, index) for made in (shard_path, marker_path) for index in indices}
+        there = {*folder.glob("part-*"), *folder.glob("*.parquet")} - {folder / CONTEXTS}
+        for file in sorted(there - known):
             what = f"it is not one of the cache's {manifest.num_shards} shards; delete it"
-            yield Finding(str(file.relative_to(path)), None, what)
+            yield Finding(str(file.relative_to(path)), None, what, Mending.ASIDE)
 
 
 def _shard_findings(
     path: Path,
     index: int,
-    manifest: CacheManifest,
-    signals: list[SignalManifest],
+    parts: Sequence[_Part],
     rebuilders: "Mapping[str, Rebuilder]",
     seen: set[str],
 ) -> list[Finding]:
     """Everything about one shard of rollouts and of each signal; `seen` gathers the rollout ids."""
-    part = _Part(rollouts_folder(path), "rollouts", manifest.fingerprint(), ROLLOUTS)
+    part, *others = parts
+    manifest = part.manifest
+    assert isinstance(manifest, CacheManifest), "the first part"
     rollouts, findings = _load(path, part, index)
     file = str(shard_path(part.folder, index).relative_to(path))
     if rollouts is not None:
-        findings += _merged(file, rollout_faults(rollouts, manifest, seen))
-    for signal in signals:
-        folder = signal_folder(path, signal.name)
-        schema = signal_columns(signal.hidden)
-        part = _Part(folder, f"signals/{signal.name}", signal.fingerprint(), schema)
+        faults = list(rollout_faults(rollouts, manifest, seen))
+        marker = read_marker(part.folder, index)
+        if not faults and marker is not None:
+            faults = list(order_faults(rollouts, manifest, marker))
+        findings += _merged(file, faults, Mending.ASIDE)
+    for part in others:
+        signal = part.manifest
+        assert isinstance(signal, SignalManifest), "all but the first"
         scores, own = _load(path, part, index)
         findings += own
         if scores is not None and rollouts is not None:
-            file = str(shard_path(folder, index).relative_to(path))
-            faults = score_faults(scores.select(SIGNALS.names), rollouts, signal, manifest.vocabulary_size)
-            findings += _merged(file, faults)
-            findings += _merged(file, _state_faults(scores, rollouts, signal, rebuilders.get(signal.name)))
+            file = str(shard_path(part.folder, index).relative_to(path))
+            faults = list(
+                score_faults(scores.select(SIGNALS.names), rollouts, signal, manifest.vocabulary_size)
+            )
+            faults += _state_faults(scores, rollouts, signal, rebuilders.get(signal.name))
+            findings += _merged(file, faults, Mending.AFTER_ROLLOUTS)
     return findings
 
 
@@ -268,28 +309,33 @@ def _state_faults(
 
 def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Finding]]:
     """A shard's table, or None and the reasons why it cannot be looked into."""
-    file = shard_path(part.folder, index)
+    file, marker = shard_path(part.folder, index), read_marker(part.folder, index)
     name = str(file.relative_to(path))
     if not file.exists() and not marker_path(part.folder, index).exists():
-        return None, [Finding(name, None, "the shard is missing; run the stage that makes it again")]
-    reason = why_invalid(part.folder, index, part.fingerprint)
+        what = "the shard is missing; run the stage that makes it again"
+        return None, [Finding(name, None, what, Mending.STAGE)]
+    reason = shard_fault(part.folder, index, part.manifest)
+    if reason is None and index in part.copies:
+        reason = f"it is a copy of shard {part.copies[index]}"
     if reason:
-        return None, [Finding(name, None, f"{reason}; copy it again, or delete its marker and make it again")]
-    marker = read_marker(part.folder, index)
+        what = f"{reason}; copy it again, or delete its marker and make it again"
+        return None, [Finding(name, None, what, Mending.ASIDE)]
     assert marker is not None, "without one it is not valid"
     try:
         table = read_table(file, part.kind, marker, part.schema.names)
     except CacheError as error:
-        return None, [Finding(name, None, str(error).removeprefix(f"{file} ").removesuffix(f"; {AGAIN}"))]
+        what = str(error).removeprefix(f"{file} ").removesuffix(f"; {AGAIN}")
+        return None, [Finding(name, None, what, Mending.ASIDE)]
     column = "response_ids" if part.kind == "rollouts" else "logprobs"
     tokens = sum(len(chunk.flatten()) for chunk in table.column(column).chunks)
     if (table.num_rows, tokens) == (marker.rows, marker.tokens):
         return table, []
     found = f"{table.num_rows} rows and {tokens} tokens"
-    return None, [Finding(name, None, f"it has {found}, its marker says {marker.rows} and {marker.tokens}")]
+    what = f"it has {found}, its marker says {marker.rows} and {marker.tokens}"
+    return None, [Finding(name, None, what, Mending.ASIDE)]
 
 
-def _merged(file: str, faults: Iterator[Fault]) -> list[Finding]:
+def _merged(file: str, faults: Sequence[Fault], mending: Mending) -> list[Finding]:
     """One finding for each check: its first row, and how many places there are in the shard."""
     first: dict[str, Fault] = {}
     counts: dict[str, int] = {}
@@ -298,7 +344,10 @@ def _merged(file: str, faults: Iterator[Fault]) -> list[Finding]:
         counts[fault.check] = counts.get(fault.check, 0) + fault.count
     return [
         Finding(
-            file, fault.row, fault.what + (f" ({counts[check]} such places)" if counts[check] > 1 else "")
+            file,
+            fault.row,
+            fault.what + (f" ({counts[check]} such places)" if counts[check] > 1 else ""),
+            mending,
         )
         for check, fault in first.items()
     ]

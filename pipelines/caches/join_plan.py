@@ -37,7 +37,9 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """One rollout of one source, and where it lies."""
+
     cache: int
     shard: int
     row: int
@@ -55,10 +57,10 @@ def plan_rows(caches: Sequence[Cache], shard_rollouts: int, *, pairs: bool) -> P
     Raises:
         CacheError: a prompt has other ids in one source than in another, or no prompt has both.
     """
-    rows: dict[str, list[_Row]] = {"teacher": [], "student": []}
+    rows: dict[str, list[Row]] = {"teacher": [], "student": []}
     seen: set[str] = set()
     num_rows = 0
-    for row in _rows(caches):
+    for row in all_rows(caches):
         num_rows += 1
         if row.rollout_id not in seen:
             seen.add(row.rollout_id)
@@ -77,7 +79,7 @@ def plan_rows(caches: Sequence[Cache], shard_rollouts: int, *, pairs: bool) -> P
     )
 
 
-def _rows(caches: Sequence[Cache]) -> Iterator[_Row]:
+def all_rows(caches: Sequence[Cache]) -> Iterator[Row]:
     """Every row of every source; a prompt's ids are compared with those of its first row."""
     prompts: dict[str, Ids] = {}
     columns = ("rollout_id", "prompt_id", "sample_index", "prompt_ids")
@@ -95,12 +97,12 @@ def _rows(caches: Sequence[Cache]) -> Iterator[_Row]:
                         f"{path} row {place}: prompt {prompt} has other ids here than in a row before; use "
                         "one prompts file and one rendering for all caches"
                     )
-                yield _Row(number, shard, place, rollout, prompt, sample)
+                yield Row(number, shard, place, rollout, prompt, sample)
 
 
-def _keep_pairs(rows: dict[str, list[_Row]]) -> dict[str, int]:
+def _keep_pairs(rows: dict[str, list[Row]]) -> dict[str, int]:
     """Leave one row of each origin for each prompt that has both; numbers of rows left out, by reason."""
-    first: dict[str, dict[str, _Row]] = {}
+    first: dict[str, dict[str, Row]] = {}
     for origin, found in rows.items():
         first[origin] = {}
         for row in found:
@@ -124,11 +126,11 @@ def _keep_pairs(rows: dict[str, list[_Row]]) -> dict[str, int]:
     return dropped
 
 
-def _cut(rows: Sequence[_Row], size: int) -> list[Sequence[_Row]]:
+def _cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _turns(one: list[Sequence[_Row]], other: list[Sequence[_Row]]) -> list[Sequence[_Row]]:
+def _turns(one: list[Sequence[Row]], other: list[Sequence[Row]]) -> list[Sequence[Row]]:
     """Both lists in one, each spread evenly over the whole."""
     places = [
         ((i + 0.5) / len(some), which, i) for which, some in enumerate((one, other)) for i in range(len(some))
@@ -136,7 +138,7 @@ def _turns(one: list[Sequence[_Row]], other: list[Sequence[_Row]]) -> list[Seque
     return [(one, other)[which][i] for _, which, i in sorted(places)]
 
 
-def _parts(rows: Sequence[_Row]) -> Iterator[ShardRows]:
+def _parts(rows: Sequence[Row]) -> Iterator[ShardRows]:
     """Runs of rows that lie in one file."""
     start = 0
     for end in range(1, len(rows) + 1):

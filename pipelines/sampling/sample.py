@@ -193,7 +193,7 @@ def write_missing_shards(
         log.info("%s: nothing to do, all %d shards are there", stage, total)
     shards.finish()
     cache = open_cache(path, signals=())
-    refresh_index(open_cache(path, incomplete=True))
+    refresh_index(path)
     return cache
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from lightopd.stopping import result_of, undisturbed
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -33,12 +35,13 @@ def make_and_write(
         for item in items:
             made = make(item)
             _finish(under_way, done)
-            under_way = item, pool.submit(write, item, made)
+            with undisturbed():
+                under_way = item, pool.submit(write, item, made)
         _finish(under_way, done)
 
 
 def _finish(under_way: tuple[Item, Future[None]] | None, done: Callable[[Item], None]) -> None:
     if under_way is not None:
         item, future = under_way
-        future.result()
+        result_of(future)
         done(item)

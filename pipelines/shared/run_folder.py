@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightopd.config import as_yaml
 from lightopd.errors import OutputError
-from lightopd.files import output_error, write_atomically
+from lightopd.files import looks_like_url, output_error, write_atomically
 from lightopd.ranks import is_main
 from lightopd.schemas.base import StrictModel
 
@@ -37,6 +37,10 @@ def writing(folder: Path, *, shared: bool = False) -> Iterator[None]:
     if not is_main():
         yield
         return
+    if url := looks_like_url(folder):
+        raise OutputError(
+            f"{url} is a URL, and this command writes to a folder: name one, then `lightopd push` it there"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lightopd.cache.contexts import CONTEXTS, Contexts, write_contexts
 from lightopd.cache.manifests import signal_folder
-from lightopd.cache.reader import check_rollouts, read_columns
+from lightopd.cache.reader import check_rollouts, read_columns, speaks_of
 from lightopd.cache.shards import valid_shard
 from lightopd.cache.store import Cache, create_signal
 from lightopd.cache.tables import scores_to_table
@@ -50,7 +50,11 @@ def score_shards(
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
     fingerprint = manifest.fingerprint()
-    missing = [i for i in range(total) if valid_shard(folder, i, fingerprint) is None]
+    missing = [
+        i
+        for i in range(total)
+        if valid_shard(folder, i, fingerprint) is None or not speaks_of(cache, config.signal, i)
+    ]
     if not missing:
         log.info("precompute: nothing to do, all %d shards are there", total)
         shards.finish()
@@ -129,7 +133,12 @@ def _score_missing(
 
     while missing:
         make_and_write(
-            shards.claimed(missing, fingerprint, lambda _: progress.advance(is_own=False)),
+            shards.claimed(
+                missing,
+                fingerprint,
+                lambda _: progress.advance(is_own=False),
+                lambda index: speaks_of(cache, config.signal, index),
+            ),
             lambda index: _score_shard(config, cache, engine, index, contexts, frozen),
             write,
             done,

@@ -108,13 +108,20 @@ class SharedShards:
                 finally:
                     self._claims.release(BEGIN)
 
-    def claimed(self, missing: Sequence[int], fingerprint: str, told: Callable[[int], None]) -> Iterator[int]:
+    def claimed(
+        self,
+        missing: Sequence[int],
+        fingerprint: str,
+        told: Callable[[int], None],
+        fits: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[int]:
         """Shards for this process to make, one after another; ends when no other process makes one either.
 
         Args:
             missing: numbers of the shards that were not there.
             fingerprint: of the manifest that they belong to.
             told: called with each shard that another process has finished.
+            fits: whether a shard that is whole is the wanted one; one that is not is made again.
         """
         if self._claims is None:
             yield from missing
@@ -128,7 +135,7 @@ class SharedShards:
                 if not is_there and not self._claims.take(self._key(index)):
                     continue
                 del left[index]
-                if is_there or self._is_finished(index, fingerprint):
+                if is_there or (self._is_finished(index, fingerprint) and fits(index)):
                     self._claims.release(self._key(index))
                     told(index)
                     continue

@@ -64,6 +64,27 @@ def test_two_builders_of_an_index_do_not_disturb_each_other(tmp_path):
     assert (tmp_path / f".{INDEX}.1.tmp").exists()
 
 
+def _build_while(timer, cache):
+    timer.start()
+    build_index(cache)
+    timer.join()
+    time.sleep(1)
+
+
+def test_ctrl_c_while_an_index_is_built_is_ctrl_c_and_leaves_nothing(tmp_path):
+    cache, *_ = make_cache(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    started_s = time.monotonic()
+    build_index(cache)
+    whole_s = time.monotonic() - started_s
+    for share in range(8):
+        (tmp_path / INDEX).unlink(missing_ok=True)
+        timer = threading.Timer(whole_s * share / 10, signal.raise_signal, [signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):
+            _build_while(timer, cache)
+        assert sorted({*tmp_path.rglob("*")} - {tmp_path / INDEX}) == before
+
+
 def test_index_and_import_hold_the_folder(tmp_path, lightopd):
     from lightopd.pipelines.shared.run_folder import writing
 

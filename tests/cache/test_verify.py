@@ -19,6 +19,7 @@ from cache_cases import (
     write_signal,
 )
 
+from lightopd.cache.checks.seals import sealed
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.tables import rollout_id
 from lightopd.cache.verify import verify
@@ -153,7 +154,8 @@ def test_metadata_of_another_kind_and_another_schema_are_findings(tmp_path):
 def test_a_marker_with_wrong_counts_is_a_finding(tmp_path):
     make_cache(tmp_path)
     path = tmp_path / "rollouts" / "part-00000.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 14}))
+    plain = json.loads(path.read_text())
+    path.write_bytes(sealed({**{name: plain[name] for name in plain if name != "checksum"}, "tokens": 14}))
     assert "it has 3 rows and 15 tokens, its marker says 3 and 14" in only(tmp_path).what
 
 

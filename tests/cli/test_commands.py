@@ -28,6 +28,7 @@ COMMANDS = sorted(
     {*typer.main.get_command(app).commands}
     | {f"config {name}" for name in typer.main.get_command(app).commands["config"].commands}
     | {f"methods {name}" for name in typer.main.get_command(app).commands["methods"].commands}
+    | {f"cache {name}" for name in typer.main.get_command(app).commands["cache"].commands}
 )
 
 

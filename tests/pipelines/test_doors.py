@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.store import open_cache
 from lightopd.pipelines.caches.rescore import _drawn, rescore
 
@@ -50,7 +51,7 @@ def seal(path, change):
         "size_bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | told))
+    marker.write_bytes(sealed(unsealed(json.loads(marker.read_text())) | told))
 
 
 def commands(world, root):
@@ -122,10 +123,14 @@ def test_a_shard_with_too_few_rows_is_refused_by_the_number_of_prompts(world, li
     shutil.copytree(world.cache, tmp_path / "cache")
     seal(tmp_path / "cache" / ROLLOUTS, lambda table: table.slice(1))
     seal(tmp_path / "cache" / TEACHER, lambda table: table.slice(1))
-    for door in ("verify", "train"):
+    says = {
+        "verify": "rollouts/part-00000.parquet: it has 5 rows, its prompts make 6",
+        "train": "23 rollouts are there, 12 prompts with 2 each make 24",
+    }
+    for door, what in says.items():
         code, out, err = lightopd(*commands(world, tmp_path)[door])
         assert code != 0
-        assert "23 rollouts are there, 12 prompts with 2 each make 24" in out + err
+        assert what in out + err
 
 
 @pytest.mark.parametrize("column", ["topk_logprobs", "topk_ids", "tail_logprobs"])

@@ -11,6 +11,7 @@ import torch
 from cache_cases import table_to_rollouts, table_to_scores
 from tiny_models import CHARACTERS, save_model, tokenizer
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.index import query
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import open_cache
@@ -115,8 +116,8 @@ def test_rescoring_finds_a_cache_whose_numbers_are_not_its_teachers(world, tmp_p
     run_precompute(tmp_path / "cache", other, allow=["teacher-mismatch"])
     manifest = tmp_path / "cache/signals/teacher/signal.json"
     honest = json.loads((world.cache / "signals/teacher/signal.json").read_text())
-    forged = {**json.loads(manifest.read_text()), "model": honest["model"]}
-    manifest.write_text(json.dumps(forged))
+    forged = {**unsealed(json.loads(manifest.read_text())), "model": honest["model"]}
+    manifest.write_bytes(sealed(forged))
     fingerprint = SignalManifest(**forged).fingerprint()
     for index, file in enumerate(sorted(manifest.parent.glob("part-*.parquet"))):
         kind, table = "signals/teacher", pq.read_table(file)

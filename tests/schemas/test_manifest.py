@@ -3,8 +3,8 @@
 import pytest
 from cache_cases import STUDENT, cache_manifest, signal_manifest
 
+from lightopd.schemas.lineage.hashing import NEVER_HASHED
 from lightopd.schemas.manifest import (
-    _NEVER_HASHED,
     CacheManifest,
     EngineRecord,
     JoinedCache,
@@ -84,6 +84,6 @@ def test_paths_versions_commits_and_noise_change_no_fingerprint(version):
 @pytest.mark.parametrize("version", [1, 2])
 def test_every_other_field_changes_the_fingerprint(version):
     for manifest in manifests(version)[::2]:
-        for field in type(manifest).model_fields.keys() - _NEVER_HASHED:
+        for field in type(manifest).model_fields.keys() - NEVER_HASHED:
             changed = manifest.model_copy(update={field: 77})
             assert changed.fingerprint() != manifest.fingerprint(), field

@@ -16,6 +16,7 @@ from types import TracebackType
 from lightopd.cache.claims.holders import Holder, holder_of, this_process
 from lightopd.cache.claims.store import ClaimStore
 from lightopd.errors import LightopdError
+from lightopd.stopping import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,15 @@ class Claims:
         self._thread = threading.Thread(target=self._renew_regularly, daemon=True, name="claims")
 
     def __enter__(self) -> "Claims":
-        self._thread.start()
+        with undisturbed():
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        with undisturbed():
+            self._ended.set()
         self._thread.join()
         for key in tuple(self._held):
             self.release(key)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save
 
+from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.shards import shard_bytes
 from lightopd.cache.signals.channels import CHANNELS
 from lightopd.cache.signals.rebuilt import rebuilder_of
@@ -55,9 +56,9 @@ def rewrite(cache, column, change):
     table = table.set_column(place, table.schema.field(column), change(table.column(column)))
     content = shard_bytes(table, kind=FOLDER, fingerprint=manifest.fingerprint())
     (cache / f"{PART}.parquet").write_bytes(content)
-    marker = json.loads((cache / f"{PART}.json").read_bytes())
+    marker = unsealed(json.loads((cache / f"{PART}.json").read_bytes()))
     marker |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
-    (cache / f"{PART}.json").write_text(json.dumps(marker))
+    (cache / f"{PART}.json").write_bytes(sealed(marker))
 
 
 def with_bytes(row, change):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bucket_servers import KEYS, S3Server
 
 PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
 BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -15,6 +16,14 @@ BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_t
 
 def shards_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
+
+
+def run(script, folder, **environment):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    words = ["bash", "-e", "-c", script]
+    done = subprocess.run(words, cwd=folder, env=everything, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -29,10 +38,19 @@ def test_each_layout_makes_the_same_cache(world, tmp_path, layout):
     script = BLOCKS[layout].replace(
         "--prompts", "--n 2 --set sampling.max_tokens=10 --set shard_rollouts=6 --prompts"
     )
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
-    words = ["bash", "-e", "-c", script]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(script, tmp_path)
     for part in ("rollouts", "signals/teacher"):
         assert shards_of(tmp_path / "CACHE" / part) == shards_of(world.cache / part)
+
+
+@pytest.mark.slow
+def test_a_bucket_gives_back_the_cache(tmp_path):
+    shutil.copytree(Path(__file__).parents[2] / "fixtures/version_0_1/cache", tmp_path / "CACHE")
+    server = S3Server("moto", tmp_path / "server").start()
+    try:
+        server.make_bucket()
+        run(BLOCKS["bucket"], tmp_path, AWS_ENDPOINT_URL=server.endpoint, **KEYS)
+    finally:
+        server.kill()
+    for part in ("rollouts", "signals/teacher", "signals/hint"):
+        assert shards_of(tmp_path / "CACHE2" / part) == shards_of(tmp_path / "CACHE" / part) != {}

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from lightopd.cache.store import Cache
 from lightopd.cache.tables import rollout_id
 from lightopd.schemas.base import canonical_hash
+from lightopd.schemas.configs import SamplingConfig
 from lightopd.schemas.manifest import ModelFingerprint, TokenizerFingerprint
 
 SCRIPT = "</script><script>document.title='owned';window.owned=1</script>"
@@ -89,9 +90,8 @@ def hostile_cache(root: Path, num_rollouts: int = 12, length: int = 20) -> Cache
             )
         )
     student = ModelFingerprint(identity="student", weights="v", config="c", source=str(root / "student"))
-    cache = write_rollouts(
-        root / "cache", [rows], tokenizer=tokenizer, sampler=student, shard_rollouts=num_rollouts
-    )
+    group = {"num_prompts": 1, "sampling": SamplingConfig(n=num_rollouts), "shard_rollouts": num_rollouts}
+    cache = write_rollouts(root / "cache", [rows], tokenizer=tokenizer, sampler=student, **group)
     for name, role in (("teacher", "teacher"), ("rollout_student", "self")):
         scores = [(row.rollout_id, make_scores(rng, row.response_ids, 6)) for row in rows]
         cache = write_signal(cache, name, [scores], role=role, top_k=6)

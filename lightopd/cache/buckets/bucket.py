@@ -1,0 +1,210 @@
+"""A folder in an object store: objects put whole, put only where none is, read in pieces, listed.
+
+All that lightopd knows of obstore is here. A request that fails is tried again by obstore itself, with
+growing pauses; a piece whose body breaks off is asked for again.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from lightopd.cache.buckets.failures import bucket_error, is_refusal
+from lightopd.errors import ConfigError, InputError
+from lightopd.files import replaced_file
+from lightopd.schemas.stores.buckets import BucketConfig
+
+BROKEN_OFF = ("error decoding response body", "request or response body error")
+"""What obstore says of an answer whose body broke off."""
+PIECE_BYTES = 16 * 1024 * 1024
+"""Most bytes of one request."""
+
+SCHEMES = ("s3", "s3a", "gs", "az", "adl", "abfs", "abfss", "azure", "file")
+S3 = ("s3", "s3a")
+
+Answer = TypeVar("Answer")
+
+
+def is_url(text: str) -> bool:
+    """Whether a command's argument names an object store and not a folder."""
+    return "://" in text
+
+
+class Bucket:
+    """The objects below a URL, by their names relative to it.
+
+    Args:
+        url: `s3://bucket/folder`, `gs://...`, `az://...` or `file:///folder`.
+        config: how it is reached.
+        is_made: make the folder of a `file://` URL where it is missing.
+
+    Raises:
+        ConfigError: a URL or an option that no store takes, or obstore is not installed.
+        InputError: the folder of a `file://` URL is not there.
+    """
+
+    def __init__(self, url: str, config: BucketConfig | None = None, *, is_made: bool = False) -> None:
+        self.url, self.config = url.rstrip("/"), config or BucketConfig()
+        self._store = _opened(self.url, self.config, is_made)
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of every object, by name."""
+        import obstore
+
+        def listed() -> dict[str, int]:
+            return {item["path"]: item["size"] for chunk in obstore.list(self._store) for item in chunk}
+
+        return self._told("list", self.url, lambda: self._again(listed))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small object; None where there is none."""
+        import obstore
+
+        def content() -> bytes | None:
+            try:
+                return bytes(obstore.get(self._store, name).bytes())
+            except FileNotFoundError as error:
+                if is_refusal(error):
+                    raise
+                return None
+
+        return self._told("read", self._at(name), lambda: self._again(content))
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        """Put an object in place whole, or not at all; one that is there is replaced."""
+        import obstore
+
+        self._told(
+            "write",
+            self._at(name),
+            lambda: obstore.put(
+                self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
+            ),
+        )
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """Put an object in place whole, unless one of its name is there; whether the content is there now.
+
+        Of several that put different contents, exactly one is told that its own is there.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        def put() -> bool:
+            try:
+                obstore.put(self._store, name, content, mode="create")
+            except AlreadyExistsError:  # ours too, where the answer to a first try was lost
+                return self.read(name) == content
+            return True
+
+        return self._told("write", self._at(name), put)
+
+    def download(self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None]) -> None:
+        """An object as a file that is whole or not there.
+
+        Args:
+            name: of the object.
+            size_bytes: of the object.
+            path: of the file.
+            check: refuses what came, before the file gets its name.
+
+        Raises:
+            InputError: the object cannot be read.
+        """
+        import obstore
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path, f".{os.getpid()}") as part:
+            with part.open("wb") as file:
+                for start in range(0, size_bytes, PIECE_BYTES):
+                    length = min(PIECE_BYTES, size_bytes - start)
+                    file.write(
+                        self._told(
+                            "read",
+                            self._at(name),
+                            lambda start=start, length=length: self._again(  # type: ignore[misc]
+                                lambda: obstore.get_range(self._store, name, start=start, length=length)
+                            ),
+                        )
+                    )
+            check(part)
+
+    def _at(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def _again(self, ask: Callable[[], Answer]) -> Answer:
+        """Asks again when an answer's body breaks off, which obstore leaves to its caller."""
+        from obstore.exceptions import GenericError
+
+        until_s, pause_s = time.monotonic() + self.config.retry_s, 0.2
+        while True:
+            try:
+                return ask()
+            except GenericError as error:
+                is_cut = any(text in str(error) for text in BROKEN_OFF)
+                if not is_cut or time.monotonic() + pause_s > until_s:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 10.0)
+
+    def _told(self, verb: str, where: str, ask: Callable[[], Answer]) -> Answer:
+        from obstore.exceptions import BaseError
+
+        try:
+            return ask()
+        except (BaseError, OSError) as error:
+            raise bucket_error(error, verb, where, self.config) from error
+
+
+def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
+    parts = urlsplit(url)
+    _check_scheme(url, parts.scheme)
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import LocalStore, from_url
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{url} needs obstore: pip install 'lightopd[objectstore]'") from error
+    if parts.scheme == "file":
+        folder = Path(unquote(parts.path))
+        if not is_made and not folder.is_dir():
+            raise InputError(f"{url}: there is no folder {folder}; name one that `lightopd push` made")
+        return LocalStore(folder, mkdir=True)
+    options: dict[str, Any] = dict(config.store)
+    if parts.scheme in S3:
+        options = {"checksum_algorithm": "SHA256", **options}
+    opened: Any = from_url  # its overloads name the options of each store
+    try:
+        return opened(url, client_options=_client(config, options), retry_config=_retries(config), **options)
+    except BaseError as error:
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{url} cannot be opened: {message}; look at --set store.KEY=VALUE") from error
+
+
+def _check_scheme(url: str, scheme: str) -> None:
+    if scheme == "hf":
+        raise ConfigError(
+            f"{url}: the Hugging Face hub is no object store; `hf download --repo-type dataset --local-dir "
+            "CACHE REPO` fetches a cache from it"
+        )
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{url} is no URL of a store; there are s3://, gs://, az:// and file:///")
+
+
+def _client(config: BucketConfig, options: dict[str, Any]) -> dict[str, Any]:
+    endpoint = next(
+        (options[key] for key in ("endpoint", "aws_endpoint", "endpoint_url") if key in options),
+        os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "",
+    )
+    client: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout_s), "connect_timeout": "5s"}
+    return client | ({"allow_http": True} if endpoint.startswith("http://") else {})
+
+
+def _retries(config: BucketConfig) -> dict[str, Any]:
+    return {
+        "max_retries": 100,
+        "retry_timeout": timedelta(seconds=config.retry_s),
+        "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+    }

@@ -1,0 +1,57 @@
+"""What an object store answers when it does not do what was asked, in one line with a remedy."""
+
+import re
+
+from lightopd.errors import InputError, LightopdError, OutputError
+from lightopd.schemas.stores.buckets import BucketConfig
+
+CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (`aws configure export-credentials --format env` prints "
+    "those of a profile), GOOGLE_SERVICE_ACCOUNT or AZURE_STORAGE_ACCOUNT_KEY"
+)
+REMEDIES = {
+    "NoSuchBucket": "there is no such bucket; make it, or look at the URL and AWS_ENDPOINT_URL",
+    "InvalidBucketName": "that is no name of a bucket; look at the URL",
+    "SignatureDoesNotMatch": f"the secret key is wrong; {CREDENTIALS}",
+    "InvalidAccessKeyId": f"the store does not know the access key; {CREDENTIALS}",
+    "AccessDenied": f"the credentials may not do this; {CREDENTIALS}, or ask the bucket's owner",
+    "ExpiredToken": f"the credentials have ended; {CREDENTIALS}",
+    "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION",
+}
+"""By the code in an answer."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an answer of `not found` speaks of more than the object."""
+    return "NoSuchBucket" in str(error)
+
+
+def bucket_error(error: Exception, verb: str, where: str, config: BucketConfig) -> LightopdError:
+    """A store's failure as an error of lightopd: what could not be done, why, and what to do."""
+    text = str(error)
+    kind = OutputError if verb == "write" else InputError
+    return kind(f"cannot {verb} {where}: {_reason(error, text, config)}")
+
+
+def _reason(error: Exception, text: str, config: BucketConfig) -> str:
+    code = next((code for code in re.findall(r"<Code>(\w+)</Code>", text) if code in REMEDIES), None)
+    if code is not None:
+        return f"{code}: {REMEDIES[code]}"
+    if "169.254.169.254" in text or "metadata.google" in text:
+        return f"no credentials were found; {CREDENTIALS}"
+    if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+        return f"the store refuses the credentials; {CREDENTIALS}"
+    if isinstance(error, FileNotFoundError):
+        return "it is not there"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}"
+    if "error sending request" in text or "timed out" in text:
+        tried = f"tried again for {config.retry_s:g} s"
+        return (
+            f"the store does not answer ({tried}); look at AWS_ENDPOINT_URL and the network, then run the "
+            "same command again: it resumes"
+        )
+    first = re.sub(r"\s+", " ", text.partition("Debug source")[0]).strip()
+    status = re.search(r"status code: (.+?)(?: for|: <|$)", first)
+    return f"{status[1] if status else first[:300]}; run the same command again: it resumes"

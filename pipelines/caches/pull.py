@@ -1,0 +1,124 @@
+"""`lightopd pull`: a cache in a bucket as the same cache on disk, every shard checked as it comes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from lightopd.cache.buckets.at_once import at_once
+from lightopd.cache.buckets.bucket import Bucket
+from lightopd.cache.buckets.layout import is_small, manifest_of
+from lightopd.cache.buckets.remote import RemotePart, parsed_marker, remote_parts
+from lightopd.cache.manifests import PULLING, read_manifest
+from lightopd.cache.shards import marker_path, read_marker, shard_path, valid_shard
+from lightopd.cache.store import open_cache
+from lightopd.errors import CacheError, OutputError
+from lightopd.files import file_sha256, write_atomically
+from lightopd.pipelines.shared.progress import StageProgress
+from lightopd.pipelines.shared.reports import Report
+from lightopd.pipelines.shared.run_folder import writing
+from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest
+from lightopd.schemas.stores.buckets import BucketConfig
+
+
+def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | None = None) -> Report:
+    """Fetch a cache from a URL into a folder; what is there and whole is not fetched again.
+
+    Args:
+        url: where from.
+        cache: the folder; made where it is missing.
+        config: how.
+        signals: the signals that come along; None fetches all that are whole there.
+
+    Raises:
+        CacheError: no whole cache is at the URL, or an object is not the one its marker speaks of.
+        OutputError: the folder holds something else, or cannot be written.
+        InputError: the store cannot be read.
+        ConfigError: a URL or an option that no store takes.
+    """
+    started_s = time.monotonic()
+    bucket = Bucket(url, config)
+    there = bucket.sizes()
+    parts, unfinished = remote_parts(bucket, there, signals)
+    _refuse_another(cache, parts[0])
+    with writing(cache):
+        if not (cache / CACHE_MANIFEST).exists():
+            write_atomically(cache / PULLING, f"{bucket.url}\n".encode())
+        fetched = _fetch_shards(bucket, cache, parts)
+        _fetch_small(bucket, cache, parts, there)
+        for part in reversed(parts):
+            write_atomically(cache / manifest_of(part.folder), part.manifest)
+        (cache / PULLING).unlink(missing_ok=True)
+        names = [PurePosixPath(part.folder).name for part in parts if part.folder.startswith("signals/")]
+        open_cache(cache, signals=names)
+    seconds = time.monotonic() - started_s
+    new = [size for size in fetched if size is not None]
+    figures = {
+        "parts": len(parts),
+        "shards_fetched": len(new),
+        "shards_there_already": len(fetched) - len(new),
+        "bytes_fetched": sum(new),
+        "mb_per_s": round(sum(new) / 1e6 / max(seconds, 1e-9), 3),
+    }
+    notes = tuple(f"{folder} is half pushed at {bucket.url} and was left out" for folder in unfinished)
+    return Report("pull", str(cache), dict(figures), notes=notes, seconds=seconds)
+
+
+def _refuse_another(cache: Path, rollouts: RemotePart) -> None:
+    """Refuse a folder that holds another cache, or anything that was not pulled."""
+    if (cache / CACHE_MANIFEST).exists():
+        if read_manifest(cache / CACHE_MANIFEST, CacheManifest).fingerprint() != rollouts.fingerprint:
+            raise OutputError(f"{cache} holds another cache than the URL; name another folder")
+    elif cache.is_dir() and any(cache.iterdir()) and not (cache / PULLING).exists():
+        raise OutputError(f"{cache} is not empty and not a cache; name another folder")
+
+
+def _fetch_shards(bucket: Bucket, cache: Path, parts: Sequence[RemotePart]) -> list[int | None]:
+    """Bytes of every shard that was fetched; None for one that was there."""
+    shards = [(part, index) for part in parts for index in range(part.num_shards)]
+    progress = StageProgress("pull", None, "shards", len(shards))
+    fetched = []
+    for size in at_once(bucket.config.jobs, lambda shard: _fetch(bucket, cache, *shard), shards):
+        fetched.append(size)
+        progress.advance(is_own=size is not None)
+    return fetched
+
+
+def _fetch(bucket: Bucket, cache: Path, part: RemotePart, index: int) -> int | None:
+    content = bucket.read(part.marker(index))
+    marker, folder = parsed_marker(content, part, index, bucket.url), cache / part.folder
+    own = read_marker(folder, index)
+    if own is not None and valid_shard(folder, index, part.fingerprint) is not None:
+        if own.sha256 == marker.sha256:
+            return None
+        raise OutputError(
+            f"{shard_path(folder, index)} has the settings of {bucket.url} and other bytes; "
+            "name another folder"
+        )
+
+    def check(path: Path) -> None:
+        found = file_sha256(path)
+        if found != marker.sha256:
+            raise CacheError(
+                f"{bucket.url}/{part.shard(index)} has SHA-256 {found[:12]}, its marker says "
+                f"{marker.sha256[:12]}; delete the object and push the cache again"
+            )
+
+    bucket.download(part.shard(index), marker.size_bytes, shard_path(folder, index), check)
+    write_atomically(marker_path(folder, index), content or b"")
+    return marker.size_bytes
+
+
+def _fetch_small(bucket: Bucket, cache: Path, parts: Sequence[RemotePart], there: Mapping[str, int]) -> None:
+    folders = {".", *(part.folder for part in parts)}
+    manifests = {manifest_of(part.folder) for part in parts}
+    wanted = [
+        name
+        for name in there
+        if is_small(name) and str(PurePosixPath(name).parent) in folders and name not in manifests
+    ]
+
+    def fetch(name: str) -> None:
+        write_atomically(cache / name, bucket.read(name) or b"")
+
+    for _ in at_once(bucket.config.jobs, fetch, wanted):
+        pass

@@ -1,0 +1,114 @@
+"""Every command that writes, on tiny models: what it is given, and what it makes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_models import save_model, write_prompts
+
+PROMPTS = 8
+SHORT = ["--set", "sampling.max_tokens=8", "--set", "shard_rollouts=4"]
+SFT = ["--set", "finetune.steps=2", "--set", "finetune.batch_sequences=4"]
+TRAIN = ["--steps", "4", "--batch", "4", "--set", "checkpoint_every=1", "--set", "held_out=2"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, and what lies in its folder before it starts."""
+
+    words: Callable[[Path, Path], list[str]]
+    """From the folder of inputs and the folder of work."""
+    prepare: Callable[[Path, Path], None] = lambda inputs, work: None
+
+
+def _rollout(inputs: Path, cache: Path) -> list[str]:
+    student, prompts = inputs / "sft/student", inputs / "prompts.jsonl"
+    return [
+        "rollout",
+        "--student",
+        f"{student}",
+        "--prompts",
+        f"{prompts}",
+        "--cache",
+        f"{cache}",
+        "--n",
+        "2",
+    ]
+
+
+def _sft(inputs: Path, out: Path) -> list[str]:
+    models = ["--teacher", f"{inputs / 'teacher'}", "--student", f"{inputs / 'base'}"]
+    return ["sft", *models, "--prompts", f"{inputs / 'prompts.jsonl'}", "--out", f"{out}", *SHORT, *SFT]
+
+
+def _precompute(inputs: Path, cache: Path) -> list[str]:
+    return ["precompute", "--cache", f"{cache}", "--teacher", f"{inputs / 'teacher'}", "--top-k", "4"]
+
+
+def _train(inputs: Path, out: Path) -> list[str]:
+    student = ["--student", f"{inputs / 'sft/student'}", "--cache", f"{inputs / 'cache'}"]
+    return ["train", *student, "--out", f"{out}", *TRAIN]
+
+
+def _run_file(inputs: Path, path: Path, out: Path, **changes: object) -> None:
+    prompts = str(inputs / "prompts.jsonl")
+    plain = {
+        "out": str(out),
+        "teacher": str(inputs / "teacher"),
+        "student": str(inputs / "sft/student"),
+        "prompts": prompts,
+        "eval_prompts": {"path": prompts, "limit": 2},
+        "rollout": {"sampling": {"max_tokens": 6, "n": 2}, "shard_rollouts": 8},
+        "precompute": {"top_k": 4},
+        "train": {"steps": 2, "batch_sequences": 4, "checkpoint_every": 1},
+        "eval": {"sampling": {"max_tokens": 4}, "shard_rollouts": 2},
+    } | changes
+    path.write_text(json.dumps(plain))
+
+
+def _rows_only(inputs: Path, work: Path) -> None:
+    shutil.copytree(inputs / "rollouts", work / "cache")
+
+
+def _whole_cache(inputs: Path, work: Path) -> None:
+    shutil.copytree(inputs / "cache", work / "cache")
+
+
+STAGES = {
+    "sft": Stage(lambda inputs, work: _sft(inputs, work / "sft")),
+    "rollout": Stage(lambda inputs, work: [*_rollout(inputs, work / "cache"), *SHORT]),
+    "precompute": Stage(lambda inputs, work: _precompute(inputs, work / "cache"), _rows_only),
+    "train": Stage(lambda inputs, work: _train(inputs, work / "train")),
+    "run": Stage(lambda inputs, _: ["run", "-c", f"{inputs / 'run.json'}"]),
+    "rounds": Stage(lambda inputs, _: ["run", "-c", f"{inputs / 'rounds.json'}"]),
+    "join": Stage(
+        lambda inputs, work: ["join", f"{work / 'pairs'}", f"{inputs / 'sft/answers'}", f"{inputs / 'cache'}"]
+    ),
+    "import": Stage(
+        lambda inputs, work: [
+            "import", f"{inputs / 'responses.jsonl'}", "--format", "responses",
+            "--student", f"{inputs / 'sft/student'}", "--cache", f"{work / 'cache'}",
+            "--set", "shard_rollouts=3",
+        ]
+    ),
+    "index": Stage(lambda inputs, work: ["index", f"{work / 'cache'}"], _whole_cache),
+}  # fmt: skip
+
+
+def make_inputs(inputs: Path, work: Path, call: Callable[[list[str]], None]) -> None:
+    """Models, prompts, responses, a cache before and after scoring, and the files of the runs."""
+    inputs.mkdir(parents=True)
+    save_model(inputs / "teacher", 0)
+    save_model(inputs / "base", 1, layers=1)
+    write_prompts(inputs / "prompts.jsonl", PROMPTS)
+    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}", "id": f"r{i}"} for i in range(9)]
+    (inputs / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(_sft(inputs, inputs / "sft"))
+    call([*_rollout(inputs, inputs / "rollouts"), *SHORT])
+    shutil.copytree(inputs / "rollouts", inputs / "cache")
+    call(_precompute(inputs, inputs / "cache"))
+    _run_file(inputs, inputs / "run.json", work / "run")
+    rounds = {"steps": 4, "prompts_per_round": 4}
+    _run_file(inputs, inputs / "rounds.json", work / "run", rounds=rounds)
