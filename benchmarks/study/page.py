@@ -87,16 +87,20 @@ def regimes(lines: Iterable[Line]) -> list[str]:
 def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
     """A table for each regime in which arms of a question were run, and what was not run."""
     if number == 2:
-        yield from maps(lines["map"])
+        yield from maps(lines["map"]) if lines["map"] else ("Not run: `map`.",)
         return
     found = [place for name in arms for place in measured(lines[name])]
-    for regime in regimes(line for _, own in found for line in own):
-        yield f"**`{regime}`**"
+    for regime in sorted({regime for arm in arms.values() for regime in arm.regimes}):
         here = [(place, own) for place, own in found if place[1] == regime]
-        yield drift(here) if number == 6 else table(COLUMNS[number], here, arms)
-    missing = [name for name in arms if not any(place[0] == name for place, _ in found)]
-    if missing or not arms:
-        yield f"Not run: {', '.join(f'`{name}`' for name in missing) or 'all'}."
+        if here:
+            yield f"**`{regime}`**"
+            yield drift(here) if number == 6 else table(COLUMNS[number], here, arms)
+        ran = {place[0] for place, _ in here}
+        missing = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
+        if missing:
+            yield f"Not run in `{regime}`: {', '.join(missing)}."
+    if not arms:
+        yield "Not run: no arm is there yet."
 
 
 def table(columns: tuple[Column, ...], places: Places, arms: dict[str, Arm]) -> str:

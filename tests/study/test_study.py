@@ -45,7 +45,7 @@ def test_every_question_has_an_arm_or_says_that_it_has_none():
     assert asked <= set(page.QUESTIONS)
     assert all(arm.seeds >= 5 or arm.kind == "untrained" for arm in ARMS.values())
     for number in set(page.QUESTIONS) - asked:
-        assert list(page.tables(number, {}, {"map": []})) == ["Not run: all."]
+        assert list(page.tables(number, {}, {"map": []})) == ["Not run: no arm is there yet."]
 
 
 def test_an_arm_that_is_tuned_like_another_names_one_that_is_tuned():
