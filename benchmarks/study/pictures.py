@@ -84,6 +84,10 @@ def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
     if not rows:
         return None
     chart = altair.Chart(pandas.DataFrame(rows)).mark_line()
-    chart = chart.encode(x="step:Q", y=altair.Y("mean(value):Q", title=None, scale=ACCURACY), color="arm:N")
+    chart = chart.encode(
+        x="step:Q",
+        y=altair.Y("mean(value):Q", title=None, scale=ACCURACY),
+        color=altair.Color("arm:N", legend=altair.Legend(labelLimit=400)),
+    )
     facets = chart.properties(width=180, height=160).facet(altair.Facet("measure:N", title=None))
     return facets.resolve_scale(y="independent")
