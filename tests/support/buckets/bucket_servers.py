@@ -48,10 +48,10 @@ class S3Server:
         return self
 
     def kill(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+        process, self.process = self.process, None  # another thread may start the next one meanwhile
+        if process is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def make_bucket(self):
         import boto3
