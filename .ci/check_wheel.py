@@ -45,8 +45,9 @@ assert not loaded, f"imported at start: {{loaded}}"
 _ALL_RECIPES_PARSE = """
 from lightopd.config import is_run_file, load_run, load_stage, read_yaml
 from lightopd.pipelines import RECIPES
-recipes = sorted(RECIPES.rglob("*.yaml"))
+recipes = sorted(path for path in RECIPES.rglob("*.yaml") if RECIPES / "study" not in path.parents)
 assert recipes, RECIPES
+assert list((RECIPES / "study" / "regimes").glob("*.yaml")), "the study's arms are missing"
 for path in recipes:
     recipe = read_yaml(str(path))
     if is_run_file(recipe):

@@ -96,14 +96,15 @@ def _find(name: str, shipped: Path | None) -> Path:
             return recipe
     if kind := stream_kind(path):
         raise ConfigError(f"{name} is {kind}, not a file; write the settings into a file")
-    known = (
-        sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
-        if shipped
-        else []
-    )
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, _recipes(shipped) if shipped else [], n=3, cutoff=0.5)
     hint = f"; did you mean the recipe {' or '.join(close)}?" if close else ""
     raise ConfigError(f"no config file {name}{hint or '; give the path of a YAML file'}")
+
+
+def _recipes(shipped: Path) -> list[str]:
+    """Names of the recipes, without the study's arms, which no stage takes."""
+    names = (path.relative_to(shipped).with_suffix("") for path in shipped.rglob("*.yaml"))
+    return sorted(str(name) for name in names if name.parts[0] != "study")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,8 +161,10 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, content, message):
 def test_a_missing_file_suggests_recipes_of_a_close_name(tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "lightning_opd.yaml").write_text("steps: 3")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "lightning_opt.yaml").write_text("title: an arm, which no stage takes")
     assert read_yaml("methods/lightning_opd", tmp_path) == {"steps": 3}
-    with pytest.raises(ConfigError, match="did you mean the recipe methods/lightning_opd"):
+    with pytest.raises(ConfigError, match=r"did you mean the recipe methods/lightning_opd\?"):
         read_yaml("methods/lightening_opd", tmp_path)
 
 
