@@ -34,8 +34,11 @@ def index_fault(cache: Cache) -> str | None:
     with duckdb.connect(":memory:", config=_search(cache.path)) as connection:
         make_views(connection, cache, "")
         wanted = _told(connection)
-    stale = [part for part in wanted if found.get(part) != wanted[part]]
-    return f"it is stale: its {', '.join(stale)} are not those of the cache; {again}" if stale else None
+    stale = [part for part in ("shards", "signals") if found[part] != wanted[part]]
+    # What an older version's index does not tell is no fault; what it tells must hold.
+    if not {*found["lineage"]} <= {*wanted["lineage"]}:
+        stale.append("lineage")
+    return f"it is stale: {', '.join(stale)} in it and in the cache differ; {again}" if stale else None
 
 
 def _told(connection: duckdb.DuckDBPyConnection) -> _Told:

@@ -329,7 +329,7 @@ FAULTS = {
     "a stale index": (
         signal_after_the_index,
         "index.duckdb",
-        "it is stale: its shards, signals, lineage are not those",
+        "it is stale: shards, signals in it and in the cache differ",
     ),
     "a broken index": (
         lambda cache: (cache / "index.duckdb").write_bytes(b"x" * 4096),

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,6 +113,19 @@ def test_a_stale_index_is_built_again_and_the_old_one_kept(lightopd, cache):
     code, out, _ = lightopd("verify", cache, "--repair", "--json")
     assert (code, json.loads(out)["moved"]) == (0, {"index.duckdb": f"{BAD}/00001/index.duckdb"})
     assert lightopd("verify", cache)[0] == 0
+
+
+def test_an_index_of_an_older_version_may_say_less_but_nothing_else(lightopd, cache):
+    def change(statement):
+        with duckdb.connect(str(cache / "index.duckdb"), config={"file_search_path": str(cache)}) as index:
+            index.execute(statement)
+
+    assert lightopd("index", cache)[0] == 0
+    change("DELETE FROM raw_lineage WHERE key = (SELECT min(key) FROM raw_lineage)")
+    assert lightopd("verify", cache)[0] == 0
+    change("UPDATE raw_lineage SET value = 'other' WHERE key = (SELECT min(key) FROM raw_lineage)")
+    code, out, err = lightopd("verify", cache)
+    assert (code, "it is stale: lineage in it and in the cache differ" in out + err) == (5, True)
 
 
 def test_each_repair_has_a_folder_of_its_own(lightopd, cache):
