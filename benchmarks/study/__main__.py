@@ -12,6 +12,7 @@ After each arm docs/study.md is written anew. Where there is a GPU it is used.
 import argparse
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,14 +48,25 @@ def tuning_cells(name: str, arm: Arm, only: str | None) -> Iterator[Cell]:
 
 
 def measured_cells(name: str, arm: Arm, only: str | None, seeds: int | None) -> Iterator[Cell]:
-    """The runs that measure, at the settings that were chosen; where none was yet, at the regime's own."""
+    """The runs that measure, at the settings that were chosen.
+
+    Raises:
+        SystemExit: the arm takes its settings from one that has not searched yet.
+    """
     lines = read_lines(RESULTS, arm.tuned_like or name)
     for regime in regimes_of(arm, only):
         for grid in combinations(arm.grid):
             place = (arm.tuned_like, regime, ()) if arm.tuned_like else (name, regime, grid)
-            chosen = best_tuning(lines, place) or {}
+            chosen = best_tuning(lines, place)
+            if chosen is None and arm.tuned_like:
+                sys.exit(f"{name} takes its settings from {arm.tuned_like}, which has none in {regime} yet")
             for seed in range(min(arm.seeds, seeds or arm.seeds)):
-                yield Cell(name, regime, grid, tuple(chosen.items()), seed)
+                yield Cell(name, regime, grid, tuple((chosen or {}).items()), seed)
+
+
+def searching_first(arms: dict[str, Arm]) -> list[tuple[str, Arm]]:
+    """The arms in their order, those last that take their settings from another."""
+    return sorted(arms.items(), key=lambda named: named[1].tuned_like is not None)
 
 
 def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
@@ -102,9 +114,11 @@ def remaining_hours(arms: dict[str, Arm], only: str | None, seeds: int | None) -
     for name, arm in arms.items():
         lines = read_lines(RESULTS, name)
         keys = {line["key"] for line in lines}
-        cells = [*tuning_cells(name, arm, only), *measured_cells(name, arm, only, seeds)]
+        tuning = sum(cell.key not in keys for cell in tuning_cells(name, arm, only))
+        places = len(regimes_of(arm, only)) * len(list(combinations(arm.grid)))
+        measured = sum(not line["is_tuning"] and line["regime"] in regimes_of(arm, only) for line in lines)
         each_s = sum(line["seconds"] for line in lines) / len(lines) if lines else SECONDS_OF_A_RUN
-        seconds += each_s * sum(cell.key not in keys for cell in cells)
+        seconds += each_s * (tuning + max(0, places * min(arm.seeds, seeds or arm.seeds) - measured))
     return seconds / 3600
 
 
@@ -124,7 +138,7 @@ def main() -> None:
         return
     log.warning("about %.1f hours of one thread to go", remaining_hours(arms, asked.regime, asked.seeds))
     until_s = time.monotonic() + 60 * asked.minutes
-    for name, arm in arms.items():
+    for name, arm in searching_first(arms):
         run_cells(name, arm, tuning_cells(name, arm, asked.regime), until_s, WORK)
         run_cells(name, arm, measured_cells(name, arm, asked.regime, asked.seeds), until_s, WORK)
         write_page()

@@ -118,7 +118,10 @@ def _fetch_small(bucket: Bucket, cache: Path, parts: Sequence[RemotePart], there
     ]
 
     def fetch(name: str) -> None:
-        write_atomically(cache / name, bucket.read(name) or b"")
+        content = bucket.read(name)
+        if content is None:
+            raise CacheError(f"{bucket.url}/{name} was listed and is gone; run the same command again")
+        write_atomically(cache / name, content)
 
     for _ in at_once(bucket.config.jobs, fetch, wanted):
         pass

@@ -133,6 +133,18 @@ def study(tmp_path, monkeypatch):
     return module
 
 
+def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(study):
+    order = [name for name, _ in study.searching_first(ARMS)]
+    borrowing = {name: arm for name, arm in ARMS.items() if arm.tuned_like}
+    assert borrowing
+    assert all(order.index(arm.tuned_like) < order.index(name) for name, arm in borrowing.items())
+    with pytest.raises(
+        SystemExit, match="live takes its settings from lightning, which has none in large_gap"
+    ):
+        list(study.measured_cells("live", ARMS["live"], "large_gap", None))
+    assert study.remaining_hours(ARMS, None, None) > 1
+
+
 def test_a_finished_run_is_not_run_again_while_its_settings_stay(study, tmp_path):
     arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
     cell = Cell("a", "large_gap", (), (), 0)

@@ -55,6 +55,7 @@ class S3Server:
 
     def make_bucket(self):
         import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
 
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "testing"}
         client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
@@ -65,7 +66,7 @@ class S3Server:
                 return self
             except client.exceptions.BucketAlreadyOwnedByYou:
                 return self
-            except Exception:
+            except (BotoCoreError, ClientError):
                 if time.monotonic() > until_s:
                     raise
                 time.sleep(0.2)
