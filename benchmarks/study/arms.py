@@ -29,10 +29,12 @@ class Arm(StrictModel):
     """Numbers of the questions that it helps to answer."""
     regimes: tuple[str, ...] = ("small_gap",)
     """Regimes in which it is run."""
-    kind: Literal["offline", "rounds", "sft", "untrained"] = "offline"
-    """`rounds` samples again; `sft` goes on with the teacher's answers to the rollouts' prompts."""
+    kind: Literal["offline", "rounds", "sft", "trl", "untrained"] = "offline"
+    """`rounds` samples again; `sft` goes on with the teacher's answers to the same prompts; `trl` is a peer."""
     method: str | None = None
     """A shipped recipe whose objective is taken."""
+    scorer: Literal["teacher", "other_teacher"] = "teacher"
+    """Which teacher of the regime scores: the one of the fine-tuning, or the other one."""
     run: dict[str, Any] = Field({})
     """Laid over the regime's run file."""
     grid: Grid = Field({})

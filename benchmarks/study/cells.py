@@ -1,7 +1,10 @@
 """One run of the study, from the stages that users run: cache, training, evaluation, its figures."""
 
 import csv
+import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,7 @@ from lightopd.config import build, build_run, merged
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
 from lightopd.pipelines.shared.reports import Report
+from lightopd.prompts.load import load_prompts
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import (
     EvalConfig,
@@ -60,11 +64,10 @@ def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunCon
     settings = merged(settings_of(arm, cell), over or {})
     if over and arm.kind == "rounds":
         settings = merged(settings, QUICK_ROUNDS)
-    scorer = settings.pop("teacher", regime["teacher"])
     if cell.is_tuning:
         settings = merged(settings, {"eval_prompts": VALIDATION})
     own = {
-        "teacher": str(models.teacher(work, scorer)),
+        "teacher": str(models.teacher(work, regime[arm.scorer])),
         "student": str(models.student(work, cell.regime)),
         "out": str(work / "runs" / cell.key),
     }
@@ -74,6 +77,7 @@ def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunCon
 def identity(run: RunConfig, arm: Arm) -> str:
     """Hash of what decides a cell's figures: settings and models, but no folder and no title."""
     settings = run.model_dump(mode="json", exclude={"out", "teacher", "student"})
+    settings["train"].pop("micro_batch_tokens", None)  # decides the rounding and no more
     weights = [fingerprint_model(ModelConfig(path=one.path)).identity for one in (run.teacher, run.student)]
     return canonical_hash([arm.kind, arm.signals, settings, weights])
 
@@ -132,15 +136,20 @@ def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
     sampling, scoring = run.settings("rollout"), run.settings("precompute")
     named = {name: value for name, value in scoring.items() if name != "cache"}
     place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named, arm.signals]))[:16]
-    first = rollout.run(build(RolloutConfig, sampling | {"cache": place}))
-    second = precompute.run(build(PrecomputeConfig, scoring | {"cache": place}))
-    for name, own in arm.signals.items():
-        beside = {"cache": place, "teacher": run.student, "signal": name, **own}
-        precompute.run(build(PrecomputeConfig, beside))
-    return place, {name: second.figures[name] for name in OF_CACHE if name in second.figures} | {
-        "rollout_seconds": round(first.seconds, 2),
-        "score_seconds": round(second.seconds, 2),
-    }
+    cost = place.with_suffix(".json")
+    if not cost.exists():
+        begun_s = time.process_time()
+        rollout.run(build(RolloutConfig, sampling | {"cache": place}))
+        sampled_s = time.process_time()
+        figures = precompute.run(build(PrecomputeConfig, scoring | {"cache": place})).figures
+        found = {name: figures[name] for name in OF_CACHE if name in figures}
+        found |= {"rollout_seconds": round(sampled_s - begun_s, 2)}
+        found |= {"score_seconds": round(time.process_time() - sampled_s, 2)}
+        for name, own in arm.signals.items():
+            beside = {"cache": place, "teacher": run.student, "signal": name, **own}
+            precompute.run(build(PrecomputeConfig, beside))
+        cost.write_text(json.dumps(found))
+    return place, json.loads(cost.read_text())
 
 
 def _plain(value: Any) -> Any:
@@ -161,13 +170,13 @@ def _untrained(_arm: Arm, _run: RunConfig, _work: Path) -> Line:
 
 def _offline(arm: Arm, run: RunConfig, work: Path) -> Line:
     place, cost = cache_of(arm, run, work)
-    started_s = time.monotonic()
+    started_s = time.process_time()
     report = train.run(build(TrainConfig, run.settings("train") | {"cache": place}))
     return cost | _of_training(report, started_s) | {"curve": curve(run.out / "train" / "metrics.csv")}
 
 
 def _rounds(_arm: Arm, run: RunConfig, _work: Path) -> Line:
-    started_s = time.monotonic()
+    started_s = time.process_time()
     report = rounds.run(run.model_copy(update={"eval_prompts": None}))
     shutil.copytree(run.out / "student", run.out / "train" / "student")
     return _of_training(report, started_s)
@@ -184,16 +193,44 @@ def _more_sft(_arm: Arm, run: RunConfig, _work: Path) -> Line:
         "out": run.out / "train",
     }
     settings |= {name: run.rollout[name] for name in ("sampling", "engine", "shard_rollouts")}
-    started_s = time.monotonic()
+    started_s = time.process_time()
     return _of_training(sft.run(build(SftConfig, settings | {"finetune": fitted})), started_s)
 
 
-TRAININGS = {"offline": _offline, "rounds": _rounds, "sft": _more_sft, "untrained": _untrained}
+def _trl(_arm: Arm, run: RunConfig, _work: Path) -> Line:
+    """The same training by a peer, in an environment of its own."""
+    trained = build(TrainConfig, run.settings("train"))
+    settings = {
+        **{
+            "student": run.student.path,
+            "teacher": run.teacher.path,
+            "out": str(run.out / "train" / "student"),
+        },
+        "prompts": [prompt.text for prompt in load_prompts(run.prompts)],
+        **{"steps": trained.steps, "batch": trained.batch_sequences, "seed": trained.seed},
+        "max_tokens": run.rollout["sampling"]["max_tokens"],
+        **trained.optimizer.model_dump(mode="json"),
+    }
+    run.out.mkdir(parents=True)
+    asked = run.out / "trl.json"
+    asked.write_text(json.dumps(settings))
+    python = _printed([sys.executable, str(Path(__file__).parents[1] / "support" / "peers.py")])
+    return dict(json.loads(_printed([python, str(Path(__file__).with_name("trl_run.py")), str(asked)])))
+
+
+def _printed(command: list[str]) -> str:
+    """The last line that a command prints."""
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return found.stdout.splitlines()[-1]
+
+
+TRAININGS = {"offline": _offline, "rounds": _rounds, "sft": _more_sft, "trl": _trl, "untrained": _untrained}
 """How each kind of arm makes the model that is evaluated."""
 
 
 def _of_training(report: Report, started_s: float) -> Line:
-    seconds = round(time.monotonic() - started_s, 2)
+    """Figures of a training, and its seconds of a core: other work on the machine is not in them."""
+    seconds = round(time.process_time() - started_s, 2)
     return {"train_seconds": seconds, **{n: report.figures[n] for n in OF_TRAINING if n in report.figures}}
 
 

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[2]
 MAKER = ROOT / "tests" / "support" / "models" / "make_tiny_models.py"
 SHIPPED = "demo"
 """Name of the teacher that ships with the package."""
-TEACHERS = {"a": 0, "b": 1}
-"""Seeds of the teachers that are made here: weights, data and order of training differ."""
-ADDENDS = 8
+TEACHERS = {"eight": (0, 8), "other": (1, 4)}
+"""Seed and addends of the teachers that are made here; by the seed weights, data and order of training differ."""
 
 
 def teacher(work: Path, name: str) -> Path:
@@ -25,7 +24,8 @@ def teacher(work: Path, name: str) -> Path:
         return DEMO / "teacher"
     folder = work / "models" / name
     if not (folder / "base" / "provenance.json").exists():
-        settings = ["--addends", str(ADDENDS), "--seed", str(TEACHERS[name]), "--threads", "1"]
+        seed, addends = TEACHERS[name]
+        settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
         command = [sys.executable, MAKER.name, "--out", str(folder), "--without-student", *settings]
         subprocess.run(command, cwd=MAKER.parent, check=True)
     return folder / "teacher"

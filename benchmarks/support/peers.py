@@ -71,3 +71,7 @@ def _make_environment(folder: Path) -> Path:
     here = sysconfig.get_path("purelib")
     (Path(packages) / "shared.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     return python
+
+
+if __name__ == "__main__":
+    print(peer_python())

@@ -32,10 +32,10 @@ def rollouts(tmp_path_factory):
 def test_every_run_of_an_arm_is_a_run_file(name):
     arm = ARMS[name]
     for regime in arm.regimes:
+        assert arm.scorer in read_regime(regime)
         for grid in combinations(arm.grid):
             for tuned in combinations(arm.tune):
                 settings = settings_of(arm, Cell(name, regime, grid, tuned, 3))
-                settings.pop("teacher", None)
                 run = build_run(settings | {"out": "X", "teacher": str(TEACHER), "student": str(STUDENT)})
                 assert run.rollout["sampling"]["seed"] == run.train["seed"] == run.prompts.seed == 3
 

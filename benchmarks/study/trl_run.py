@@ -1,0 +1,75 @@
+"""One training of trl's DistillationTrainer, live and on-policy; runs in the environment of `support/peers.py`.
+
+python benchmarks/study/trl_run.py SETTINGS.json        prints its seconds of a core as JSON
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(settings: dict[str, Any]) -> dict[str, float]:
+    """Train as the file says, save the student in its `out`.
+
+    Keys: student, teacher and out (folders), prompts (texts), steps, batch, max_tokens, seed,
+    and of the optimizer lr, warmup_steps, schedule, betas, weight_decay, clip_norm.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DistillationTrainer
+
+    torch.set_num_threads(1)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(settings[name], dtype=torch.float32)
+        for name in ("student", "teacher")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=_arguments(settings),
+        train_dataset=Dataset.from_dict({"prompt": settings["prompts"]}),
+        processing_class=tokenizer,
+    )
+    begun_s = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - begun_s
+    student.save_pretrained(settings["out"])
+    tokenizer.save_pretrained(settings["out"])
+    return {"train_seconds": round(seconds, 2)}
+
+
+def _arguments(settings: dict[str, Any]) -> Any:
+    """Reverse KL over the vocabulary on the student's own samples, trl's default; the rest as the arms have it."""
+    from trl import DistillationConfig
+
+    beta1, beta2 = settings["betas"]
+    return DistillationConfig(
+        output_dir=settings["out"] + "-trl",
+        per_device_train_batch_size=settings["batch"],
+        gradient_accumulation_steps=1,
+        max_steps=settings["steps"],
+        learning_rate=settings["lr"],
+        warmup_steps=settings["warmup_steps"],
+        lr_scheduler_type=settings["schedule"],
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["clip_norm"],
+        max_completion_length=settings["max_tokens"],
+        seed=settings["seed"],
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
