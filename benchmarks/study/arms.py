@@ -30,7 +30,7 @@ class Arm(StrictModel):
     regimes: tuple[str, ...] = ("small_gap",)
     """Regimes in which it is run."""
     kind: Literal["offline", "rounds", "sft", "trl", "untrained"] = "offline"
-    """`rounds` samples again; `sft` goes on with the teacher's answers to the same prompts; `trl` is a peer."""
+    """`rounds` samples again; `sft` goes on with the teacher's answers to its prompts; `trl` is a peer."""
     method: str | None = None
     """A shipped recipe whose objective is taken."""
     scorer: Literal["teacher", "other_teacher"] = "teacher"

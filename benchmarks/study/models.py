@@ -15,7 +15,7 @@ MAKER = ROOT / "tests" / "support" / "models" / "make_tiny_models.py"
 SHIPPED = "demo"
 """Name of the teacher that ships with the package."""
 TEACHERS = {"eight": (0, 8), "other": (1, 4)}
-"""Seed and addends of the teachers that are made here; by the seed weights, data and order of training differ."""
+"""Seed and addends of the teachers that are made here; by its seed a teacher's weights and data differ."""
 
 
 def teacher(work: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One training of trl's DistillationTrainer, live and on-policy; runs in the environment of `support/peers.py`.
+"""One training of trl's DistillationTrainer, live; runs in the environment of `support/peers.py`.
 
 python benchmarks/study/trl_run.py SETTINGS.json        prints its seconds of a core as JSON
 """
@@ -43,7 +43,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _arguments(settings: dict[str, Any]) -> Any:
-    """Reverse KL over the vocabulary on the student's own samples, trl's default; the rest as the arms have it."""
+    """trl's default, reverse KL over the vocabulary on samples of now; the optimizer is the arms'."""
     from trl import DistillationConfig
 
     beta1, beta2 = settings["betas"]
