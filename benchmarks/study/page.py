@@ -94,7 +94,7 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         here = [(place, own) for place, own in found if place[1] == regime]
         if here:
             yield f"**`{regime}`**"
-            yield drift(here) if number == 6 else table(COLUMNS[number], here, arms)
+            yield table(COLUMNS[number], here, arms)
         ran = {place[0] for place, _ in here}
         missing = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
         if missing:
@@ -180,6 +180,16 @@ COLUMNS: dict[int, tuple[Column, ...]] = {
     ),
     4: (RATE, ACCURACY, GREEDY, KL),
     5: (RATE, ACCURACY, GREEDY, KL, SECONDS),
+    6: (
+        RATE,
+        ("w", over_seeds("w_mean", 3)),
+        ("ESS", over_seeds("ess", 3)),
+        ("log ratio, nats", over_seeds("log_ratio", 3)),
+        ("χ²", over_seeds("chi2", 3)),
+        ("gradient", over_seeds("gradient", 3)),
+        ("gap to it", over_seeds("gap", 3)),
+        ("bound of Theorem 3.5", over_seeds("bound", 1)),
+    ),
     7: (RATE, ACCURACY, KL, ("KL to the teacher scaled", over_seeds("extrapolated_kl_nats", 3))),
     8: (RATE, ACCURACY, KL, ("bytes a token", mean_of("bytes_per_token", 1))),
     9: (RATE, ACCURACY, GREEDY, KL, SECONDS),
@@ -226,27 +236,6 @@ def at_step(lines: list[Line], step: float, name: str) -> str:
         point[name] for line in lines for point in line["curve"] if point["step"] == step and name in point
     ]
     return shown(interval(values), 3) if values else ""
-
-
-def drift(places: Places) -> str:
-    """The measures of drift along the training."""
-    head = ["arm", "step", "w", "ESS", "χ²", "log ratio, nats"]
-    rows = [
-        [
-            f"`{place[0]}`",
-            f"{step:.0f}",
-            *(at_step(own, step, name) for name in ("w_mean", "ess", "chi2", "log_ratio")),
-        ]
-        for place, own in places
-        for step in steps_of(own)
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def steps_of(lines: list[Line]) -> list[float]:
-    """First, middle and last of the kept steps of a training."""
-    steps = sorted({point["step"] for line in lines for point in line.get("curve", [])})
-    return [steps[0], steps[len(steps) // 2], steps[-1]] if steps else []
 
 
 def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
