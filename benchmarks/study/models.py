@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 MAKER = ROOT / "tests" / "support" / "models" / "make_tiny_models.py"
 SHIPPED = "demo"
 """Name of the teacher that ships with the package."""
-TEACHERS = {"eight": (0, 8), "other": (1, 4)}
-"""Seed and addends of the teachers that are made here; by its seed a teacher's weights and data differ."""
+TEACHERS = {"eight": (0, 8, False), "other": (1, 4, True)}
+"""Of the teachers that are made here: seed, of weights and data; addends; whether a student is made too."""
 
 
 def teacher(work: Path, name: str) -> Path:
@@ -23,19 +23,21 @@ def teacher(work: Path, name: str) -> Path:
     if name == SHIPPED:
         return DEMO / "teacher"
     folder = work / "models" / name
-    if not (folder / "base" / "provenance.json").exists():
-        seed, addends = TEACHERS[name]
+    seed, addends, with_student = TEACHERS[name]
+    last = "student" if with_student else "base"
+    if not (folder / last / "provenance.json").exists():
         settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
-        command = [sys.executable, MAKER.name, "--out", str(folder), "--without-student", *settings]
+        settings += [] if with_student else ["--without-student"]
+        command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
         subprocess.run(command, cwd=MAKER.parent, check=True)
     return folder / "teacher"
 
 
 def student(work: Path, regime: str) -> Path:
-    """Folder of a regime's student: the shipped one, or a base fine-tuned on its teacher's answers."""
+    """Folder of a regime's student: made with its teacher, or a base fine-tuned on its answers."""
     described = read_regime(regime)
     if "sft" not in described:
-        return DEMO / "student"
+        return teacher(work, described["teacher"]).parent / "student"
     base = (
         DEMO / "student" if described["base"] == SHIPPED else teacher(work, described["base"]).parent / "base"
     )

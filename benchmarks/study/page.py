@@ -18,6 +18,8 @@ ANSWERS = ROOT / "docs" / "study" / "answers.yaml"
 PAGE = ROOT / "docs" / "study.md"
 IMAGES = ROOT / "docs" / "images"
 PICTURES = {1: "arms", 2: "map", 6: "drift"}
+RANKED = (1, 4, 5, 9)
+"""Questions whose arms stand in the order of their accuracy."""
 
 Column = tuple[str, Callable[[Place, list[Line]], str]]
 Places = list[tuple[Place, list[Line]]]
@@ -90,17 +92,24 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         yield from maps(lines["map"]) if lines["map"] else ("Not run: `map`.",)
         return
     found = [place for name in arms for place in measured(lines[name])]
+    missing = []
     for regime in sorted({regime for arm in arms.values() for regime in arm.regimes}):
         here = [(place, own) for place, own in found if place[1] == regime]
         if here:
             yield f"**`{regime}`**"
-            yield table(COLUMNS[number], here, arms)
+            yield table(COLUMNS[number], best_first(here) if number in RANKED else here, arms)
         ran = {place[0] for place, _ in here}
-        missing = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
-        if missing:
-            yield f"Not run in `{regime}`: {', '.join(missing)}."
+        names = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
+        missing += [f"in `{regime}` {', '.join(names)}"] if names else []
+    if missing:
+        yield f"Not run: {'; '.join(missing)}."
     if not arms:
         yield "Not run: no arm is there yet."
+
+
+def best_first(places: Places) -> Places:
+    """By accuracy, highest first."""
+    return sorted(places, key=lambda one: -mean(line["accuracy"] for line in one[1]))
 
 
 def table(columns: tuple[Column, ...], places: Places, arms: dict[str, Arm]) -> str:
@@ -154,10 +163,10 @@ def rate(_place: Place, lines: list[Line]) -> str:
 
 
 def to_the_student(_place: Place, lines: list[Line]) -> str:
-    """Seconds from the SFT student to the trained one: sampling, scoring and training."""
+    """Seconds of a core from the SFT student to the trained one: sampling, scoring and training."""
     parts = ("rollout_seconds", "score_seconds", "train_seconds")
-    values = [sum(line.get(part, 0.0) for part in parts) for line in lines]
-    return f"{max(values):.0f}"
+    values = [sum(line.get(part, 0.0) for part in parts) for line in lines if "train_seconds" in line]
+    return shown(interval(values), 0) if values else ""
 
 
 ACCURACY: Column = ("accuracy", over_seeds("accuracy"))
@@ -169,11 +178,8 @@ COLUMNS: dict[int, tuple[Column, ...]] = {
     1: (RATE, ACCURACY, GREEDY, KL, SECONDS),
     3: (
         ACCURACY,
-        (
-            "seconds to sample",
-            lambda _, lines: f"{max(line.get('rollout_seconds', 0) for line in lines):.1f}",
-        ),
-        ("to score", lambda _, lines: f"{max(line.get('score_seconds', 0) for line in lines):.1f}"),
+        ("seconds to sample", mean_of("rollout_seconds", 1)),
+        ("to score", mean_of("score_seconds", 1)),
         ("to train", mean_of("train_seconds", 1)),
         ("in all", to_the_student),
         ("tokens sampled", mean_of("response_tokens", 0)),

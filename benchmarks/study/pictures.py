@@ -80,6 +80,7 @@ def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
         if line["regime"] == "large_gap"
         for point in line["curve"]
         for name in ("w_mean", "ess", "log_ratio")
+        if name in point
     ]
     if not rows:
         return None
