@@ -54,6 +54,7 @@ def nodes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 else: on a busy machine they would wait for ever
         found = Nodes()
         yield found
         found.cluster.shutdown()
@@ -185,10 +186,8 @@ def test_the_work_goes_on_when_a_node_is_killed(nodes, world, alone, tmp_path):
     actor = parent_of(replica)
     node = parent_of(actor)
     assert node in [each.all_processes["raylet"][0].process.pid for each in nodes.nodes]
-    os.kill(node, signal.SIGKILL)
-    until(lambda: is_gone(actor), 300)
-    if not is_gone(replica):
-        os.kill(replica, signal.SIGCONT)
+    for lost in (node, actor, replica):  # a node takes all with it
+        os.kill(lost, signal.SIGKILL)
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert shards_of(cache / "signals/teacher") == shards_of(alone / "signals/teacher")
