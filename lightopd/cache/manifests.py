@@ -31,9 +31,17 @@ from lightopd.schemas.manifest import (
 PULLING = ".lightopd.pull"
 """File in a cache folder that `lightopd pull` has not finished; it holds the URL."""
 
+HEADS = "heads"
+"""Folder of a cache with the heads of its signals."""
+
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
 Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
+
+
+def head_path(cache: Path, sha256: str) -> Path:
+    """File of a head in a cache folder."""
+    return cache / HEADS / f"{sha256}.safetensors"
 
 
 def rollouts_folder(path: Path) -> Path:

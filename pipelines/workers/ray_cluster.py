@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,22 +33,36 @@ def connected() -> Iterator[Any]:
         raise ConfigError("--execution ray needs the package ray: pip install 'lightopd[ray]'") from error
     address = os.environ.get(ADDRESS) or "auto"
     _refuse_address(address)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _own_sigterm(),
+    ):  # Ray prints what it says of killed processes
+        _join(ray, address)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _join(ray: Any, address: str) -> None:
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address == "auto" else f"at {ADDRESS}={address}"
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ConfigError(f"no Ray cluster {where} can be used ({first}); {_START}") from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM does is afterwards what it did before, whatever Ray sets."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
         with contextlib.suppress(ValueError):  # outside the main thread, where Ray sets none
-            signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, on_sigterm)
+            signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_address(address: str) -> None:

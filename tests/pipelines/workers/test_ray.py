@@ -3,61 +3,42 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from crowd import until
+from crowd import crowd, until
 
 from lightopd.cache.claims.store import FolderStore
-from lightopd.config import load_stage
-from lightopd.pipelines import precompute, rollout
 from lightopd.pipelines.workers.actor import Job, refusal
 from lightopd.pipelines.workers.ray_actors import _lost
 
 pytestmark = pytest.mark.ray
 
 PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
-LIGHTOPD = str(Path(sys.executable).with_name("lightopd"))
 LEAST = {"object_store_memory": 80 * 1024 * 1024, "include_log_monitor": False}
 
 
-class Nodes:
-    """A cluster whose head runs no actor, and two nodes of one core."""
-
-    def __init__(self):
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, **LEAST}
-        self.cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
-        self.address = self.cluster.address
-        self.nodes = []
-        self.fill()
-
-    def fill(self):
-        """Start what is missing of the two nodes."""
-        for node in self.nodes[:]:
-            if "raylet" not in dict(node.live_processes()):
-                self.cluster.remove_node(node)
-                self.nodes.remove(node)
-        while len(self.nodes) < 2:
-            self.nodes.append(started(lambda: self.cluster.add_node(num_cpus=1, **LEAST)))
-
-
 @pytest.fixture(scope="module")
-def nodes():
+def cluster():
+    """A head that runs no actor, and two nodes of one core."""
+    from ray.cluster_utils import Cluster
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # 15 else: on a busy machine they would wait for ever
-        found = Nodes()
+        head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, **LEAST}
+        found = started(lambda: Cluster(initialize_head=True, head_node_args=head))
+        for _ in range(2):
+            started(lambda: found.add_node(num_cpus=1, **LEAST))
         yield found
-        found.cluster.shutdown()
+        found.shutdown()
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
@@ -72,29 +53,32 @@ def started(start):
 
 
 @pytest.fixture(scope="module")
-def alone(world, tmp_path_factory):
+def start(cluster, tmp_path_factory):
+    """Starts a command on the cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        with crowd(tmp_path_factory.mktemp("crowd")) as start:
+            yield start
+
+
+@pytest.fixture(scope="module")
+def alone(start, world, tmp_path_factory):
     """A cache of 12 shards with its signal, made by one process."""
     cache = tmp_path_factory.mktemp("alone") / "cache"
-    student, prompts = world.sft / "student", world.root / "prompts.jsonl"
-    sets = ["sampling.max_tokens=10", "shard_rollouts=2", "sampling.n=2"]
-    rollout.run(load_stage("rollout", [], sets, {"student": student, "prompts": prompts, "cache": cache}))
-    precompute.run(load_stage("precompute", [], [], {"cache": cache, "teacher": world.teacher, "top_k": 4}))
+    asked = ["--student", world.sft / "student", "--prompts", world.root / "prompts.jsonl", "--n", 2]
+    sets = ["--set", "sampling.max_tokens=10", "--set", "shard_rollouts=2"]
+    for arguments in (["rollout", *asked, *sets, "--cache", cache], scoring(world, cache)):
+        code, err = start(*arguments).wait()
+        assert code == 0, err
     return cache
 
 
-def start(nodes, *arguments):
-    return subprocess.Popen(
-        [LIGHTOPD, *map(str, arguments), "--execution", "ray", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": nodes.address},
-        text=True,
-    )
+def scoring(world, cache, *more):
+    return ["precompute", "--cache", cache, "--teacher", world.teacher, "--top-k", 4, *more]
 
 
-def scoring(nodes, world, cache, replicas, *more):
-    asked = ["--cache", cache, "--teacher", world.teacher, "--top-k", 4, "--replicas", replicas, *more]
-    return start(nodes, "precompute", *asked)
+def by_actors(replicas):
+    return ["--execution", "ray", "--replicas", replicas, "--set", "sharing.lease_s=3600", "--json"]
 
 
 def without_signal(cache, path):
@@ -138,21 +122,31 @@ def stopped_in_the_middle(cache):
     return found[0]
 
 
-def test_two_actors_make_the_cache_of_one_process(nodes, world, tmp_path):
-    """By the commands of docs/scale.md, as they stand there."""
-    shutil.copy(world.root / "prompts.jsonl", tmp_path)
-    for name, folder in (("STUDENT", world.sft / "student"), ("TEACHER", world.teacher)):
-        (tmp_path / name).symlink_to(folder)
-    script = re.search(r"<!-- test: ray -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].replace(
-        "--prompts", "--n 2 --set sampling.max_tokens=10 --set shard_rollouts=6 --prompts"
-    )
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": nodes.address, "PATH": path}
-    words = ["bash", "-e", "-c", script]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("rollout: 4/4 shards") == done.stderr.count("precompute: 4/4 shards") == 1
-    cache = tmp_path / "CACHE"
+def test_what_no_node_has_is_refused(cluster, world, alone, tmp_path, lightopd, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    asked = ["precompute", "--cache", without_signal(alone, tmp_path / "cache"), "--teacher", world.teacher]
+    code, _, err = lightopd(*asked, "--top-k", 4, "--execution", "ray", "--set", "sharing.cpus=64")
+    assert code == 2, err
+    assert "each actor wants 64 CPU and 0 GPU of one node" in err
+    assert "set sharing.cpus" in err
+
+
+def test_two_actors_make_the_cache_of_one_process(start, world, tmp_path):
+    """By the commands of docs/scale.md."""
+    script = re.search(r"<!-- test: ray -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    cache, prompts = tmp_path / "CACHE", world.root / "prompts.jsonl"
+    paths = {
+        "STUDENT": world.sft / "student",
+        "TEACHER": world.teacher,
+        "CACHE": cache,
+        "prompts.jsonl": prompts,
+    }
+    sampling = ["--n", "2", "--set", "sampling.max_tokens=10", "--set", "shard_rollouts=6"]
+    for line in script.splitlines():
+        program, stage, *words = (str(paths.get(word, word)) for word in shlex.split(line))
+        code, err = start(stage, *words, *(sampling if stage == "rollout" else [])).wait()
+        assert (program, code) == ("lightopd", 0), err
+        assert err.count(f"{stage}: 4/4 shards") == 1
     for part in ("rollouts", "signals/teacher"):
         assert shards_of(cache / part) == shards_of(world.cache / part)
     for report in (cache / "rollout.report.json", cache / "signals/teacher/precompute.report.json"):
@@ -160,62 +154,51 @@ def test_two_actors_make_the_cache_of_one_process(nodes, world, tmp_path):
     assert not (cache / ".lightopd.claims").exists()
 
 
-def test_a_killed_actor_is_started_again_and_costs_one_shard(nodes, world, alone, tmp_path):
+def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
-    process = scoring(nodes, world, cache, 1, "--set", "sharing.lease_s=3600")
+    process = start(*scoring(world, cache, *by_actors(1)))
     replica = stopped_in_the_middle(cache)
     actor, there = parent_of(replica), shards_of(cache / "signals/teacher")
     os.kill(actor, signal.SIGKILL)
     until(lambda: is_gone(actor), 300)
     if not is_gone(replica):
         os.kill(replica, signal.SIGCONT)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    code, err = process.wait()
+    assert code == 0, err
     assert "replica 1 of 1: killed, and started again on" in err
-    assert any("was killed and started again (1 x)" in note for note in json.loads(out)["notes"])
+    assert any("was killed and started again (1 x)" in note for note in json.loads(process.out)["notes"])
     made = shards_of(cache / "signals/teacher")
     assert made == shards_of(alone / "signals/teacher")
     assert there.items() <= made.items()
 
 
-def test_the_work_goes_on_when_a_node_is_killed(nodes, world, alone, tmp_path):
-    nodes.fill()
+def test_actors_let_go_of_their_shards_when_the_command_is_stopped(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
-    process = scoring(nodes, world, cache, 2, "--set", "sharing.lease_s=3600")
-    replica = stopped_in_the_middle(cache)
-    actor = parent_of(replica)
-    node = parent_of(actor)
-    assert node in [each.all_processes["raylet"][0].process.pid for each in nodes.nodes]
-    for lost in (node, actor, replica):  # a node takes all with it
-        os.kill(lost, signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert shards_of(cache / "signals/teacher") == shards_of(alone / "signals/teacher")
-    assert not (cache / ".lightopd.claims").exists()
-
-
-def test_actors_let_go_of_their_shards_when_the_command_is_stopped(nodes, world, alone, tmp_path):
-    nodes.fill()
-    cache = without_signal(alone, tmp_path / "cache")
-    process = scoring(nodes, world, cache, 2, "--set", "sharing.lease_s=3600")
+    process = start(*scoring(world, cache, *by_actors(2)))
     replica = stopped_in_the_middle(cache)
     os.kill(replica, signal.SIGCONT)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    assert process.returncode == 143, err
+    process.send(signal.SIGTERM)
+    code, err = process.wait()
+    assert code == 143, err
     assert "Traceback" not in err
     assert is_gone(replica)
     store = FolderStore(cache / ".lightopd.claims", "signals/teacher")
     assert not any(map(store.read, store.all_keys()))
 
 
-def test_what_no_node_has_is_refused(nodes, world, alone, tmp_path, lightopd, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-    asked = ["precompute", "--cache", without_signal(alone, tmp_path / "cache"), "--teacher", world.teacher]
-    code, _, err = lightopd(*asked, "--execution", "ray", "--set", "sharing.cpus=64")
-    assert code == 2, err
-    assert "each actor wants 64 CPU and 0 GPU of one node" in err
-    assert "set sharing.cpus" in err
+def test_the_work_goes_on_when_a_node_is_killed(cluster, start, world, alone, tmp_path):
+    cache = without_signal(alone, tmp_path / "cache")
+    process = start(*scoring(world, cache, *by_actors(2)))
+    replica = stopped_in_the_middle(cache)
+    actor = parent_of(replica)
+    node = parent_of(actor)
+    assert node in [each.all_processes["raylet"][0].process.pid for each in cluster.worker_nodes]
+    for lost in (node, actor, replica):  # a node takes all with it
+        os.kill(lost, signal.SIGKILL)
+    code, err = process.wait()
+    assert code == 0, err
+    assert shards_of(cache / "signals/teacher") == shards_of(alone / "signals/teacher")
+    assert not (cache / ".lightopd.claims").exists()
 
 
 @pytest.mark.parametrize(
