@@ -166,7 +166,9 @@ def looks_like_url(path: Path) -> str | None:
     """The URL that a path was made from, where a command that takes a folder got one; None for paths."""
     scheme, separator, rest = str(path).partition(":/")
     is_url = bool(separator) and len(scheme) > 1 and scheme.isalnum()
-    return f"{scheme}://{rest.lstrip('/')}" if is_url and not path.exists() else None
+    if not is_url or path.exists():
+        return None
+    return f"{scheme}://{'/' if scheme == 'file' else ''}{rest.lstrip('/')}"
 
 
 STREAMS = {

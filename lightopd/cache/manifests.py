@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
@@ -30,9 +31,6 @@ from lightopd.schemas.manifest import (
 
 PULLING = ".lightopd.pull"
 """File in a cache folder that `lightopd pull` has not finished; it holds the URL."""
-
-HEADS = "heads"
-"""Folder of a cache with the heads of its signals."""
 
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
+from lightopd.cache.buckets.mirroring import folder_of
+from lightopd.cache.buckets.mirrors import files_in, size_of
 from lightopd.cache.checks.findings import Finding, Mending
 from lightopd.cache.checks.markers import copied_shards, row_count_faults, shard_fault
 from lightopd.cache.checks.order import order_faults
@@ -73,6 +75,7 @@ def verify(path: Path) -> list[Finding]:
     Raises:
         CacheError: the folder is not a cache.
     """
+    path = folder_of(path)
     if streams := streams_of(path):
         return [Finding(str(path), None, stream) for stream in streams]
     if not (path / CACHE_MANIFEST).is_file():
@@ -269,7 +272,7 @@ def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManif
     for folder in folders:
         indices = range(manifest.num_shards)
         known = {made(folder, index) for made in (shard_path, marker_path) for index in indices}
-        there = {*folder.glob("part-*"), *folder.glob("*.parquet")} - {folder / CONTEXTS}
+        there = {*files_in(folder, "part-*"), *files_in(folder, "*.parquet")} - {folder / CONTEXTS}
         for file in sorted(there - known):
             what = f"it is not one of the cache's {manifest.num_shards} shards; delete it"
             yield Finding(str(file.relative_to(path)), None, what, Mending.ASIDE)
@@ -325,7 +328,7 @@ def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Fi
     """A shard's table, or None and the reasons why it cannot be looked into."""
     file, marker = shard_path(part.folder, index), read_marker(part.folder, index)
     name = str(file.relative_to(path))
-    if not file.exists() and not marker_path(part.folder, index).exists():
+    if size_of(file) is None and not marker_path(part.folder, index).exists():
         what = "the shard is missing; run the stage that makes it again"
         return None, [Finding(name, None, what, Mending.STAGE)]
     reason = shard_fault(part.folder, index, part.manifest)

@@ -10,9 +10,10 @@ which is no shard. What a stage makes again has the same bytes; where a rollout 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.checks.findings import Finding, Mending
 from lightopd.cache.contexts import text_folder
-from lightopd.cache.manifests import HEADS, read_manifest, rollouts_folder, signal_folder, signal_names
+from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.cache.store import STAGES
 from lightopd.errors import OutputError
 from lightopd.files import flush, output_error

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightopd.cache.buckets.mirrors import size_of, when_here
 from lightopd.cache.manifests import head_path
 from lightopd.cache.signals.channels import Channels, HiddenColumns
 from lightopd.cache.store import Cache
@@ -60,9 +61,9 @@ def read_head(cache: Path, described: HiddenStates, num_vocab: int) -> Head:
         CacheError: the file is missing, damaged, not the one that the manifest names, or of other sizes.
     """
     path = head_path(cache, described.head)
-    if not path.is_file():
+    if size_of(path) is None:
         raise CacheError(f"{path} is missing, the head of hidden states in this cache; {AGAIN}")
-    if file_sha256(path) != described.head:
+    if when_here(path, described.head, lambda: file_sha256(path)) != described.head:
         raise CacheError(f"{path} is not the head that {SIGNAL_MANIFEST} names; {AGAIN}")
     try:
         with safe_open(path, framework="pt") as file:
