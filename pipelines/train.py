@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightopd.cache.buckets.mirroring import folder_of
 from lightopd.cache.manifests import orphaned_signals, signal_names
 from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
@@ -86,7 +87,8 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
 
 def _signals_there(config: TrainConfig) -> list[str]:
     """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
-    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    folder = folder_of(config.cache)
+    there = {*signal_names(folder), *orphaned_signals(folder)}
     return [name for name in needs(config.objective).signals if name in there]
 
 

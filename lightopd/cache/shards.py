@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightopd.cache.buckets.mirrors import forget, size_of, when_here
 from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.errors import CacheError
 from lightopd.files import file_sha256, put_if_absent, write_atomically
@@ -213,16 +214,20 @@ def why_invalid(folder: Path, index: int, fingerprint: str) -> str | None:
     """What is wrong with a shard, in words; None when marker, size, SHA-256 and fingerprint all hold."""
     marker = read_marker(folder, index)
     path = shard_path(folder, index)
+    size_bytes = size_of(path)
     if marker is None:
         return "it has no readable marker"
-    if not path.is_file():
+    if size_bytes is None:
         return "its Parquet file is missing"
     if marker.fingerprint != fingerprint:
         return f"it was made under fingerprint {marker.fingerprint[:12]}, not {fingerprint[:12]}"
-    size_bytes = path.stat().st_size
     if size_bytes != marker.size_bytes:
         return f"it has {size_bytes} bytes, its marker says {marker.size_bytes}"
-    if file_sha256(path) != marker.sha256:
+    try:
+        found = when_here(path, marker.sha256, lambda: file_sha256(path))
+    except CacheError as error:  # of a mirror, whose shards are compared as they come
+        return str(error)
+    if found != marker.sha256:
         return "its SHA-256 is not the one in its marker"
     return None
 
@@ -249,13 +254,18 @@ def read_content(path: Path, marker: ShardMarker) -> pa.Buffer:
     Raises:
         CacheError: the file cannot be read, or is not the one that the marker speaks of.
     """
-    try:
+
+    def content_here() -> pa.Buffer:
         with pa.OSFile(str(path)) as file:
-            content = file.read_buffer()
+            return file.read_buffer()
+
+    try:
+        content = when_here(path, marker.sha256, content_here)
     except OSError as error:
         raise CacheError(f"{path} cannot be read ({error.strerror or error}); {AGAIN}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != marker.sha256:
+        forget(path)
         raise CacheError(f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; {AGAIN}")
     return content
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from lightopd.cache.buckets.failures import bucket_error, is_refusal
 from lightopd.errors import ConfigError, InputError
-from lightopd.files import replaced_file
+from lightopd.files import output_error, replaced_file
 from lightopd.schemas.stores.buckets import BucketConfig
 
 BROKEN_OFF = ("error decoding response body", "request or response body error")
@@ -52,10 +52,17 @@ class Bucket:
 
     def sizes(self) -> dict[str, int]:
         """Size in bytes of every object, by name."""
+        return {name: size_bytes for name, (size_bytes, _) in self.listed().items()}
+
+    def listed(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes of every object, and what changes with its content, by name."""
         import obstore
 
-        def listed() -> dict[str, int]:
-            return {item["path"]: item["size"] for chunk in obstore.list(self._store) for item in chunk}
+        def listed() -> dict[str, tuple[int, str]]:
+            items = (item for chunk in obstore.list(self._store) for item in chunk)
+            return {
+                item["path"]: (item["size"], f"{item['last_modified']} {item['e_tag']}") for item in items
+            }
 
         return self._told("list", self.url, lambda: self._again(listed))
 
@@ -102,7 +109,22 @@ class Bucket:
 
         return self._told("write", self._at(name), put)
 
-    def download(self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None]) -> None:
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """So many bytes of an object, all of which are there.
+
+        Raises:
+            InputError: the object cannot be read.
+        """
+        import obstore
+
+        def content() -> bytes:
+            return bytes(obstore.get_range(self._store, name, start=start, length=length))
+
+        return self._told("read", self._at(name), lambda: self._again(content))
+
+    def download(
+        self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None], suffix: str = ""
+    ) -> None:
         """An object as a file that is whole or not there.
 
         Args:
@@ -110,27 +132,21 @@ class Bucket:
             size_bytes: of the object.
             path: of the file.
             check: refuses what came, before the file gets its name.
+            suffix: of the file's name while it comes, where several may fetch it at the same moment.
 
         Raises:
             InputError: the object cannot be read.
+            OutputError: the file cannot be written.
         """
-        import obstore
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path, f".{os.getpid()}") as part:
-            with part.open("wb") as file:
-                for start in range(0, size_bytes, PIECE_BYTES):
-                    length = min(PIECE_BYTES, size_bytes - start)
-                    file.write(
-                        self._told(
-                            "read",
-                            self._at(name),
-                            lambda start=start, length=length: self._again(  # type: ignore[misc]
-                                lambda: obstore.get_range(self._store, name, start=start, length=length)
-                            ),
-                        )
-                    )
-            check(part)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(path, suffix) as part:
+                with part.open("wb") as file:
+                    for start in range(0, size_bytes, PIECE_BYTES):
+                        file.write(self.read_range(name, start, min(PIECE_BYTES, size_bytes - start)))
+                check(part)
+        except OSError as error:
+            raise output_error(error, path, size_bytes) from error
 
     def _at(self, name: str) -> str:
         return f"{self.url}/{name}"
