@@ -43,7 +43,8 @@ from lightopd.pipelines.shared.sequences import (
     read_prompts,
     response_lengths,
 )
-from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.crowd import run_crowd
+from lightopd.pipelines.workers.replica import end_with_starter
 from lightopd.pipelines.workers.score_shards import score_shards
 from lightopd.pipelines.workers.shared_shards import SharedShards, shared_shards
 from lightopd.prompts.contexts import render_contexts
@@ -85,8 +86,8 @@ def run(
     if dry_run:
         return estimate(config, source, manifest, tokens_per_s, load, contexts)
     folder, sharing = signal_folder(config.cache, config.signal), config.sharing
-    if sharing.replicas > 1:
-        return run_replicas("precompute", config, folder, source.manifest.num_shards)
+    if (joint := run_crowd("precompute", config, folder, source.manifest.num_shards)) is not None:
+        return joint
     with (
         writing(config.cache, shared=not sharing.exclusive),
         shared_shards(config.cache, manifest.kind, sharing) as shards,

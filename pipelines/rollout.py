@@ -25,7 +25,8 @@ from lightopd.pipelines.sampling.sample import (
 from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.crowd import run_crowd
+from lightopd.pipelines.workers.replica import end_with_starter
 from lightopd.pipelines.workers.shared_shards import shared_shards
 from lightopd.schemas.configs import RolloutConfig
 from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
@@ -43,9 +44,9 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
     plan = sampling_plan(config)
     if dry_run:
         return _planned(config, plan)
-    if config.sharing.replicas > 1:
-        return run_replicas("rollout", config, config.cache / "rollouts", plan.manifest.num_shards)
-    sharing = config.sharing
+    folder, sharing = config.cache / "rollouts", config.sharing
+    if (joint := run_crowd("rollout", config, folder, plan.manifest.num_shards)) is not None:
+        return joint
     with (
         writing(config.cache, shared=not sharing.exclusive),
         shared_shards(config.cache, "rollouts", sharing) as shards,

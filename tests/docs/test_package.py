@@ -21,6 +21,7 @@ ROOMS = [
     "schemas.objectives",
     "schemas",
     "errors",
+    "processes",
     "files",
     "ranks",
     "stopping",

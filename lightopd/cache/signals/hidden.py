@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightopd.cache.buckets.mirrors import size_of, when_here
-from lightopd.cache.buckets.shard_cache import HEADS
+from lightopd.cache.manifests import head_path
 from lightopd.cache.signals.channels import Channels, HiddenColumns
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
@@ -31,11 +31,6 @@ MAX_CODE = 127
 SMALLEST_SCALE = 2.0**-14
 """The least normal float16: a token whose standardised values are all below 127 of these is all zeros."""
 AGAIN = "copy it again from where the cache was made, or score the signal again"
-
-
-def head_path(cache: Path, sha256: str) -> Path:
-    """File of a head in a cache folder."""
-    return cache / HEADS / f"{sha256}.safetensors"
 
 
 def write_head(cache: Path, head: Head) -> str:
