@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
+from lightopd.cache.buckets.mirrors import mirror_of
 from lightopd.cache.contexts import open_text, text_folder, text_names, text_shards
 from lightopd.cache.fence import ReadOnlyFolder
 from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
@@ -129,6 +130,8 @@ def refresh_index(cache: Cache | Path) -> None:
         cache: opened with all its signals, or the folder of one that was not.
     """
     path = cache if isinstance(cache, Path) else cache.path
+    if mirror_of(path) is not None:  # it would speak of files that come and go
+        return
     try:
         build_index(open_cache(cache, incomplete=True) if isinstance(cache, Path) else cache)
     except (LightopdError, duckdb.Error) as error:
