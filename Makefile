@@ -44,7 +44,7 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not fuzz and not vllm and not ray and not browser'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not fuzz and not vllm and not ray and not browser'
 
 # On a machine with a GPU; elsewhere every one of these tests is skipped and says so.
 test-gpu: $(VENV)/.ready
@@ -64,7 +64,7 @@ test-browser: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'browser'
 
 test-all: $(VENV)/.smollm2
-	$(BIN)/pytest -m 'slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'slow'
 
 # Random faults at random moments of every stage; docs/torture.md.
 torture: $(VENV)/.ready

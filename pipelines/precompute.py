@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from lightopd.cache.buckets.places import at_its_place
 from lightopd.cache.contexts import (
     Contexts,
     check_lengths,
@@ -77,6 +78,9 @@ def run(
     """
     end_with_starter()
     started_s = time.monotonic()
+    asked, (config, name) = config, at_its_place(config)
+    if config.rollouts and name != str(config.cache):
+        raise ConfigError(f"{name} is a URL and takes no other cache's rollouts; push those there first")
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)
     if dry_run:
@@ -90,12 +94,13 @@ def run(
     ):
         cache = _copied(config, source, shards)
         tokens_per_s = score_shards(config, cache, manifest, contexts, load, shards)
-        save_config(config, "precompute", folder)
+        save_config(asked, "precompute", folder)
         report = precompute_report(
             config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
         )
         refresh_index(config.cache)
         save_report(report, folder)
+        shards.send()
     return report
 
 

@@ -9,6 +9,7 @@ entropy of every token under the raw distribution, and a reward where the prompt
 import time
 from dataclasses import replace
 
+from lightopd.cache.buckets.places import at_its_place
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.pipelines.sampling.red_flags import response_flags
@@ -39,6 +40,7 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
     """
     end_with_starter()
     started_s = time.monotonic()
+    asked, (config, name) = config, at_its_place(config)
     plan = sampling_plan(config)
     if dry_run:
         return _planned(config, plan)
@@ -50,15 +52,16 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
         shared_shards(config.cache, "rollouts", sharing) as shards,
     ):
         cache = sample(plan, load, shards)
-        save_config(config, "rollout", config.cache)
+        save_config(asked, "rollout", config.cache)
         report = Report(
             stage="rollout",
-            out=str(config.cache),
+            out=name,
             figures=sampling_figures(cache, started_s),
             notes=(*plan.notes, *response_flags(cache), *_notes(plan.manifest.sft, plan.manifest.overrides)),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)
+        shards.send()
     return report
 
 

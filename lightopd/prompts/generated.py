@@ -1,7 +1,8 @@
 """Prompts that are made, not read: reasoning-gym's tasks and the built-in demo task."""
 
 from collections.abc import Iterable
-from itertools import islice
+from functools import lru_cache
+from typing import Literal
 
 from lightopd.errors import ConfigError
 from lightopd.rewards.gym import reasoning_gym_dataset
@@ -37,17 +38,24 @@ def reasoning_gym_prompts(config: ReasoningGymPrompts) -> list[Prompt]:
 
 def running_totals_prompts(config: RunningTotalsPrompts) -> list[Prompt]:
     """Sums of the demo task, each with its final total as the answer."""
+    drawn = _running_totals(config.seed, config.count, config.split, config.addends)
+    return list(drawn[: config.limit])
+
+
+@lru_cache(maxsize=4)
+def _running_totals(
+    seed: int, count: int, split: Literal["train", "heldout"], addends: int
+) -> tuple[Prompt, ...]:
+    """All of them; rounds take a few of the same ones each."""
     from lightopd.rewards.running_totals import NUM_ADDENDS, running_totals
 
     # What a prompt of the usual length says of itself is part of every cache's hash of its prompts.
-    metadata = {} if config.addends == NUM_ADDENDS else {"addends": config.addends}
+    metadata = {} if addends == NUM_ADDENDS else {"addends": addends}
     try:
-        rows: Iterable[dict[str, str]] = running_totals(
-            config.seed, config.count, config.split, config.addends
-        )
+        rows: Iterable[dict[str, str]] = running_totals(seed, count, split, addends)
     except ValueError as error:
         raise ConfigError(f"running_totals: {error}") from error
-    return [
+    return tuple(
         Prompt(
             prompt_id=prompt_content_id(row["prompt"], None),
             messages=None,
@@ -57,5 +65,5 @@ def running_totals_prompts(config: RunningTotalsPrompts) -> list[Prompt]:
             verifier="running_totals",
             metadata=metadata,
         )
-        for row in islice(rows, config.limit)
-    ]
+        for row in rows
+    )

@@ -67,7 +67,7 @@ def train(wide_caches, student_folder, tmp_path):
         defaults = {
             "steps": 2,
             "batch_sequences": len(index.row_P),
-            "micro_batch_tokens": 44,
+            "micro_batch_tokens": 88,
             "held_out": held_out,
             "optimizer": OptimizerConfig(lr=2e-3, eps=1e-3),
         }

@@ -4,6 +4,7 @@ All that lightopd knows of obstore is here. A request that fails is tried again 
 growing pauses; a piece whose body breaks off is asked for again.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,14 @@ Answer = TypeVar("Answer")
 def is_url(text: str) -> bool:
     """Whether a command's argument names an object store and not a folder."""
     return "://" in text
+
+
+_users: list[int] = []
+
+
+def is_usable() -> bool:
+    """Whether requests can be made here: not in a fork of a process that made some, without its threads."""
+    return not _users or _users[0] == os.getpid()
 
 
 class Bucket:
@@ -65,6 +74,27 @@ class Bucket:
             }
 
         return self._told("list", self.url, lambda: self._again(listed))
+
+    def names_below(self, folder: str) -> list[str]:
+        """Names of the objects below a folder, sorted."""
+        import obstore
+
+        def listed() -> list[str]:
+            return sorted(
+                item["path"] for chunk in obstore.list(self._store, prefix=folder) for item in chunk
+            )
+
+        return self._told("list", self._at(folder), lambda: self._again(listed))
+
+    def delete(self, name: str) -> None:
+        """Take an object away; nothing where there is none."""
+        import obstore
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, name)
+
+        self._told("write", self._at(name), delete)
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None where there is none."""
@@ -183,6 +213,8 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
         from obstore.store import LocalStore, from_url
     except ModuleNotFoundError as error:
         raise ConfigError(f"{url} needs obstore: pip install 'lightopd[objectstore]'") from error
+    if not _users:
+        _users.append(os.getpid())
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         if not is_made and not folder.is_dir():

@@ -13,8 +13,9 @@ from lightopd.cache.buckets.mirrors import FOLDER, MIRROR, mirrors_folder
 from lightopd.cache.buckets.shard_cache import HEADS, is_shard
 from lightopd.errors import CacheError
 from lightopd.files import json_bytes, looks_like_url, write_atomically
-from lightopd.schemas.manifest import CACHE_MANIFEST
+from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, TEXT_MANIFEST
 
+MANIFESTS = (CACHE_MANIFEST, SIGNAL_MANIFEST, TEXT_MANIFEST)
 JOBS = 32
 """Small files under way at the same time."""
 PARTS = ("rollouts", "signals", "texts", HEADS)
@@ -37,14 +38,30 @@ def folder_of(path: Path) -> Path:
     return path if url is None else _mirrored(url)
 
 
+def mirror_folder(url: str) -> Path:
+    """Folder that stands for a URL."""
+    return mirrors_folder() / _name(url) / FOLDER
+
+
 def _mirrored(url: str) -> Path:
-    bucket, folder = Bucket(url), mirrors_folder() / _name(url) / FOLDER
-    there = bucket.listed()
-    objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
-    if CACHE_MANIFEST not in objects:
+    folder = mirror_folder(url)
+    there = bring_up_to_date(url, Bucket(url), folder)
+    if CACHE_MANIFEST not in there:
         from lightopd.cache.buckets.remote import no_cache  # which opens caches itself
 
         raise CacheError(no_cache(url, there))
+    return folder
+
+
+def bring_up_to_date(url: str, bucket: Bucket, folder: Path) -> Objects:
+    """See in a mirror what is at its URL now, but for the shards; all objects that are there.
+
+    Raises:
+        InputError: the store cannot be read.
+        OutputError: the mirror cannot be written.
+    """
+    there = bucket.listed()
+    objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
     before = _known(folder)
     small = {name for name in objects if not is_shard(PurePosixPath(name))}
 
@@ -59,10 +76,16 @@ def _mirrored(url: str) -> Path:
         pass
     for name in [name for name in before if objects.get(name) != before[name] and name not in small]:
         (folder / name).unlink(missing_ok=True)
-    if before != objects:
+    if before != objects or not before:
         told = json_bytes({"url": url, "objects": objects})
         write_atomically(folder / MIRROR, told, shared=True)
-    return folder
+    return there
+
+
+def is_small_here(name: str) -> bool:
+    """Whether a file of a mirror is one that a stage made beside its shards, and that others see."""
+    last = PurePosixPath(name).name
+    return _is_of_a_cache(name) and not last.startswith("part-") and last != "journal.jsonl"
 
 
 def _is_of_a_cache(name: str) -> bool:

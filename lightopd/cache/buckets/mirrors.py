@@ -8,6 +8,7 @@ its SHA-256, so that a file says whether it is the one its marker speaks of; its
 long ago it was of use. In a folder that is no mirror everything here does nothing.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,10 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from lightopd.cache.buckets.bucket import Bucket
+from lightopd.cache.buckets.bucket import Bucket, is_usable
 from lightopd.cache.buckets.shard_cache import make_room
 from lightopd.errors import CacheError, InputError, LightopdError
-from lightopd.files import file_sha256, own_suffix
+from lightopd.files import file_sha256, own_suffix, write_atomically
 
 MIRROR = ".lightopd.mirror"
 """File in a mirror: the URL, and the sizes of its objects by name."""
@@ -38,7 +39,6 @@ Stamp = tuple[int, int]
 
 _bringing: dict[Path, threading.Lock] = {}
 _guard = threading.Lock()
-_own_process = os.getpid()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +163,17 @@ def bring(path: Path, sha256: str) -> None:
     with _one_at_a_time(path):
         if is_here(path, sha256):
             _mark(path, sha256)
-        elif os.getpid() != _own_process:
+        elif not is_usable():
             _bring_by_another(path, sha256)
         else:
             _fetch(mirror, path, sha256)
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Keep a copy of a shard of a mirror that was made on this machine."""
+    make_room(mirrors_folder(), len(content))
+    write_atomically(path, content, shared=True)
+    _mark(path, hashlib.sha256(content).hexdigest())
 
 
 def forget(path: Path) -> None:

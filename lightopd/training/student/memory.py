@@ -2,9 +2,12 @@
 
 # B = rows of a micro-batch, T = their length, P = parameters, D = hidden size, V = vocabulary
 
+import functools
+import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,14 +140,30 @@ def saved_bytes(
     student: PreTrainedModel, finetune: FinetuneConfig, shape: tuple[int, int], *, recompute: bool
 ) -> int:
     """What autograd keeps of the decoder's forward pass over int64 [B, T], weights left out."""
-    dtype = torch.bfloat16 if finetune.precision == "bf16-true" else torch.float32
-    kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student)
+    config = student.config
+    kind: Any = type(student.get_base_model() if hasattr(student, "get_base_model") else student)
+    described = config.to_json_string(use_diff=False), config._attn_implementation
+    return _saved_bytes(kind, *described, finetune.precision, shape, recompute)
+
+
+@functools.lru_cache(maxsize=32)
+def _saved_bytes(
+    kind: type[PreTrainedModel],
+    config: str,
+    attention: str | None,
+    precision: str,
+    shape: tuple[int, int],
+    recompute: bool,
+) -> int:
+    """As above; rounds ask it of one model again and again."""
+    described = kind.config_class.from_dict(json.loads(config))
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with FakeTensorMode():
-        copy = kind._from_config(student.config, dtype=dtype).train()
+        copy = kind._from_config(described, dtype=dtype, attn_implementation=attention).train()
         if recompute:
             copy.gradient_checkpointing_enable({"use_reentrant": False})
         ids_BT = torch.zeros(shape, dtype=torch.int64)
-        return measure_saved(copy, ids_BT, is_mixed=finetune.precision == "bf16-mixed")
+        return measure_saved(copy, ids_BT, is_mixed=precision == "bf16-mixed")
 
 
 def measure_saved(model: PreTrainedModel, ids_BT: Tensor, *, is_mixed: bool) -> int:

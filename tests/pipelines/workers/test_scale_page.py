@@ -46,12 +46,14 @@ def test_each_layout_makes_the_same_cache(world, tmp_path, layout):
 @pytest.mark.slow
 def test_a_bucket_gives_back_the_cache_and_is_read_in_place(world, tmp_path):
     shutil.copytree(world.cache, tmp_path / "CACHE")
-    (tmp_path / "STUDENT").symlink_to(world.sft / "student")
+    for name, folder in (("STUDENT", world.sft / "student"), ("TEACHER", world.teacher)):
+        (tmp_path / name).symlink_to(folder)
     server = S3Server("moto", tmp_path / "server").start()
     try:
         server.make_bucket()
         reached = {"AWS_ENDPOINT_URL": server.endpoint, "XDG_CACHE_HOME": str(tmp_path / "user"), **KEYS}
         run(BLOCKS["bucket"], tmp_path, **reached)
+        run(BLOCKS["bucket shared"], tmp_path, **reached)
         in_place = BLOCKS["bucket in place"].replace("--steps", "--set batch_sequences=6 --steps")
         run(in_place, tmp_path, **reached)
     finally:
