@@ -23,9 +23,9 @@ from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs, needs_on
 from lightopd.pipelines.shared.gap import suggestion
 from lightopd.pipelines.shared.model_card import scored_by, write_model_card
-from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
+from lightopd.pipelines.shared.training_checks import check_training
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig

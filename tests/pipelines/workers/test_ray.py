@@ -172,9 +172,9 @@ def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone
     assert there.items() <= made.items()
 
 
-def test_actors_let_go_of_their_shards_when_the_command_is_stopped(start, world, alone, tmp_path):
+def test_an_actor_lets_go_of_its_shard_when_the_command_is_stopped(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
-    process = start(*scoring(world, cache, *by_actors(2)))
+    process = start(*scoring(world, cache, *by_actors(1)))
     replica = stopped_in_the_middle(cache)
     os.kill(replica, signal.SIGCONT)
     process.send(signal.SIGTERM)
