@@ -1,7 +1,7 @@
 """A folder in an object store: objects put whole, put only where none is, read in pieces, listed.
 
 All that lightopd knows of obstore is here. A request that fails is tried again by obstore itself, with
-growing pauses; a piece whose body breaks off is asked for again.
+growing pauses; where a connection breaks off in a way that it takes for final, all is asked again here.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from lightopd.errors import ConfigError, InputError
 from lightopd.files import output_error, replaced_file
 from lightopd.schemas.stores.buckets import BucketConfig
 
-BROKEN_OFF = ("error decoding response body", "request or response body error")
-"""What obstore says of an answer whose body broke off."""
+BROKEN_OFF = ("error decoding response body", "request or response body error", "error sending request")
+"""What obstore says of a connection that broke off: it tries some of these again, and not a reset one."""
 PIECE_BYTES = 16 * 1024 * 1024
 """Most bytes of one request."""
 
@@ -94,7 +94,7 @@ class Bucket:
             with contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._store, name)
 
-        self._told("write", self._at(name), delete)
+        self._told("write", self._at(name), lambda: self._again(delete))
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None where there is none."""
@@ -117,8 +117,10 @@ class Bucket:
         self._told(
             "write",
             self._at(name),
-            lambda: obstore.put(
-                self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
+            lambda: self._again(
+                lambda: obstore.put(
+                    self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
+                )
             ),
         )
 
@@ -137,7 +139,7 @@ class Bucket:
                 return self.read(name) == content
             return True
 
-        return self._told("write", self._at(name), put)
+        return self._told("write", self._at(name), lambda: self._again(put))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """So many bytes of an object, all of which are there.
@@ -182,7 +184,7 @@ class Bucket:
         return f"{self.url}/{name}"
 
     def _again(self, ask: Callable[[], Answer]) -> Answer:
-        """Asks again when an answer's body breaks off, which obstore leaves to its caller."""
+        """Asks again when a connection breaks off in ways that obstore leaves to its caller."""
         from obstore.exceptions import GenericError
 
         until_s, pause_s = time.monotonic() + self.config.retry_s, 0.2
