@@ -53,9 +53,9 @@ test-gpu: $(VENV)/.ready
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
 
-# A head and two nodes of a cluster on this machine.
+# A head and two nodes of a cluster on this machine. ONLY: words of the tests' names.
 test-ray: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'ray'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'ray' $(if $(ONLY),-k '$(ONLY)')
 
 # Debian's Chromium, where the machine has none.
 test-browser: $(VENV)/.ready
