@@ -14,13 +14,13 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-all lint types bench bench-vllm bench-methods study study-quick clean
+.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-ray test-all lint types bench bench-vllm bench-methods study study-quick clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'torch==$(TORCH)$(LOCAL)' 2>/dev/null || \
 	  { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend auto 'torch==$(TORCH)'; }
-	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore]'
+	$(PIP) install -c constraints.txt -e '.[dev,tasks,gguf,adapters,lowmem,dp,report,shell,datasets,objectstore,ray]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.ready
@@ -44,7 +44,7 @@ demo-smollm2: $(VENV)/.smollm2 $(if $(filter vllm,$(ENGINE)),$(VLLM))
 	$(BIN)/lightopd demo smollm2 --out runs/demo-smollm2 --engine $(ENGINE) --seed $(SEED)
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not fuzz and not vllm and not ray and not browser'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not fuzz and not vllm and not ray and not browser'
 
 # On a machine with a GPU; elsewhere every one of these tests is skipped and says so.
 test-gpu: $(VENV)/.ready
@@ -53,6 +53,10 @@ test-gpu: $(VENV)/.ready
 test-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/pytest -m 'vllm'
 
+# A head and two nodes of a cluster on this machine. ONLY: words of the tests' names.
+test-ray: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'ray' $(if $(ONLY),-k '$(ONLY)')
+
 # Debian's Chromium, where the machine has none.
 test-browser: $(VENV)/.ready
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
@@ -60,7 +64,7 @@ test-browser: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'browser'
 
 test-all: $(VENV)/.smollm2
-	$(BIN)/pytest -m 'slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'slow'
 
 # Random faults at random moments of every stage; docs/torture.md.
 torture: $(VENV)/.ready

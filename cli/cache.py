@@ -11,10 +11,11 @@ from lightopd.cli.output import say, show_report
 from lightopd.errors import ConfigError
 
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
+ReadCache = Annotated[Path, typer.Argument(help="Cache folder, or a URL such as s3://bucket/cache.")]
 
 
 def verify(
-    cache: CacheFolder,
+    cache: ReadCache,
     rescore: Annotated[
         int | None, typer.Option("--rescore", help="Also score so many rollouts again with the teacher.")
     ] = None,
@@ -38,6 +39,7 @@ def verify(
     from lightopd.cache.index import refresh_index
     from lightopd.cache.manifests import restore_manifests
     from lightopd.cache.verify import verify as check
+    from lightopd.files import looks_like_url
     from lightopd.pipelines.shared.run_folder import writing
 
     if restore:
@@ -53,7 +55,7 @@ def verify(
             )
         _repair(cache, as_json)
         return
-    findings = [str(finding) for finding in check(cache)]
+    findings, named = [str(finding) for finding in check(cache)], looks_like_url(cache) or str(cache)
     if rescore is not None and not findings:
         from lightopd.pipelines.caches.rescore import rescore as again
 
@@ -62,9 +64,9 @@ def verify(
             show_report(report)
         findings += [] if agrees else list(report.notes)
     if as_json:
-        say(json.dumps({"cache": str(cache), "is_whole": not findings, "findings": findings}))
+        say(json.dumps({"cache": named, "is_whole": not findings, "findings": findings}))
     else:
-        say("\n".join(findings) if findings else f"{cache} is whole")
+        say("\n".join(findings) if findings else f"{named} is whole")
     if findings:
         raise typer.Exit(5)
 
@@ -183,7 +185,7 @@ def import_(
 
 
 def export(
-    cache: CacheFolder,
+    cache: ReadCache,
     out: Annotated[Path, typer.Argument(help="Folder that is created.")],
     as_json: options.Json = False,
 ) -> None:

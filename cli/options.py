@@ -60,7 +60,11 @@ Exclusive = Annotated[
     typer.Option("--exclusive", help="Refuse a cache that another process writes, instead of joining it."),
 ]
 Replicas = Annotated[
-    int | None, typer.Option("--replicas", help="Processes on this machine, each with an engine of its own.")
+    int | None, typer.Option("--replicas", help="Processes to start, each with an engine of its own.")
+]
+Execution = Annotated[
+    str | None,
+    typer.Option("--execution", help="Where the replicas run: local, or ray (the cluster at RAY_ADDRESS)."),
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")

@@ -55,6 +55,7 @@ def rollout(
     engine: options.Engine = None,
     server: options.Server = None,
     replicas: options.Replicas = None,
+    execution: options.Execution = None,
     exclusive: options.Exclusive = None,
     allow: options.Allow = None,
     dry_run: options.DryRun = False,
@@ -65,7 +66,7 @@ def rollout(
     Example: lightopd rollout --student runs/sft/student --prompts prompts.jsonl --cache runs/cache
     """
     flags: dict[str, Any] = {"student": student, "cache": cache, "sft_teacher": sft_teacher}
-    flags["sharing"] = {"replicas": replicas, "exclusive": exclusive}
+    flags["sharing"] = _sharing(replicas, execution, exclusive)
     flags["prompts"] = options.prompts_of(prompts, columns)
     flags["sampling"] = {"n": n, "temperature": temperature, "max_tokens": max_tokens}
     _run_stage(
@@ -141,6 +142,7 @@ def precompute(
     engine: options.Engine = None,
     server: options.Server = None,
     replicas: options.Replicas = None,
+    execution: options.Execution = None,
     exclusive: options.Exclusive = None,
     allow: options.Allow = None,
     rate: Annotated[
@@ -161,7 +163,7 @@ def precompute(
         "top_k": top_k,
     }
     flags |= {"keep": keep, "horizon": horizon, "cross_check": cross_check, "sft_teacher": sft_teacher}
-    flags |= {"sharing": {"replicas": replicas, "exclusive": exclusive}, **_common(engine, server, allow)}
+    flags |= {"sharing": _sharing(replicas, execution, exclusive), **_common(engine, server, allow)}
     shown = {"template": context, "prompts": options.prompts_of(prompts, columns)}
     if any(shown.values()):
         flags["context"] = {name: value for name, value in shown.items() if value is not None}
@@ -269,6 +271,10 @@ def run(
         else:
             report = pipeline.sweep(loaded, sweep, dry_run=dry_run, told=told)
     show_report(report, as_json)
+
+
+def _sharing(replicas: int | None, execution: str | None, exclusive: bool | None) -> dict[str, Any]:
+    return {"replicas": replicas, "execution": execution, "exclusive": exclusive}
 
 
 def _common(engine: str | None, server: list[str] | None, allow: list[str] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightopd.errors import OutputError
+from lightopd.processes import start_of, this_machine
 
 Content = Any
 """Anything with a buffer: `bytes`, or Arrow's."""
@@ -61,27 +62,18 @@ def write_atomically(path: Path, content: Content, *, shared: bool = False) -> N
 
 
 def _remove_left_of(path: Path) -> None:
-    """Remove what processes of this machine that are gone left of writing a shared file."""
-    begin = f".{path.name}.{socket.gethostname()}."
-    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp*"):
+    """Remove what processes that are surely gone left of writing a shared file."""
+    machine = this_machine()
+    begin = f".{path.name}.{socket.gethostname()}.{machine}."
+    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp*") if machine else ():
         pid = left.name.removeprefix(begin).partition(".")[0]
-        if pid.isdecimal() and not _is_process(int(pid)):
+        if pid.isdecimal() and start_of(int(pid)) is None:
             left.unlink(missing_ok=True)
 
 
-def _is_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def own_suffix() -> str:
-    """End of a temporary file's name that no other process has, here or on another machine."""
-    return f".{socket.gethostname()}.{os.getpid()}"
+    """End of a temporary file's name that no other process has, in a container or elsewhere."""
+    return f".{socket.gethostname()}.{this_machine() or uuid.uuid4().hex}.{os.getpid()}"
 
 
 def put_if_absent(path: Path, content: Content, *, is_durable: bool = True) -> bool:
@@ -174,7 +166,9 @@ def looks_like_url(path: Path) -> str | None:
     """The URL that a path was made from, where a command that takes a folder got one; None for paths."""
     scheme, separator, rest = str(path).partition(":/")
     is_url = bool(separator) and len(scheme) > 1 and scheme.isalnum()
-    return f"{scheme}://{rest.lstrip('/')}" if is_url and not path.exists() else None
+    if not is_url or path.exists():
+        return None
+    return f"{scheme}://{'/' if scheme == 'file' else ''}{rest.lstrip('/')}"
 
 
 STREAMS = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from lightopd.cache.buckets.places import at_its_place
 from lightopd.cache.contexts import (
     Contexts,
     check_lengths,
@@ -42,7 +43,8 @@ from lightopd.pipelines.shared.sequences import (
     read_prompts,
     response_lengths,
 )
-from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.crowd import run_crowd
+from lightopd.pipelines.workers.replica import end_with_starter
 from lightopd.pipelines.workers.score_shards import score_shards
 from lightopd.pipelines.workers.shared_shards import SharedShards, shared_shards
 from lightopd.prompts.contexts import render_contexts
@@ -76,25 +78,29 @@ def run(
     """
     end_with_starter()
     started_s = time.monotonic()
+    asked, (config, name) = config, at_its_place(config)
+    if config.rollouts and name != str(config.cache):
+        raise ConfigError(f"{name} is a URL and takes no other cache's rollouts; push those there first")
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)
     if dry_run:
         return estimate(config, source, manifest, tokens_per_s, load, contexts)
     folder, sharing = signal_folder(config.cache, config.signal), config.sharing
-    if sharing.replicas > 1:
-        return run_replicas("precompute", config, folder, source.manifest.num_shards)
+    if (joint := run_crowd("precompute", config, folder, source.manifest.num_shards)) is not None:
+        return joint
     with (
         writing(config.cache, shared=not sharing.exclusive),
         shared_shards(config.cache, manifest.kind, sharing) as shards,
     ):
         cache = _copied(config, source, shards)
         tokens_per_s = score_shards(config, cache, manifest, contexts, load, shards)
-        save_config(config, "precompute", folder)
+        save_config(asked, "precompute", folder)
         report = precompute_report(
             config, open_cache(config.cache, signals=[config.signal]), tokens_per_s, started_s
         )
         refresh_index(config.cache)
         save_report(report, folder)
+        shards.send()
     return report
 
 

@@ -9,6 +9,7 @@ entropy of every token under the raw distribution, and a reward where the prompt
 import time
 from dataclasses import replace
 
+from lightopd.cache.buckets.places import at_its_place
 from lightopd.engines.kinds import load_engine
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.pipelines.sampling.red_flags import response_flags
@@ -24,7 +25,8 @@ from lightopd.pipelines.sampling.sample import (
 from lightopd.pipelines.shared.preflight import said_now
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import save_config, writing
-from lightopd.pipelines.workers.replicas import end_with_starter, run_replicas
+from lightopd.pipelines.workers.crowd import run_crowd
+from lightopd.pipelines.workers.replica import end_with_starter
 from lightopd.pipelines.workers.shared_shards import shared_shards
 from lightopd.schemas.configs import RolloutConfig
 from lightopd.schemas.manifest import Override, SftLineage, StudentLineage
@@ -38,26 +40,28 @@ def run(config: RolloutConfig, *, dry_run: bool = False, load: LoadEngine = load
     """
     end_with_starter()
     started_s = time.monotonic()
+    asked, (config, name) = config, at_its_place(config)
     plan = sampling_plan(config)
     if dry_run:
         return _planned(config, plan)
-    if config.sharing.replicas > 1:
-        return run_replicas("rollout", config, config.cache / "rollouts", plan.manifest.num_shards)
-    sharing = config.sharing
+    folder, sharing = config.cache / "rollouts", config.sharing
+    if (joint := run_crowd("rollout", config, folder, plan.manifest.num_shards)) is not None:
+        return joint
     with (
         writing(config.cache, shared=not sharing.exclusive),
         shared_shards(config.cache, "rollouts", sharing) as shards,
     ):
         cache = sample(plan, load, shards)
-        save_config(config, "rollout", config.cache)
+        save_config(asked, "rollout", config.cache)
         report = Report(
             stage="rollout",
-            out=str(config.cache),
+            out=name,
             figures=sampling_figures(cache, started_s),
             notes=(*plan.notes, *response_flags(cache), *_notes(plan.manifest.sft, plan.manifest.overrides)),
             seconds=time.monotonic() - started_s,
         )
         save_report(report, config.cache)
+        shards.send()
     return report
 
 

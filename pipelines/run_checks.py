@@ -22,10 +22,10 @@ from lightopd.pipelines.shared.preflight import (
     check_ids,
     check_reads,
     check_top_k,
-    check_training,
     said_now,
 )
 from lightopd.pipelines.shared.scoring.horizons import check_horizon_below
+from lightopd.pipelines.shared.training_checks import check_training
 from lightopd.prompts.render import RenderedPrompts, render_prompts
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import (

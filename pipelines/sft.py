@@ -29,9 +29,10 @@ from lightopd.pipelines.sampling.sample import (
     sampling_figures,
 )
 from lightopd.pipelines.shared.model_card import write_model_card
-from lightopd.pipelines.shared.preflight import check_dense_answers, check_head_holds, check_training
+from lightopd.pipelines.shared.preflight import check_dense_answers, check_head_holds
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
+from lightopd.pipelines.shared.training_checks import check_training
 from lightopd.prompts.tokens import identified_tokenizer, stop_ids
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import PrecomputeConfig, SftConfig

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightopd.cache.buckets.mirroring import folder_of
 from lightopd.cache.manifests import orphaned_signals, signal_names
 from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
@@ -22,9 +23,9 @@ from lightopd.objectives.preparation.serving import check_cache, teachers_of
 from lightopd.objectives.requirements import needs, needs_on
 from lightopd.pipelines.shared.gap import suggestion
 from lightopd.pipelines.shared.model_card import scored_by, write_model_card
-from lightopd.pipelines.shared.preflight import check_training
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import leave_unless, save_config, writing
+from lightopd.pipelines.shared.training_checks import check_training
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.ranks import is_main
 from lightopd.schemas.configs import TrainConfig
@@ -86,7 +87,8 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
 
 def _signals_there(config: TrainConfig) -> list[str]:
     """Signals the objective reads and the cache has, whole or not; another one may still be in the making."""
-    there = {*signal_names(config.cache), *orphaned_signals(config.cache)}
+    folder = folder_of(config.cache)
+    there = {*signal_names(folder), *orphaned_signals(folder)}
     return [name for name in needs(config.objective).signals if name in there]
 
 

@@ -89,7 +89,11 @@ class SharingConfig(StrictModel):
     """How processes share the shards of one cache."""
 
     replicas: int = Field(1, ge=1)
-    """Processes that this command starts on this machine, each with an engine of its own."""
+    """Processes that this command starts, each with an engine of its own."""
+    execution: Literal["local", "ray"] = "local"
+    """Where: on this machine, or as actors of the Ray cluster at `RAY_ADDRESS` (extra `ray`)."""
+    cpus: int = Field(1, ge=1)
+    """With `execution: ray`, cores that are set aside for each: the threads of an engine on a CPU."""
     exclusive: bool = False
     """Refuse a cache that another process is writing; otherwise its shards are shared with it."""
     lease_s: float = Field(120.0, ge=0.2, le=86_400.0)
@@ -99,6 +103,15 @@ class SharingConfig(StrictModel):
     def _replicas_share(self) -> "SharingConfig":
         if self.exclusive and self.replicas > 1:
             raise ValueError("exclusive refuses every other process, and replicas are several; leave one out")
+        if self.exclusive and self.execution == "ray":
+            raise ValueError(
+                "exclusive refuses every other process, and Ray's actors are others; leave one out"
+            )
+        if self.cpus > 1 and self.execution == "local":
+            raise ValueError(
+                f"cpus is {self.cpus}, what Ray sets aside, and execution is local; leave it out, or set "
+                "execution to ray"
+            )
         return self
 
 

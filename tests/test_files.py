@@ -17,8 +17,9 @@ from lightopd.cache.index import build_index
 from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import marker_path, shard_path
 from lightopd.errors import OutputError
-from lightopd.files import output_error, put_folder, write_atomically
+from lightopd.files import output_error, own_suffix, put_folder, write_atomically
 from lightopd.lineage.fingerprint import write_student_lineage
+from lightopd.processes import this_machine
 from lightopd.schemas.manifest import CACHE_MANIFEST, STUDENT_LINEAGE, SftLineage, StudentLineage
 
 
@@ -133,13 +134,34 @@ def test_a_full_disk_is_known_from_the_words_of_a_library_too(tmp_path):
 def test_what_killed_processes_left_of_a_shared_file_goes_with_the_next_write(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = socket.gethostname()
-    left = [tmp_path / f".a.json.{host}.{ended.pid}.tmp{end}" for end in ("", ".wal")]
+    here = own_suffix().removesuffix(f".{os.getpid()}")
+    left = [tmp_path / f".a.json{here}.{ended.pid}.tmp{end}" for end in ("", ".wal")]
     others = [
-        tmp_path / f".a.json.{host}.{os.getppid()}.tmp",
-        tmp_path / f".a.json.elsewhere.{ended.pid}.tmp",
+        tmp_path / f".a.json{here}.{os.getppid()}.tmp",
+        tmp_path / f".a.json.{socket.gethostname()}.0123456789abcdef.{ended.pid}.tmp",
+        tmp_path / f".a.json.elsewhere.{this_machine()}.{ended.pid}.tmp",
     ]
     for path in left + others:
         path.touch()
     write_atomically(tmp_path / "a.json", b"{}", shared=True)
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "a.json"])
+
+
+def test_what_a_container_with_the_same_host_name_is_writing_stays(tmp_path):
+    """Another process namespace, in which numbers of processes mean other processes."""
+    write = "import sys, lightopd.files as f; open(sys.argv[1] + f.own_suffix() + '.tmp', 'x').close()"
+    words = ["unshare", "--pid", "--fork", sys.executable, "-P", "-c", write, str(tmp_path / ".a.json")]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if "unshare failed" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.iterdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    live = written.with_name(written.name.replace(".1.tmp", f".{ended.pid}.tmp"))
+    written.rename(live)
+    write_atomically(tmp_path / "a.json", b"{}", shared=True)
+    assert live.exists()

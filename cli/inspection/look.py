@@ -10,7 +10,7 @@ from lightopd.cli.output import say
 if TYPE_CHECKING:
     from lightopd.inspection.opened import OpenedCache
 
-CacheFolder = Annotated[Path, typer.Argument(help="Cache folder.")]
+CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, or a URL such as s3://bucket/cache.")]
 Runs = Annotated[
     list[Path] | None,
     typer.Option("--run", help="Folder of a run trained on the cache, for the table metrics; repeatable."),

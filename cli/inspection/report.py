@@ -11,7 +11,7 @@ from lightopd.cli.output import say
 
 
 def report(
-    cache: Annotated[Path, typer.Argument(help="Cache folder, or the folder of a run.")],
+    cache: Annotated[Path, typer.Argument(help="Cache folder or URL, or the folder of a run.")],
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Folders of runs trained on it, to be shown side by side.")
     ] = None,

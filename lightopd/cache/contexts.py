@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
+from lightopd.cache.buckets.mirrors import size_of
 from lightopd.cache.manifests import read_manifest
 from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import AGAIN, WRITE_OPTIONS, read_content, read_marker, shard_path
@@ -164,7 +165,9 @@ def text_shards(cache: Cache, name: str) -> tuple[Path, ...]:
     return tuple(
         shard_path(text_folder(Path(), name), shard)
         for shard, marker in markers.items()
-        if marker is not None and marker.fingerprint == fingerprint and shard_path(folder, shard).is_file()
+        if marker is not None
+        and marker.fingerprint == fingerprint
+        and size_of(shard_path(folder, shard)) is not None
     )
 
 

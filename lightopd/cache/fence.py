@@ -8,6 +8,12 @@ from typing import Any
 
 import fsspec
 
+from lightopd.cache.buckets.bucket import PIECE_BYTES
+from lightopd.cache.buckets.mirrors import MIRROR, Mirror, mirror_of, size_of, when_here
+from lightopd.cache.buckets.ranges import BLOCK_BYTES, Ranges
+from lightopd.cache.shards import read_marker
+from lightopd.errors import CacheError
+
 
 class ThreadedFile:
     """A file for reading in which every thread has a position of its own.
@@ -20,6 +26,9 @@ class ThreadedFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self._descriptor).st_size
         self._own = threading.local()
+
+    def _part(self, size: int, position: int) -> bytes:
+        return os.pread(self._descriptor, size, position)
 
     def tell(self) -> int:
         """Position of the calling thread, bytes from the beginning."""
@@ -36,7 +45,7 @@ class ThreadedFile:
         position = self.tell()
         wanted = self._size - position if size < 0 else size
         parts = []
-        while wanted > 0 and (part := os.pread(self._descriptor, wanted, position)):
+        while wanted > 0 and (part := self._part(wanted, position)):
             parts.append(part)
             position, wanted = position + len(part), wanted - len(part)
         self._own.position = position
@@ -49,15 +58,50 @@ class ThreadedFile:
             self._descriptor = -1
 
 
+class AwayFile(ThreadedFile):
+    """A shard that is not here yet: its end comes alone, its rows with all of it, or, if large, by ranges."""
+
+    def __init__(self, path: Path, mirror: Mirror, ranges: Ranges, whole_bytes: int) -> None:
+        self._path, self._name, self._ranges = path, mirror.name_of(path), ranges
+        self._size, self._own, self._descriptor = mirror.sizes[self._name], threading.local(), -1
+        self._is_small, self._lock = self._size <= whole_bytes, threading.Lock()
+
+    def _part(self, size: int, position: int) -> bytes:
+        if position >= self._size:
+            return b""
+        if not self._is_small or position >= self._size - BLOCK_BYTES:
+            return self._ranges.read(self._name, position, min(size, self._size - position))
+        with self._lock:
+            if self._descriptor < 0:
+                self._descriptor = _fetched(self._path)
+        return os.pread(self._descriptor, size, position)
+
+
+def _fetched(path: Path) -> int:
+    """Descriptor of a shard that was fetched and compared with its marker."""
+    marker = read_marker(path.parent, int(path.stem.removeprefix("part-")))
+    if marker is None:
+        raise CacheError(f"{path} has no valid marker")
+    return when_here(path, marker.sha256, lambda: os.open(path, os.O_RDONLY))
+
+
 class ReadOnlyFolder(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """`cache://`: files below one folder, for reading; links that lead out of it are refused."""
+    """`cache://`: files below one folder, for reading; links that lead out of it are refused.
+
+    Args:
+        root: the folder, or the mirror of a URL, whose shards are there as well.
+        whole_bytes: size up to which a shard at a URL comes whole.
+    """
 
     protocol = "cache"
     cachable = False
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, whole_bytes: int = PIECE_BYTES) -> None:
         super().__init__()
         self.root: Path = root.resolve()
+        self._whole_bytes = whole_bytes
+        self._mirror = mirror_of(self.root)
+        self.ranges = None if self._mirror is None else Ranges(self._mirror)
 
     def _inside(self, path: str) -> Path:
         inner: str = self._strip_protocol(path)
@@ -68,7 +112,10 @@ class ReadOnlyFolder(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     def _entry(self, path: Path) -> dict[str, Any]:
         kind = "directory" if path.is_dir() else "file"
-        return {"name": str(path.relative_to(self.root)), "size": path.stat().st_size, "type": kind}
+        size_bytes = path.stat().st_size if kind == "directory" else size_of(path)
+        if size_bytes is None:
+            raise FileNotFoundError(path)
+        return {"name": str(path.relative_to(self.root)), "size": size_bytes, "type": kind}
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         found = self._inside(path)
@@ -79,12 +126,21 @@ class ReadOnlyFolder(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return self._entry(self._inside(path))
 
     def exists(self, path: str, **_: Any) -> bool:
-        return self._inside(path).exists()
+        found = self._inside(path)
+        return found.is_dir() or size_of(found) is not None
 
     def modified(self, path: str) -> datetime:
-        return datetime.fromtimestamp(self._inside(path).stat().st_mtime, UTC)
+        found = self._inside(path)
+        known = found if self._mirror is None else self._mirror.folder / MIRROR
+        return datetime.fromtimestamp(known.stat().st_mtime, UTC)
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode != "rb":
             raise PermissionError("a cache is opened for reading only")
-        return ThreadedFile(self._inside(path))
+        found = self._inside(path)
+        try:
+            return ThreadedFile(found)
+        except FileNotFoundError:
+            if self._mirror is None or self.ranges is None or size_of(found) is None:
+                raise
+            return AwayFile(found, self._mirror, self.ranges, self._whole_bytes)

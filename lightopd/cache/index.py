@@ -14,7 +14,7 @@ import logging
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.resources import files
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
+from lightopd.cache.buckets.mirrors import mirror_of
 from lightopd.cache.contexts import open_text, text_folder, text_names, text_shards
 from lightopd.cache.fence import ReadOnlyFolder
 from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
@@ -32,7 +33,7 @@ from lightopd.cache.store import Cache, Signal, open_cache
 from lightopd.errors import CacheError, ConfigError, LightopdError
 from lightopd.files import output_error, write_atomically
 from lightopd.schemas.base import StrictModel
-from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of, signal_columns
+from lightopd.schemas.cache import ROLLOUTS, SIGNALS, schema_of
 from lightopd.schemas.manifest import (
     CACHE_MANIFEST,
     SIGNAL_MANIFEST,
@@ -129,6 +130,8 @@ def refresh_index(cache: Cache | Path) -> None:
         cache: opened with all its signals, or the folder of one that was not.
     """
     path = cache if isinstance(cache, Path) else cache.path
+    if mirror_of(path) is not None:  # it would speak of files that come and go
+        return
     try:
         build_index(open_cache(cache, incomplete=True) if isinstance(cache, Path) else cache)
     except (LightopdError, duckdb.Error) as error:
@@ -196,24 +199,16 @@ def connect(
 def make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str) -> None:
     """Create the raw views and tables, then those of views.sql; `prefix` stands before every path."""
     rollouts = [shard_path(rollouts_folder(Path()), index) for index in cache.shards]
-    signals = [
-        shard_path(signal_folder(Path(), name), index)
+    signals = {
+        name: [f"{prefix}{shard_path(signal_folder(Path(), name), index)}" for index in signal.shards]
         for name, signal in cache.signals.items()
-        for index in signal.shards
-    ]
+    }
     place = "regexp_extract(filename, 'part-(\\d+)', 1)::INTEGER AS shard, file_row_number AS row_in_shard"
     name = "regexp_extract(filename, 'signals/([^/]+)/', 1) AS signal"
     older = "".join(f", NULL::FLOAT[] AS {name}" for name in _newer_columns(cache))
-    _raw_view(connection, "raw_rollouts", [f"{prefix}{file}" for file in rollouts], place + older, ROLLOUTS)
-    _raw_view(
-        connection,
-        "raw_signals",
-        [f"{prefix}{file}" for file in signals],
-        f"{name}, {place}",
-        SIGNALS,
-        "union_by_name = true",
-        without=_hidden_names(cache),
-    )
+    shards = [[f"{prefix}{file}" for file in rollouts]]
+    _raw_view(connection, "raw_rollouts", shards, place + older, ROLLOUTS)
+    _raw_view(connection, "raw_signals", list(signals.values()), f"{name}, {place}", SIGNALS)
     _text_views(connection, cache, prefix, place)
     _table(
         connection,
@@ -225,12 +220,6 @@ def make_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str)
     connection.execute((files("lightopd.schemas") / "sql" / "views.sql").read_text())
 
 
-def _hidden_names(cache: Cache) -> list[str]:
-    """Columns of hidden states in the signals' files: bytes that no view shows."""
-    schemas = [signal_columns(each.manifest.hidden) for each in cache.signals.values() if each.shards]
-    return sorted({name for schema in schemas for name in schema.names} - set(SIGNALS.names))
-
-
 def _newer_columns(cache: Cache) -> list[str]:
     """Columns of rollouts that the cache's files are too old to have."""
     there = schema_of(Rollout, cache.manifest.schema_version).names if cache.shards else ROLLOUTS.names
@@ -239,33 +228,32 @@ def _newer_columns(cache: Cache) -> list[str]:
 
 def _text_views(connection: duckdb.DuckDBPyConnection, cache: Cache, prefix: str, place: str) -> None:
     """`raw_texts` over all text columns, `raw_branches` over those of branched rollouts."""
-    files: dict[str, list[str]] = {"raw_texts": [], "raw_branches": []}
+    files: dict[str, list[list[str]]] = {"raw_texts": [], "raw_branches": []}
     for name in text_names(cache.path):
         paths = [f"{prefix}{file}" for file in text_shards(cache, name)]
-        files["raw_texts"] += paths
+        files["raw_texts"].append(paths)
         if open_text(cache, name).branches is not None:
-            files["raw_branches"] += paths
+            files["raw_branches"].append(paths)
     column = "regexp_extract(filename, 'texts/([^/]+)/', 1) AS name"
     for view, schema in (("raw_texts", TEXTS), ("raw_branches", BRANCHES)):
-        _raw_view(connection, view, files[view], f"{column}, {place}", schema, "union_by_name = true")
+        _raw_view(connection, view, files[view], f"{column}, {place}", schema)
 
 
 def _raw_view(
     connection: duckdb.DuckDBPyConnection,
     name: str,
-    paths: list[str],
+    folders: list[list[str]],
     extra: str,
     schema: pa.Schema,
-    *options: str,
-    without: Sequence[str] = (),
 ) -> None:
-    """A view of the files' columns, but for some, and where each row lies; without files, no rows."""
-    if paths:
-        names = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-        given = ", ".join(("filename = true", "file_row_number = true", *options))
-        source = f"read_parquet([{names}], {given})"
-        hidden = ", ".join(("filename", "file_row_number", *without))
-        connection.execute(f"CREATE VIEW {name} AS SELECT * EXCLUDE ({hidden}), {extra} FROM {source}")
+    """A view of the columns that the schema names, and where each row lies; without files, no rows.
+
+    The shards of one folder have the columns of its first, so that no other is opened before it is read;
+    those of two folders may differ, and a column that one lacks is null there.
+    """
+    selects = [_select_from(paths, extra, schema) for paths in folders if paths]
+    if selects:
+        connection.execute(f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join(selects)}")
         return
     empty = schema.append(pa.field("filename", pa.string())).append(pa.field("file_row_number", pa.int64()))
     connection.register("empty_rows", empty.empty_table())
@@ -273,6 +261,13 @@ def _raw_view(
         f"CREATE TABLE {name} AS SELECT * EXCLUDE (filename, file_row_number), {extra} FROM empty_rows"
     )
     connection.unregister("empty_rows")
+
+
+def _select_from(paths: list[str], extra: str, schema: pa.Schema) -> str:
+    files = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    names = ", ".join(f"'{name}'" for name in schema.names)
+    source = f"read_parquet([{files}], filename = true, file_row_number = true)"
+    return f"SELECT COLUMNS(lambda name: name IN ({names})), {extra} FROM {source}"
 
 
 def _table(

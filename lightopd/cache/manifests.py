@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
@@ -34,6 +35,11 @@ PULLING = ".lightopd.pull"
 COPY_AGAIN = "copy the signal's folder again from where it was made, or score the signal again"
 
 Manifest = TypeVar("Manifest", CacheManifest, SignalManifest, TextManifest)
+
+
+def head_path(cache: Path, sha256: str) -> Path:
+    """File of a head in a cache folder."""
+    return cache / HEADS / f"{sha256}.safetensors"
 
 
 def rollouts_folder(path: Path) -> Path:

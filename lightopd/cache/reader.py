@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lightopd.cache.buckets.mirrors import bring
 from lightopd.cache.manifests import signal_folder
 from lightopd.cache.row_checks import refuse_faults, rollout_faults, score_faults
-from lightopd.cache.shards import read_table, shard_path
+from lightopd.cache.shards import read_marker, read_table, shard_path
 from lightopd.cache.signals.channels import HiddenColumns, hidden_columns, read_channels
 from lightopd.cache.signals.hidden_checks import hidden_faults
 from lightopd.cache.signals.horizon import scored_offsets, scored_tokens, spread
@@ -211,13 +212,15 @@ def speaks_of(cache: Cache, signal: str, shard: int) -> bool:
     """
     files = shard_path(signal_folder(cache.path, signal), shard), cache.file(shard)
     try:
-        own, theirs = (_ids_in(file) for file in files)
-    except (OSError, pa.ArrowException):
+        own, theirs = (_ids_in(file, shard) for file in files)
+    except (OSError, pa.ArrowException, CacheError):
         return False
     return own == theirs
 
 
-def _ids_in(file: Path) -> list[str]:
+def _ids_in(file: Path, shard: int) -> list[str]:
+    if (marker := read_marker(file.parent, shard)) is not None:
+        bring(file, marker.sha256)
     with pq.ParquetFile(file, page_checksum_verification=True) as opened:
         names: list[str] = opened.read(["rollout_id"]).column(0).to_pylist()
     return names

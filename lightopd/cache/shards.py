@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightopd.cache.buckets.mirrors import forget, mirror_of, size_of, when_here
 from lightopd.cache.checks.seals import sealed, unsealed
 from lightopd.errors import CacheError
 from lightopd.files import file_sha256, put_if_absent, write_atomically
@@ -67,6 +68,37 @@ AGAIN = (
 """What to do about a file that is not the shard it should be."""
 
 
+class Place(Protocol):
+    """Where the shards of several writers lie: on a disk, or at a URL that a folder stands for."""
+
+    def put_if_absent(self, path: Path, content: Any) -> bool:
+        """Put a file in place whole, unless one of its name is there; whether the content is there now."""
+
+    def read(self, path: Path) -> bytes:
+        """Content of a file that is there.
+
+        Raises:
+            FileNotFoundError: someone removed it.
+        """
+
+    def replace(self, path: Path, content: Any) -> None:
+        """Put a file in place whole, whatever is there."""
+
+
+class _Disk:
+    def put_if_absent(self, path: Path, content: Any) -> bool:
+        return put_if_absent(path, content)
+
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def replace(self, path: Path, content: Any) -> None:
+        write_atomically(path, content, shared=True)
+
+
+ON_DISK = _Disk()
+
+
 def shard_path(folder: Path, index: int) -> Path:
     """Parquet file of shard `index`."""
     return folder / f"part-{index:05d}.parquet"
@@ -116,6 +148,7 @@ def put_shard(
     kind: str,
     fingerprint: str,
     made_from: CacheManifest | SignalManifest | None = None,
+    place: Place = ON_DISK,
 ) -> ShardMarker:
     """Write a shard that other processes may be writing too: the first whole file stays, whoever made it.
 
@@ -129,6 +162,7 @@ def put_shard(
         kind: `rollouts` or `signals/<name>`; stored in the file.
         fingerprint: of the manifest that the shard belongs to; stored in file and marker.
         made_from: the manifest that the shard belongs to, which the marker keeps.
+        place: where the folder's files lie.
 
     Returns:
         The marker that is there.
@@ -139,16 +173,16 @@ def put_shard(
     """
     folder.mkdir(parents=True, exist_ok=True)
     content, file = shard_bytes(table, kind=kind, fingerprint=fingerprint), shard_path(folder, index)
-    if not put_if_absent(file, content) and (there := file.read_bytes()) != content:
+    if not place.put_if_absent(file, content) and (there := place.read(file)) != content:
         found = _whole_table(there, table, kind, fingerprint)
         if found is None:  # left by another run's settings, or by a disk that lost bytes
-            write_atomically(file, content, shared=True)
+            place.replace(file, content)
         else:
             table, content = found, there
     marker = _marker(index, table, content, fingerprint, None, made_from)
-    if put_if_absent(marker_path(folder, index), _marker_bytes(marker)):
+    if place.put_if_absent(marker_path(folder, index), _marker_bytes(marker)):
         return marker
-    return read_marker(folder, index) or marker
+    return marker_of(place.read(marker_path(folder, index))) or marker
 
 
 def _whole_table(content: bytes, wanted: pa.Table, kind: str, fingerprint: str) -> pa.Table | None:
@@ -213,16 +247,16 @@ def why_invalid(folder: Path, index: int, fingerprint: str) -> str | None:
     """What is wrong with a shard, in words; None when marker, size, SHA-256 and fingerprint all hold."""
     marker = read_marker(folder, index)
     path = shard_path(folder, index)
+    size_bytes = size_of(path)
     if marker is None:
         return "it has no readable marker"
-    if not path.is_file():
+    if size_bytes is None:
         return "its Parquet file is missing"
     if marker.fingerprint != fingerprint:
         return f"it was made under fingerprint {marker.fingerprint[:12]}, not {fingerprint[:12]}"
-    size_bytes = path.stat().st_size
     if size_bytes != marker.size_bytes:
         return f"it has {size_bytes} bytes, its marker says {marker.size_bytes}"
-    if file_sha256(path) != marker.sha256:
+    if mirror_of(path) is None and file_sha256(path) != marker.sha256:  # a mirror's is compared as it comes
         return "its SHA-256 is not the one in its marker"
     return None
 
@@ -249,13 +283,18 @@ def read_content(path: Path, marker: ShardMarker) -> pa.Buffer:
     Raises:
         CacheError: the file cannot be read, or is not the one that the marker speaks of.
     """
-    try:
+
+    def content_here() -> pa.Buffer:
         with pa.OSFile(str(path)) as file:
-            content = file.read_buffer()
+            return file.read_buffer()
+
+    try:
+        content = when_here(path, marker.sha256, content_here)
     except OSError as error:
         raise CacheError(f"{path} cannot be read ({error.strerror or error}); {AGAIN}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != marker.sha256:
+        forget(path)
         raise CacheError(f"{path} has SHA-256 {found[:12]}, its marker says {marker.sha256[:12]}; {AGAIN}")
     return content
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightopd.cache.buckets.mirroring import folder_of
+from lightopd.cache.buckets.mirrors import size_of
 from lightopd.cache.checks.seals import sealed
 from lightopd.cache.manifests import (
     Manifest,
@@ -26,7 +28,7 @@ from lightopd.cache.manifests import (
 )
 from lightopd.cache.shards import marker_path, read_marker, shard_path
 from lightopd.errors import CacheError, OutputError
-from lightopd.files import looks_like_url, streams_in, write_atomically
+from lightopd.files import streams_in, write_atomically
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import Horizon
 from lightopd.schemas.manifest import (
@@ -149,7 +151,7 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
     """Read a cache's manifests and markers, and refuse what is not whole.
 
     Args:
-        path: the cache folder.
+        path: the cache folder, or the URL of a cache, which is read where it lies.
         signals: names to load; None loads every signal in the folder.
         incomplete: accept missing shards, as a stage that is about to make them does.
 
@@ -157,10 +159,7 @@ def open_cache(path: Path, *, signals: Sequence[str] | None = None, incomplete: 
         CacheError: not a cache, newer schema version, broken JSON, a signal that is not there, a shard that
             is missing, has another size than its marker says or was made under other settings.
     """
-    if url := looks_like_url(path):
-        raise CacheError(
-            f"{url} is a URL, and a cache is read from a folder: `lightopd pull {url} CACHE`, then name CACHE"
-        )
+    path = folder_of(path)
     if streams := streams_of(path):
         raise CacheError(streams[0])
     if not (path / CACHE_MANIFEST).is_file():
@@ -261,7 +260,7 @@ def _checked_marker(folder: Path, index: int, fingerprint: str) -> ShardMarker:
         raise CacheError(f"{marker_path(folder, index)} is not a valid marker; {again}")
     if marker.fingerprint != fingerprint:
         raise CacheError(f"{file} was made under other settings than its manifest says; {again}")
-    size_bytes = file.stat().st_size if file.is_file() else None
+    size_bytes = size_of(file)
     if size_bytes is None:
         raise CacheError(f"{file} is missing but has a marker; {again}")
     if size_bytes != marker.size_bytes:

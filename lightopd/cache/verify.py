@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
+from lightopd.cache.buckets.mirroring import folder_of
+from lightopd.cache.buckets.mirrors import files_in, size_of
 from lightopd.cache.checks.findings import Finding, Mending
 from lightopd.cache.checks.markers import copied_shards, row_count_faults, shard_fault
 from lightopd.cache.checks.order import order_faults
 from lightopd.cache.checks.seals import is_changed
 from lightopd.cache.checks.stale_index import index_fault
-from lightopd.cache.contexts import CONTEXTS, read_contexts, read_texts, text_folder, text_names
+from lightopd.cache.contexts import CONTEXTS, open_text, read_contexts, read_texts, text_folder, text_names
 from lightopd.cache.index import INDEX
 from lightopd.cache.manifests import (
     differing,
@@ -37,7 +39,13 @@ from lightopd.cache.store import open_cache, row_count_fault, streams_of
 from lightopd.errors import CacheError, LineageError
 from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, signal_columns
-from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
+from lightopd.schemas.manifest import (
+    CACHE_MANIFEST,
+    SIGNAL_MANIFEST,
+    TEXT_MANIFEST,
+    CacheManifest,
+    SignalManifest,
+)
 
 if TYPE_CHECKING:
     from lightopd.cache.signals.rebuilt import Rebuilder
@@ -67,6 +75,7 @@ def verify(path: Path) -> list[Finding]:
     Raises:
         CacheError: the folder is not a cache.
     """
+    path = folder_of(path)
     if streams := streams_of(path):
         return [Finding(str(path), None, stream) for stream in streams]
     if not (path / CACHE_MANIFEST).is_file():
@@ -162,7 +171,8 @@ def _context_findings(path: Path, signal: SignalManifest) -> Iterator[Finding]:
     try:
         read_contexts(folder, signal.context)
     except CacheError as error:
-        yield Finding(str((folder / CONTEXTS).relative_to(path)), None, str(error))
+        file = str((folder / CONTEXTS).relative_to(path))
+        yield Finding(file, None, str(error).removeprefix(f"{folder / CONTEXTS} "), Mending.ASIDE)
 
 
 def _shape_findings(path: Path, manifest: CacheManifest, signal: SignalManifest) -> Iterator[Finding]:
@@ -174,7 +184,7 @@ def _shape_findings(path: Path, manifest: CacheManifest, signal: SignalManifest)
         read_shape(folder, signal.tail_shape, manifest.vocabulary_size)
     except CacheError as error:
         what = str(error).removeprefix(str(file)).lstrip(": ")
-        yield Finding(str(file.relative_to(path)), None, what)
+        yield Finding(str(file.relative_to(path)), None, what, Mending.ASIDE)
 
 
 def _rebuilders(
@@ -190,12 +200,12 @@ def _rebuilders(
             rebuilders[signal.name] = rebuilder_of(path, signal, manifest.vocabulary_size)
         except CacheError as error:
             file, _, what = str(error).removeprefix(f"{path}/").partition(" ")
-            findings.append(Finding(file.rstrip(":"), None, what))
+            findings.append(Finding(file.rstrip(":"), None, what, Mending.ASIDE))
     return rebuilders, findings
 
 
 def _text_findings(path: Path) -> Iterator[Finding]:
-    """Text columns that cannot be read beside the rollouts, one finding for each."""
+    """Shards of text columns that cannot be read beside the rollouts; of a bad manifest, one finding."""
     names = text_names(path)
     try:
         cache = open_cache(path, signals=()) if names else None
@@ -204,10 +214,17 @@ def _text_findings(path: Path) -> Iterator[Finding]:
     for name in names if cache else ():
         assert cache is not None, "there are names"
         try:
-            for shard in cache.shards:
-                read_texts(cache, name, shard)
+            open_text(cache, name)
         except CacheError as error:
-            yield Finding(str(text_folder(path, name).relative_to(path)), None, str(error))
+            yield Finding(str((text_folder(path, name) / TEXT_MANIFEST).relative_to(path)), None, str(error))
+            continue
+        for shard in cache.shards:
+            file = shard_path(text_folder(path, name), shard)
+            try:
+                read_texts(cache, name, shard)
+            except CacheError as error:
+                what = str(error).removeprefix(str(file)).lstrip(": ")
+                yield Finding(str(file.relative_to(path)), None, what, Mending.AFTER_ROLLOUTS)
 
 
 def _changed_manifest(path: Path, file: Path, manifest: CacheManifest | SignalManifest) -> Finding | None:
@@ -255,7 +272,7 @@ def _stray_shards(path: Path, manifest: CacheManifest, signals: list[SignalManif
     for folder in folders:
         indices = range(manifest.num_shards)
         known = {made(folder, index) for made in (shard_path, marker_path) for index in indices}
-        there = {*folder.glob("part-*"), *folder.glob("*.parquet")} - {folder / CONTEXTS}
+        there = {*files_in(folder, "part-*"), *files_in(folder, "*.parquet")} - {folder / CONTEXTS}
         for file in sorted(there - known):
             what = f"it is not one of the cache's {manifest.num_shards} shards; delete it"
             yield Finding(str(file.relative_to(path)), None, what, Mending.ASIDE)
@@ -311,7 +328,7 @@ def _load(path: Path, part: _Part, index: int) -> tuple[pa.Table | None, list[Fi
     """A shard's table, or None and the reasons why it cannot be looked into."""
     file, marker = shard_path(part.folder, index), read_marker(part.folder, index)
     name = str(file.relative_to(path))
-    if not file.exists() and not marker_path(part.folder, index).exists():
+    if size_of(file) is None and not marker_path(part.folder, index).exists():
         what = "the shard is missing; run the stage that makes it again"
         return None, [Finding(name, None, what, Mending.STAGE)]
     reason = shard_fault(part.folder, index, part.manifest)

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.buckets.mirroring import folder_of
 from lightopd.cache.index import VIEWS
 from lightopd.cache.signals.tail_shape import shape_of
 from lightopd.cache.store import Cache
 from lightopd.cache.store import open_cache as open_folder
 from lightopd.errors import ConfigError
+from lightopd.files import looks_like_url
 from lightopd.inspection.queries import named_query
 from lightopd.inspection.result import Result
 from lightopd.inspection.rollout import RolloutView, read_rollout
@@ -42,7 +44,10 @@ class OpenedCache:
     def __init__(
         self, path: Path, runs: Sequence[Path] = (), tokenizer: Path | None = None, limits: Limits = NO_LIMITS
     ) -> None:
-        self.path = path
+        self._place = path
+        self.url = looks_like_url(path)
+        """Where the cache lies, if in no folder; `path` is its mirror then."""
+        self.path = folder_of(path)
         self.limits = limits
         self._run_folders = tuple(runs)
         self._tokenizer = tokenizer
@@ -52,7 +57,7 @@ class OpenedCache:
     @property
     def cache(self) -> Cache:
         """Manifests and markers as they are now."""
-        return open_folder(self.path, incomplete=True)
+        return open_folder(self._place, incomplete=True)
 
     @property
     def runs(self) -> list[TrainedRun]:
@@ -162,8 +167,8 @@ class OpenedCache:
         cache = self.cache
         signals = ", ".join(cache.signals) or "none"
         return (
-            f"cache {self.path}: {cache.num_rollouts:,} rollouts, {cache.num_tokens:,} response tokens, "
-            f"signals: {signals}"
+            f"cache {self.url or self.path}: {cache.num_rollouts:,} rollouts, "
+            f"{cache.num_tokens:,} response tokens, signals: {signals}"
         )
 
 
@@ -176,7 +181,7 @@ def open_cache(
     """Open a cache to look at it.
 
     Args:
-        path: cache folder.
+        path: cache folder, or a URL such as `s3://bucket/cache`.
         runs: `--out` folders of runs trained on it; their steps are the table `metrics`.
         tokenizer: folder with its tokenizer.json; None looks in the models that the manifests name.
         limits: time and memory that a query may take.

@@ -10,6 +10,7 @@ import pyarrow as pa
 import yaml
 
 from lightopd.errors import InputError
+from lightopd.files import looks_like_url
 from lightopd.schemas.manifest import CACHE_MANIFEST
 from lightopd.training.measures.metrics_rows import read_metrics
 
@@ -70,7 +71,7 @@ def find_cache(folder: Path) -> tuple[Path, list[Path]]:
     places = _trained_in(folder)
     caches = [folder / "cache", *(Path(str(_settings(place).get("cache"))) for place in reversed(places))]
     for cache in caches:
-        if (cache / CACHE_MANIFEST).is_file():
+        if (cache / CACHE_MANIFEST).is_file() or looks_like_url(cache):
             return cache, [folder] if places else []
     if not places:
         raise InputError(

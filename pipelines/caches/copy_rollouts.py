@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lightopd.cache.buckets.mirrors import bring
 from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import marker_path, shard_path, valid_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
@@ -23,8 +24,10 @@ def copy_rollouts(source: Cache, path: Path) -> Cache:
     for shard in source.shards:
         if valid_shard(new, shard, fingerprint) is not None:
             continue
-        if valid_shard(old, shard, fingerprint) is None:
+        marker = valid_shard(old, shard, fingerprint)
+        if marker is None:
             raise CacheError(f"{shard_path(old, shard)} does not match its checksum; copy or make it again")
+        bring(shard_path(old, shard), marker.sha256)
         for file in (shard_path, marker_path):
             write_atomically(file(new, shard), file(old, shard).read_bytes())
         if valid_shard(new, shard, fingerprint) is None:

@@ -8,6 +8,7 @@ from lightopd.cache.buckets.at_once import at_once
 from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import is_small, manifest_of
 from lightopd.cache.buckets.remote import RemotePart, parsed_marker, remote_parts
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.manifests import PULLING, read_manifest
 from lightopd.cache.shards import marker_path, read_marker, shard_path, valid_shard
 from lightopd.cache.store import open_cache
@@ -44,6 +45,9 @@ def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | N
         if not (cache / CACHE_MANIFEST).exists():
             write_atomically(cache / PULLING, f"{bucket.url}\n".encode())
         fetched = _fetch_shards(bucket, cache, parts)
+        for name in there:
+            if PurePosixPath(name).parent.name == HEADS:
+                _fetch_head(bucket, cache, name, there[name])
         _fetch_small(bucket, cache, parts, there)
         for part in reversed(parts):
             write_atomically(cache / manifest_of(part.folder), part.manifest)
@@ -94,18 +98,31 @@ def _fetch(bucket: Bucket, cache: Path, part: RemotePart, index: int) -> int | N
             f"{shard_path(folder, index)} has the settings of {bucket.url} and other bytes; "
             "name another folder"
         )
-
-    def check(path: Path) -> None:
-        found = file_sha256(path)
-        if found != marker.sha256:
-            raise CacheError(
-                f"{bucket.url}/{part.shard(index)} has SHA-256 {found[:12]}, its marker says "
-                f"{marker.sha256[:12]}; delete the object and push the cache again"
-            )
-
-    bucket.download(part.shard(index), marker.size_bytes, shard_path(folder, index), check)
+    name = part.shard(index)
+    bucket.download(
+        name,
+        marker.size_bytes,
+        shard_path(folder, index),
+        lambda came: _refuse_other(bucket, name, came, marker.sha256),
+    )
     write_atomically(marker_path(folder, index), content or b"")
     return marker.size_bytes
+
+
+def _fetch_head(bucket: Bucket, cache: Path, name: str, size_bytes: int) -> None:
+    path = cache / name
+    if path.is_file() and file_sha256(path) == path.stem:
+        return
+    bucket.download(name, size_bytes, path, lambda part: _refuse_other(bucket, name, part, path.stem))
+
+
+def _refuse_other(bucket: Bucket, name: str, came: Path, wanted: str) -> None:
+    found = file_sha256(came)
+    if found != wanted:
+        raise CacheError(
+            f"{bucket.url}/{name} has SHA-256 {found[:12]}, not {wanted[:12]}; delete the object and push "
+            "the cache again"
+        )
 
 
 def _fetch_small(bucket: Bucket, cache: Path, parts: Sequence[RemotePart], there: Mapping[str, int]) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lightopd.cache.buckets.at_once import at_once
 from lightopd.cache.buckets.bucket import Bucket
-from lightopd.cache.buckets.layout import RECORD, Part, parts_of, small_files
+from lightopd.cache.buckets.layout import RECORD, Part, heads_of, parts_of, small_files
 from lightopd.cache.buckets.remote import remote_fingerprint
 from lightopd.cache.shards import AGAIN, marker_of
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, OutputError
-from lightopd.files import file_sha256
+from lightopd.files import file_sha256, looks_like_url
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report
 from lightopd.schemas.manifest import ShardMarker
@@ -47,6 +47,8 @@ def push(cache: Path, url: str, config: BucketConfig, signals: Sequence[str] | N
         ConfigError: a URL or an option that no store takes.
     """
     started_s = time.monotonic()
+    if source := looks_like_url(cache):
+        raise CacheError(f"{source} is a URL, and a folder is sent: `lightopd pull {source} CACHE` first")
     opened = open_cache(cache, signals=signals)
     parts = parts_of(opened)
     bucket = Bucket(url, config, is_made=True)
@@ -64,6 +66,8 @@ def push(cache: Path, url: str, config: BucketConfig, signals: Sequence[str] | N
     for one, tokens in at_once(config.jobs, send, shards):
         sent = sent.plus(one)
         progress.advance(tokens, is_own=bool(one.shards))
+    for name in heads_of(cache):
+        _send_head(bucket, cache, name, there)
     _send_small(bucket, cache, parts, there)
     for part in reversed(parts):  # the cache's own manifest is the last object of all
         _finish(bucket, cache, part)
@@ -125,6 +129,15 @@ def _send_small(bucket: Bucket, cache: Path, parts: Sequence[Part], there: Mappi
 
     for _ in at_once(bucket.config.jobs, send, small_files(cache, [part.folder for part in parts])):
         pass
+
+
+def _send_head(bucket: Bucket, cache: Path, name: str, there: Mapping[str, int]) -> None:
+    file = cache / name
+    if there.get(name) == file.stat().st_size:
+        return
+    if file_sha256(file) != file.stem:
+        raise CacheError(f"{file} is not the head that its name says; {AGAIN}")
+    bucket.put(name, file)
 
 
 def _finish(bucket: Bucket, cache: Path, part: Part) -> None:

@@ -1,6 +1,5 @@
 """What a later moment of a stage would refuse, refused before anything is paid for; no weights are read."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,34 +7,9 @@ from lightopd.errors import ConfigError, InputError, LineageError
 from lightopd.lineage.checks import check_tokenizer
 from lightopd.lineage.fingerprint import declared_teacher
 from lightopd.models.limits import ModelLimits, model_limits
-from lightopd.objectives.requirements import needs
 from lightopd.prompts.tokens import identified_tokenizer
 from lightopd.schemas.configs import Allowed, ModelConfig, PrecomputeConfig, SftConfig
-from lightopd.schemas.finetune import FinetuneConfig
 from lightopd.schemas.manifest import Override, SftLineage, TokenizerFingerprint
-from lightopd.schemas.objectives.objective import ObjectiveConfig
-from lightopd.training.data.plan import check_share
-from lightopd.training.distributed.launch import must_start
-from lightopd.training.distributed.strategies import check_strategy
-from lightopd.training.jumps import check_held_out_scores
-from lightopd.training.loggers import check_loggers
-from lightopd.training.privacy.limits import check_privacy
-
-
-def check_training(finetune: FinetuneConfig, objective: ObjectiveConfig, *, asks_student: bool) -> None:
-    """Refuse a batch, devices, strategy, loggers and adapters that cannot work here.
-
-    Raises:
-        ConfigError: see the message.
-    """
-    check_share(finetune.batch_sequences, finetune.devices * finetune.nodes)
-    must_start(finetune)
-    check_strategy(finetune, asks_student=asks_student)
-    check_held_out_scores(objective, finetune)
-    check_privacy(objective, needs(objective), finetune)
-    check_loggers(finetune.loggers)
-    if finetune.adapter is not None and importlib.util.find_spec("peft") is None:
-        raise ConfigError("adapter needs peft, which is not installed: pip install 'lightopd[adapters]'")
 
 
 def said_now(recorded: SftLineage, declared: str | None, stage: str) -> SftLineage | None:

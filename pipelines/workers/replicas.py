@@ -5,51 +5,31 @@ far they are together, ends them when it is stopped, and reports once.
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightopd import errors
 from lightopd.config import as_yaml
-from lightopd.errors import ConfigError, EngineError, LightopdError
-from lightopd.pipelines.shared.progress import StageProgress
-from lightopd.pipelines.shared.reports import Report, report_of, save_report
+from lightopd.errors import ConfigError
+from lightopd.pipelines.shared.reports import Report
+from lightopd.pipelines.workers.replica import (
+    GRACE_S,
+    POLL_S,
+    JointProgress,
+    Outcome,
+    Replica,
+    joint_report,
+    outcome_of,
+    start_replica,
+)
 from lightopd.schemas.configs import PrecomputeConfig, RolloutConfig
-from lightopd.stopping import TERMINATED, Terminated
-from lightopd.under_way import doing
+from lightopd.stopping import Terminated
 
 log = logging.getLogger(__name__)
-
-REPLICA = "LIGHTOPD_REPLICA"
-"""Set in a replica: the pipe that closes when the process that started it ends."""
-POLL_S = 0.2
-GRACE_S = 20.0
-"""Seconds that a replica has to let go of its claim and its engine when it is stopped."""
-_COMMAND = "from lightopd.cli.main import main; main()"
-_ERRORS = {
-    kind.exit_code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, LightopdError)
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Replica:
-    number: int
-    process: "subprocess.Popen[bytes]"
-    out: Path
-    """What it prints: its report."""
-    said: Path
-    """What it says on stderr."""
 
 
 def run_replicas(
@@ -74,41 +54,25 @@ def run_replicas(
         alive, held = os.pipe()
         try:
             file = Path(name) / f"{stage}.yaml"
-            sharing = config.sharing.model_copy(update={"replicas": 1})
-            file.write_text(as_yaml(config.model_copy(update={"sharing": sharing})), encoding="utf-8")
+            file.write_text(as_yaml(one_replica_of(config)), encoding="utf-8")
             for number, environment in enumerate(environments, start=1):
-                replicas.append(_start(stage, file, number, environment, alive))
-            failures = _wait(stage, replicas, folder, num_shards)
-            report = _report(stage, replicas, failures)
+                replicas.append(start_replica(stage, file, number, environment, alive))
+            return joint_report(stage, _wait(replicas, JointProgress(stage, folder, num_shards)))
         finally:
             os.close(alive)
             os.close(held)
-    save_report(report, config.cache if stage == "rollout" else folder)
-    return report
 
 
-def end_with_starter() -> None:
-    """In a replica: stop when the process that started it is gone, however it ended.
-
-    In an orderly way, and after `GRACE_S` in any case, as the starter would see to: SIGALRM is not caught and
-    ends the process wherever it is.
-    """
-    if REPLICA not in os.environ:
-        return
-    alive = int(os.environ.pop(REPLICA))
-
-    def wait() -> None:
-        os.read(alive, 1)
-        signal.alarm(round(GRACE_S))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True, name="starter").start()
+def one_replica_of(config: RolloutConfig | PrecomputeConfig) -> RolloutConfig | PrecomputeConfig:
+    """The config that each of the replicas runs with."""
+    alone = {"replicas": 1, "execution": "local"}
+    return config.model_copy(update={"sharing": config.sharing.model_copy(update=alone)})
 
 
 @contextlib.contextmanager
-def _started() -> Iterator[list[_Replica]]:
+def _started() -> Iterator[list[Replica]]:
     """A list of replicas, all of which have ended when the block has."""
-    replicas: list[_Replica] = []
+    replicas: list[Replica] = []
     try:
         yield replicas
     except BaseException as error:
@@ -127,77 +91,26 @@ def _started() -> Iterator[list[_Replica]]:
             replica.process.wait()
 
 
-def _start(stage: str, config: Path, number: int, environment: dict[str, str], alive: int) -> _Replica:
-    out, said = (config.with_name(f"{number}.{kind}") for kind in ("out", "said"))
-    with out.open("wb") as stdout, said.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _COMMAND, stage, "-c", str(config), "--json"],
-            env={**environment, REPLICA: str(alive)},
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=(alive,),
-            start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
-        )
-    return _Replica(number, process, out, said)
-
-
-def _wait(stage: str, replicas: Sequence[_Replica], folder: Path, num_shards: int) -> dict[int, str]:
-    """Tell how far all are until all have ended; what those that failed said, by number."""
-    progress: StageProgress | None = None
-    failures: dict[int, str] = {}
+def _wait(replicas: Sequence[Replica], progress: JointProgress) -> list[Outcome]:
+    """Tell how far all are until all have ended; what became of them."""
+    outcomes: dict[int, Outcome] = {}
     while True:
-        is_over = all(replica.process.poll() is not None for replica in replicas)
         for replica in replicas:
-            if replica.process.poll() and replica.number not in failures:
-                failures[replica.number] = _failure(replica)
-                log.warning("replica %d of %d: %s", replica.number, len(replicas), failures[replica.number])
-        there = sum(1 for _ in folder.glob("part-*.json"))
-        progress = progress or StageProgress(stage, None, "shards", num_shards, there)
-        for _ in range(there - progress.done):
-            progress.advance(is_own=False)
-        if is_over:
-            return failures
-        with doing(
-            f"{stage}: {len(replicas) - len(failures)} replicas at work, {there} of {num_shards} shards"
-        ):
+            if replica.number not in outcomes and (outcome := outcome_of(replica)) is not None:
+                outcomes[replica.number] = outcome
+                if outcome.code:
+                    log.warning("replica %d of %d: %s", replica.number, len(replicas), outcome.told)
+        progress.tell()
+        if len(outcomes) == len(replicas):
+            return list(outcomes.values())
+        failed = sum(1 for outcome in outcomes.values() if outcome.code)
+        with progress.at_work(len(replicas) - failed):
             time.sleep(POLL_S)
-
-
-def _failure(replica: _Replica) -> str:
-    code, lines = replica.process.returncode, replica.said.read_text(errors="replace").splitlines()
-    told = [line.removeprefix("error: ") for line in lines if line.startswith(("error: ", "stopped"))]
-    if code < 0:
-        return f"killed ({signal.Signals(-code).name}), often for want of memory"
-    return f"{(told or lines or ['it said nothing'])[-1]} (exit code {code})"
-
-
-def _report(stage: str, replicas: Sequence[_Replica], failures: dict[int, str]) -> Report:
-    """The report of a replica that ended well, all of which speak of the whole; raises when none has."""
-    well = [replica for replica in replicas if replica.number not in failures]
-    if not well:
-        first = min(failures)
-        code = replicas[first - 1].process.returncode
-        if code in (TERMINATED, 130):
-            raise Terminated if code == TERMINATED else KeyboardInterrupt
-        same = sum(each == failures[first] for each in failures.values())
-        raise _ERRORS.get(code, EngineError)(
-            f"all {len(replicas)} replicas failed, {same} of them alike; replica {first}: {failures[first]}"
-        )
-    report = report_of(json.loads(well[-1].out.read_text(encoding="utf-8")))
-    notes = tuple(
-        f"replica {number} failed: {told}; the others made its shards"
-        for number, told in sorted(failures.items())
-    )
-    figures = {name: value for name, value in report.figures.items() if name != "tokens_per_s"}
-    return replace(
-        report, stage=stage, figures={**figures, "replicas": len(replicas)}, notes=(*report.notes, *notes)
-    )
 
 
 def _environments(config: RolloutConfig | PrecomputeConfig) -> list[dict[str, str]]:
     """The environment of each replica: its own part of the GPUs, or of the processor's cores."""
-    count, each = config.sharing.replicas, _devices_of(config)
+    count, each = config.sharing.replicas, devices_of(config)
     devices = _visible_devices() if each else []
     if not devices:
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
@@ -212,7 +125,7 @@ def _environments(config: RolloutConfig | PrecomputeConfig) -> list[dict[str, st
     return [{**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
-def _devices_of(config: RolloutConfig | PrecomputeConfig) -> int:
+def devices_of(config: RolloutConfig | PrecomputeConfig) -> int:
     """GPUs that one replica takes, where there are any; 0 for a server elsewhere, and on the CPU."""
     engine = config.engine
     if engine.kind == "vllm":

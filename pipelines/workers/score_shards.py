@@ -7,6 +7,7 @@ first; the others measure their own engine, and score under the same contract.
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from lightopd.cache.contexts import CONTEXTS, Contexts, write_contexts
 from lightopd.cache.manifests import signal_folder
@@ -23,6 +24,7 @@ from lightopd.pipelines.shared.costs.estimate import own_top_k, support_of
 from lightopd.pipelines.shared.overlap import make_and_write
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.scoring.frozen import Frozen, as_it_began, made_now
+from lightopd.pipelines.shared.scoring.lost import lost_files, make_lost
 from lightopd.pipelines.shared.sequences import num_response_tokens, read_sequences
 from lightopd.pipelines.workers.shared_shards import SharedShards
 from lightopd.schemas.configs import PrecomputeConfig
@@ -44,11 +46,14 @@ def score_shards(
 ) -> float | None:
     """Score what is missing; this process's response tokens per second, or None when nothing was missing."""
     folder, total = signal_folder(cache.path, config.signal), cache.manifest.num_shards
+    _make_lost(config, cache, contexts, load, shards)
     frozen = as_it_began(config, cache, manifest, contexts)
     manifest = frozen.manifest if frozen else manifest
     shards.refuse_other_settings(folder / SIGNAL_MANIFEST, manifest)
     if (folder / SIGNAL_MANIFEST).exists():
         create_signal(cache, manifest)  # refuses a signal of other settings before a model is loaded
+        if contexts is not None:
+            shards.once((folder / CONTEXTS).exists, partial(_store_contexts, config, contexts))
     fingerprint = manifest.fingerprint()
     missing = [
         i
@@ -74,6 +79,30 @@ def score_shards(
     return tokens_per_s
 
 
+def _store_contexts(config: PrecomputeConfig, contexts: Contexts) -> None:
+    folder = signal_folder(config.cache, config.signal)
+    write_contexts(folder, contexts, load_tokenizer(config.teacher))
+
+
+def _make_lost(
+    config: PrecomputeConfig,
+    cache: Cache,
+    contexts: Contexts | None,
+    load: LoadEngine,
+    shards: SharedShards,
+) -> None:
+    """Make again what the signal began with and lost, such as a damaged head that a repair moved aside."""
+    if not (lost := lost_files(config, cache)):
+        return
+    log.info("precompute: making %s again", ", ".join(path.name for path in lost))
+    with doing(f"precompute: loading {config.teacher.path} with engine {config.engine.kind}"):
+        engine = load(config.engine, config.teacher)
+    try:
+        shards.once(lambda: not lost_files(config, cache), lambda: make_lost(config, cache, contexts, engine))
+    finally:
+        engine.close()
+
+
 def _begin(
     config: PrecomputeConfig,
     cache: Cache,
@@ -96,7 +125,7 @@ def _begin(
         )
         create_signal(cache, frozen.manifest.model_copy(update=measured))
         if contexts is not None:
-            write_contexts(folder, contexts, load_tokenizer(config.teacher))
+            _store_contexts(config, contexts)
 
     shards.once(is_done, make)
     begun = as_it_began(config, cache, manifest, contexts)

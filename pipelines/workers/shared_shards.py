@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lightopd.cache.buckets.places import BucketPlace, place_of
 from lightopd.cache.claims.claims import Claims
-from lightopd.cache.claims.store import FolderStore
+from lightopd.cache.claims.store import ClaimStore, FolderStore
 from lightopd.cache.manifests import Manifest, differences, read_manifest
-from lightopd.cache.shards import marker_path, put_shard, shard_path, valid_shard, write_shard
+from lightopd.cache.shards import ON_DISK, marker_path, put_shard, shard_path, valid_shard, write_shard
 from lightopd.errors import OutputError
 from lightopd.schemas.engines import SharingConfig
 from lightopd.schemas.manifest import CacheManifest, ShardMarker, SignalManifest
@@ -40,8 +41,11 @@ def shared_shards(cache: Path, kind: str, sharing: SharingConfig) -> Iterator["S
     Raises:
         OutputError: sharing is switched off, and a process of another machine makes shards here.
     """
-    store = FolderStore(cache / CLAIMS, kind)
+    place = place_of(cache)
+    store = FolderStore(cache / CLAIMS, kind) if place is None else place.claims(f"{CLAIMS}/{kind}")
     claims = Claims(store, sharing.lease_s)
+    if sharing.exclusive and place is not None:
+        raise OutputError(f"{place.url} is a URL, where every process shares; leave out --exclusive")
     if sharing.exclusive:
         if (holder := claims.living_holder()) is not None:
             raise OutputError(
@@ -53,7 +57,7 @@ def shared_shards(cache: Path, kind: str, sharing: SharingConfig) -> Iterator["S
         return
     with claims:
         claims.take(f"worker-{claims.holder.token[:12]}")  # for as long as its engine loads, too
-        yield SharedShards(cache / kind, kind, store, claims, sharing.lease_s)
+        yield SharedShards(cache / kind, kind, store, claims, sharing.lease_s, place)
 
 
 def alone(cache: Path, kind: str) -> "SharedShards":
@@ -65,9 +69,15 @@ class SharedShards:
     """Which shard this process makes next, and how it is put in place; built by `shared_shards`."""
 
     def __init__(
-        self, folder: Path, kind: str, store: FolderStore, claims: Claims | None, lease_s: float
+        self,
+        folder: Path,
+        kind: str,
+        store: ClaimStore,
+        claims: Claims | None,
+        lease_s: float,
+        place: BucketPlace | None = None,
     ) -> None:
-        self.folder, self.kind = folder, kind
+        self.folder, self.kind, self._place = folder, kind, place
         self._store, self._claims = store, claims
         self._poll_s = min(MOST_POLL_S, lease_s / 10)
 
@@ -98,13 +108,14 @@ class SharedShards:
                 make()
             return
         with doing(f"{self.kind}: waiting for what another process makes once for all"):
-            while not is_done():
+            while not self._sees(is_done):
                 if not self._claims.take(BEGIN):
                     time.sleep(self._poll_s)
                     continue
                 try:
-                    if not is_done():
+                    if not self._sees(is_done):
                         make()
+                        self.send()
                 finally:
                     self._claims.release(BEGIN)
 
@@ -130,6 +141,7 @@ class SharedShards:
         left = dict.fromkeys(missing)
         while left:
             is_idle = True
+            self._look()
             for index in tuple(left):
                 is_there = index not in damaged and marker_path(self.folder, index).exists()
                 if not is_there and not self._claims.take(self._key(index)):
@@ -163,7 +175,13 @@ class SharedShards:
             if not self._claims.holds(self._key(index)):
                 return None
             return put_shard(
-                self.folder, index, table, kind=self.kind, fingerprint=fingerprint, made_from=made_from
+                self.folder,
+                index,
+                table,
+                kind=self.kind,
+                fingerprint=fingerprint,
+                made_from=made_from,
+                place=self._place or ON_DISK,
             )
         except FileNotFoundError:  # all is finished, and what this process was writing was cleaned up
             return None
@@ -179,8 +197,23 @@ class SharedShards:
         """Clean up after all processes, once the part is whole: claims, and files never finished."""
         self._names()
         self._store.clear()
+        if self._place is not None:  # the folder is a mirror, which may be read from at this moment
+            return
         for file in self.folder.glob(".part-*.tmp"):
             file.unlink(missing_ok=True)
+
+    def send(self) -> None:
+        """Send what was made besides shards to the URL of the cache; nothing where it is a folder."""
+        if self._place is not None:
+            self._place.send()
+
+    def _sees(self, is_done: Callable[[], bool]) -> bool:
+        self._look()
+        return is_done()
+
+    def _look(self) -> None:
+        if self._place is not None:
+            self._place.look()
 
     def _is_finished(self, index: int, fingerprint: str) -> bool:
         self._names()
@@ -188,12 +221,14 @@ class SharedShards:
 
     def _clear(self, index: int) -> None:
         """Take away a shard that is damaged; a file without a marker is looked at when the shard is put."""
-        if marker_path(self.folder, index).exists():
-            marker_path(self.folder, index).unlink()
-            shard_path(self.folder, index).unlink(missing_ok=True)
+        files = marker_path(self.folder, index), shard_path(self.folder, index)
+        if files[0].exists():
+            for file in files:
+                file.unlink(missing_ok=True) if self._place is None else self._place.remove(file)
 
     def _names(self) -> set[str]:
         """Names in the folder; listing it makes a network file system forget what was not there before."""
+        self._look()
         return {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
 
     @staticmethod

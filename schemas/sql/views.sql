@@ -28,10 +28,27 @@ SELECT
     row_in_shard
 FROM raw_rollouts;
 
+-- One place is unnested and every column taken from its list there: lists that a query does not name are not read.
 CREATE OR REPLACE VIEW tokens AS
 SELECT
-    *,
-    logprob_student - logprob_signal AS gap
+    rollout_id,
+    prompt_id,
+    domain,
+    signal,
+    pos,
+    response_ids[pos + 1] AS token_id,
+    loss_masks[pos + 1] AS loss_mask,
+    turns[pos + 1] AS turn,
+    logprobs[pos + 1] AS logprob_student,
+    behavior_logprobs[pos + 1] AS logprob_behavior,
+    entropies[pos + 1] AS entropy_student,
+    signal_logprobs[pos + 1] AS logprob_signal,
+    tail_logprobs[pos + 1] AS logprob_tail,
+    topk_counts[pos + 1] AS topk_count,
+    response_tokens,
+    reward,
+    truncated,
+    logprobs[pos + 1] - signal_logprobs[pos + 1] AS gap
 FROM (
     SELECT
         r.rollout_id,
@@ -39,15 +56,15 @@ FROM (
         r.domain,
         s.signal,
         unnest(range(len(r.response_ids))) AS pos,
-        unnest(r.response_ids) AS token_id,
-        unnest(r.loss_mask) AS loss_mask,
-        unnest(r.turns) AS turn,
-        unnest(r.logprobs) AS logprob_student,
-        unnest(r.behavior_logprobs) AS logprob_behavior,
-        unnest(r.entropies) AS entropy_student,
-        unnest(s.logprobs) AS logprob_signal,
-        unnest(s.tail_logprobs) AS logprob_tail,
-        unnest(s.topk_counts) AS topk_count,
+        r.response_ids,
+        r.loss_mask AS loss_masks,
+        r.turns,
+        r.logprobs,
+        r.behavior_logprobs,
+        r.entropies,
+        s.logprobs AS signal_logprobs,
+        s.tail_logprobs,
+        s.topk_counts,
         len(r.response_ids) AS response_tokens,
         r.reward,
         r.truncated

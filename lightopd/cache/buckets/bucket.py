@@ -1,9 +1,10 @@
 """A folder in an object store: objects put whole, put only where none is, read in pieces, listed.
 
 All that lightopd knows of obstore is here. A request that fails is tried again by obstore itself, with
-growing pauses; a piece whose body breaks off is asked for again.
+growing pauses; where a connection breaks off in a way that it takes for final, all is asked again here.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from urllib.parse import unquote, urlsplit
 
 from lightopd.cache.buckets.failures import bucket_error, is_refusal
 from lightopd.errors import ConfigError, InputError
-from lightopd.files import replaced_file
+from lightopd.files import output_error, replaced_file
 from lightopd.schemas.stores.buckets import BucketConfig
 
-BROKEN_OFF = ("error decoding response body", "request or response body error")
-"""What obstore says of an answer whose body broke off."""
+BROKEN_OFF = ("error decoding response body", "request or response body error", "error sending request")
+"""What obstore says of a connection that broke off: it tries some of these again, and not a reset one."""
 PIECE_BYTES = 16 * 1024 * 1024
 """Most bytes of one request."""
 
@@ -31,6 +32,14 @@ Answer = TypeVar("Answer")
 def is_url(text: str) -> bool:
     """Whether a command's argument names an object store and not a folder."""
     return "://" in text
+
+
+_users: list[int] = []
+
+
+def is_usable() -> bool:
+    """Whether requests can be made here: not in a fork of a process that made some, without its threads."""
+    return not _users or _users[0] == os.getpid()
 
 
 class Bucket:
@@ -52,12 +61,40 @@ class Bucket:
 
     def sizes(self) -> dict[str, int]:
         """Size in bytes of every object, by name."""
+        return {name: size_bytes for name, (size_bytes, _) in self.listed().items()}
+
+    def listed(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes of every object, and what changes with its content, by name."""
         import obstore
 
-        def listed() -> dict[str, int]:
-            return {item["path"]: item["size"] for chunk in obstore.list(self._store) for item in chunk}
+        def listed() -> dict[str, tuple[int, str]]:
+            items = (item for chunk in obstore.list(self._store) for item in chunk)
+            return {
+                item["path"]: (item["size"], f"{item['last_modified']} {item['e_tag']}") for item in items
+            }
 
         return self._told("list", self.url, lambda: self._again(listed))
+
+    def names_below(self, folder: str) -> list[str]:
+        """Names of the objects below a folder, sorted."""
+        import obstore
+
+        def listed() -> list[str]:
+            return sorted(
+                item["path"] for chunk in obstore.list(self._store, prefix=folder) for item in chunk
+            )
+
+        return self._told("list", self._at(folder), lambda: self._again(listed))
+
+    def delete(self, name: str) -> None:
+        """Take an object away; nothing where there is none."""
+        import obstore
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, name)
+
+        self._told("write", self._at(name), lambda: self._again(delete))
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None where there is none."""
@@ -80,8 +117,10 @@ class Bucket:
         self._told(
             "write",
             self._at(name),
-            lambda: obstore.put(
-                self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
+            lambda: self._again(
+                lambda: obstore.put(
+                    self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
+                )
             ),
         )
 
@@ -100,9 +139,24 @@ class Bucket:
                 return self.read(name) == content
             return True
 
-        return self._told("write", self._at(name), put)
+        return self._told("write", self._at(name), lambda: self._again(put))
 
-    def download(self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None]) -> None:
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """So many bytes of an object, all of which are there.
+
+        Raises:
+            InputError: the object cannot be read.
+        """
+        import obstore
+
+        def content() -> bytes:
+            return bytes(obstore.get_range(self._store, name, start=start, length=length))
+
+        return self._told("read", self._at(name), lambda: self._again(content))
+
+    def download(
+        self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None], suffix: str = ""
+    ) -> None:
         """An object as a file that is whole or not there.
 
         Args:
@@ -110,33 +164,27 @@ class Bucket:
             size_bytes: of the object.
             path: of the file.
             check: refuses what came, before the file gets its name.
+            suffix: of the file's name while it comes, where several may fetch it at the same moment.
 
         Raises:
             InputError: the object cannot be read.
+            OutputError: the file cannot be written.
         """
-        import obstore
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path, f".{os.getpid()}") as part:
-            with part.open("wb") as file:
-                for start in range(0, size_bytes, PIECE_BYTES):
-                    length = min(PIECE_BYTES, size_bytes - start)
-                    file.write(
-                        self._told(
-                            "read",
-                            self._at(name),
-                            lambda start=start, length=length: self._again(  # type: ignore[misc]
-                                lambda: obstore.get_range(self._store, name, start=start, length=length)
-                            ),
-                        )
-                    )
-            check(part)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(path, suffix) as part:
+                with part.open("wb") as file:
+                    for start in range(0, size_bytes, PIECE_BYTES):
+                        file.write(self.read_range(name, start, min(PIECE_BYTES, size_bytes - start)))
+                check(part)
+        except OSError as error:
+            raise output_error(error, path, size_bytes) from error
 
     def _at(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def _again(self, ask: Callable[[], Answer]) -> Answer:
-        """Asks again when an answer's body breaks off, which obstore leaves to its caller."""
+        """Asks again when a connection breaks off in ways that obstore leaves to its caller."""
         from obstore.exceptions import GenericError
 
         until_s, pause_s = time.monotonic() + self.config.retry_s, 0.2
@@ -167,6 +215,8 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
         from obstore.store import LocalStore, from_url
     except ModuleNotFoundError as error:
         raise ConfigError(f"{url} needs obstore: pip install 'lightopd[objectstore]'") from error
+    if not _users:
+        _users.append(os.getpid())
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         if not is_made and not folder.is_dir():

@@ -1,6 +1,6 @@
 """What of a cache folder lies in a bucket: the same names, and a record that says whose they are.
 
-    lightopd.json   rollouts/part-NNNNN.parquet + .json   signals/<name>/...   texts/<name>/...
+    lightopd.json   rollouts/part-NNNNN.parquet + .json   signals/<name>/...   texts/<name>/...   heads/...
     rollouts/.lightopd.push   signals/<name>/.lightopd.push   texts/<name>/.lightopd.push
 
 A part's record comes first, put where none is: it names the bytes of all shards of the part, so that two
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.contexts import open_text, text_folder, text_names
 from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.shards import marker_path, read_marker, shard_path
@@ -93,6 +94,11 @@ def small_files(cache: Path, folders: Sequence[str]) -> Iterator[str]:
             name = path.relative_to(cache).as_posix()
             if path.is_file() and is_small(name) and name not in manifests:
                 yield name
+
+
+def heads_of(cache: Path) -> list[str]:
+    """Names of the heads of hidden states in a cache on disk."""
+    return [f"{HEADS}/{path.name}" for path in sorted((cache / HEADS).glob("*.safetensors"))]
 
 
 def is_small(name: str) -> bool:

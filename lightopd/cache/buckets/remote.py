@@ -47,7 +47,7 @@ def remote_parts(
         CacheError: no cache is there, it is half pushed, or a wanted signal or a shard is not there.
     """
     if CACHE_MANIFEST not in there:
-        raise CacheError(_no_cache(bucket.url, there))
+        raise CacheError(no_cache(bucket.url, there))
     content, manifest = _manifest(bucket, CACHE_MANIFEST, CacheManifest)
     parts = [RemotePart(ROLLOUTS, content, manifest.fingerprint(), manifest.num_shards)]
     unfinished = []
@@ -134,7 +134,8 @@ def _folders(there: Mapping[str, int]) -> list[str]:
     )
 
 
-def _no_cache(url: str, there: Mapping[str, int]) -> str:
+def no_cache(url: str, there: Mapping[str, object]) -> str:
+    """What is wrong with a URL that has no manifest of a cache, in words."""
     if f"{ROLLOUTS}/{RECORD}" in there:
         shards = sum(name.endswith(".parquet") for name in there)
         return (

@@ -10,12 +10,14 @@ which is no shard. What a stage makes again has the same bytes; where a rollout 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightopd.cache.buckets.shard_cache import HEADS
 from lightopd.cache.checks.findings import Finding, Mending
+from lightopd.cache.contexts import text_folder
 from lightopd.cache.manifests import read_manifest, rollouts_folder, signal_folder, signal_names
 from lightopd.cache.store import STAGES
 from lightopd.errors import OutputError
 from lightopd.files import flush, output_error
-from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest
+from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, CacheManifest, SignalManifest
 
 BAD = ".lightopd.bad"
 """Folder of a cache for what was moved aside; each repair has a numbered one in it."""
@@ -51,18 +53,31 @@ def left_over(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def next_commands(cache: Path, findings: Iterable[Finding]) -> list[str]:
-    """The stages that make again what is missing or was moved aside, rollouts first."""
-    parts = {str(Path(finding.file).parent) for finding in findings if finding.mending in _MADE_BY_STAGES}
-    has_rollouts = "rollouts" in parts
-    signals = sorted(part.removeprefix("signals/") for part in parts if part.startswith("signals/"))
-    if has_rollouts:  # a rollout that comes out another is scored again
-        signals = list(signal_names(cache))
+    """The stages that make again what is missing or was moved aside: rollouts, texts, then signals."""
+    files = [Path(finding.file) for finding in findings if finding.mending in _MADE_BY_STAGES]
+    has_rollouts = any(file.parent == rollouts_folder(Path()) for file in files)
+    # A rollout that comes out another is scored again.
+    signals = list(signal_names(cache)) if has_rollouts else _signals_of(cache, files)
     stage = STAGES[read_manifest(cache / CACHE_MANIFEST, CacheManifest).origin] if has_rollouts else ""
     commands = [_command(stage, cache, cache / f"{stage}.yaml")] if has_rollouts else []
+    texts = sorted({file.parent.name for file in files if file.parts[0] == "texts"})
+    made = [("rewrite", text_folder(cache, name), "text") for name in texts]
+    made += [("precompute", signal_folder(cache, name), "signal") for name in signals]
     return commands + [
-        _command("precompute", cache, signal_folder(cache, name) / "precompute.yaml", f" for signal {name}")
-        for name in signals
+        _command(stage, cache, folder / f"{stage}.yaml", f" for {kind} {folder.name}")
+        for stage, folder, kind in made
     ]
+
+
+def _signals_of(cache: Path, files: Sequence[Path]) -> list[str]:
+    """Signals that the files lie in, or whose hidden states need them as their head."""
+    heads = {file.stem for file in files if file.parts[0] == HEADS}
+    found = {file.parent.name for file in files if file.parts[0] == "signals"}
+    for name in signal_names(cache) if heads else ():
+        hidden = read_manifest(signal_folder(cache, name) / SIGNAL_MANIFEST, SignalManifest).hidden
+        if hidden is not None and hidden.head in heads:
+            found.add(name)
+    return sorted(found)
 
 
 _MADE_BY_STAGES = (Mending.STAGE, Mending.ASIDE, Mending.AFTER_ROLLOUTS)

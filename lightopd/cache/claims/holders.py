@@ -1,19 +1,14 @@
 """Who holds a claim: a process, named so that others of its machine can tell whether it still lives."""
 
-import functools
-import hashlib
 import os
 import socket
 import uuid
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
-_PROC = Path("/proc")
-_ENDED = ("Z", "X", "x")
-"""States of a process that has ended and whose parent has not asked yet."""
+from lightopd.processes import start_of, this_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether its process has surely ended; one of another machine, or that is stopped, has not."""
-        return self.machine == _machine() != "" and _start_of(self.pid) != self.started
+        return self.machine == this_machine() != "" and start_of(self.pid) != self.started
 
     def as_json(self) -> dict[str, JsonValue]:
         """For a claim's content."""
@@ -46,8 +41,8 @@ class Holder:
 
 def this_process() -> Holder:
     """A new holder for the calling process."""
-    started = _start_of(os.getpid()) or ""
-    return Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), started)
+    started = start_of(os.getpid()) or ""
+    return Holder(uuid.uuid4().hex, socket.gethostname(), this_machine(), os.getpid(), started)
 
 
 def holder_of(plain: dict[str, Any]) -> Holder:
@@ -57,24 +52,3 @@ def holder_of(plain: dict[str, Any]) -> Holder:
         TypeError, KeyError: a field is missing.
     """
     return Holder(**{name: plain[name] for name in Holder.__dataclass_fields__})
-
-
-@functools.cache
-def _machine() -> str:
-    """Empty where the system does not say; then nobody is known to be gone."""
-    try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-        namespace = (_PROC / "self/ns/pid").readlink()
-    except OSError:
-        return ""
-    return hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:16]
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process began; None when there is none of this number."""
-    try:
-        # The name of the program, in brackets, may hold spaces and brackets.
-        state, *rest = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in _ENDED else rest[18]

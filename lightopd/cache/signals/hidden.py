@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightopd.cache.buckets.mirrors import size_of, when_here
+from lightopd.cache.manifests import head_path
 from lightopd.cache.signals.channels import Channels, HiddenColumns
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError
@@ -25,17 +27,10 @@ from lightopd.models.head import Head
 from lightopd.schemas.manifest import SIGNAL_MANIFEST, SignalManifest
 from lightopd.schemas.signals.kinds import HiddenStates
 
-HEADS = "heads"
-"""Folder of a cache with the heads of its signals."""
 MAX_CODE = 127
 SMALLEST_SCALE = 2.0**-14
 """The least normal float16: a token whose standardised values are all below 127 of these is all zeros."""
 AGAIN = "copy it again from where the cache was made, or score the signal again"
-
-
-def head_path(cache: Path, sha256: str) -> Path:
-    """File of a head in a cache folder."""
-    return cache / HEADS / f"{sha256}.safetensors"
 
 
 def write_head(cache: Path, head: Head) -> str:
@@ -66,9 +61,9 @@ def read_head(cache: Path, described: HiddenStates, num_vocab: int) -> Head:
         CacheError: the file is missing, damaged, not the one that the manifest names, or of other sizes.
     """
     path = head_path(cache, described.head)
-    if not path.is_file():
+    if size_of(path) is None:
         raise CacheError(f"{path} is missing, the head of hidden states in this cache; {AGAIN}")
-    if file_sha256(path) != described.head:
+    if when_here(path, described.head, lambda: file_sha256(path)) != described.head:
         raise CacheError(f"{path} is not the head that {SIGNAL_MANIFEST} names; {AGAIN}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -65,7 +65,7 @@ def write_report(opened: OpenedCache, out: Path | None = None, **settings: Any) 
 
     Args:
         opened: the cache, with its runs.
-        out: the file; None is `report.html` beside the cache.
+        out: the file; None is `report.html` beside the cache, here for one at a URL.
         settings: fields of `ReportSettings`.
 
     Raises:
@@ -77,7 +77,8 @@ def write_report(opened: OpenedCache, out: Path | None = None, **settings: Any) 
         if name not in known:
             raise ConfigError(f"a report has no setting {name!r}; it has: {', '.join(known)}")
     altair()
-    path = opened.path.parent / "report.html" if out is None else out
+    beside = Path() if opened.url else opened.path.parent
+    path = beside / "report.html" if out is None else out
     page = report_page(opened, replace(ReportSettings(), **settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", "replace"))
@@ -114,7 +115,7 @@ def page_facts(
     if rows:
         anchors.append(("runs", "Runs"))
     return {
-        "title": str(opened.path),
+        "title": opened.url or str(opened.path),
         "subtitle": f"{cache.num_rollouts:,} rollouts, {cache.num_tokens:,} response tokens, "
         f"signals: {', '.join(cache.signals) or 'none'}",
         "sections": [("summary", "Summary"), *anchors, ("rollouts", "Rollouts")],

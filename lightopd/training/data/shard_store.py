@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lightopd.cache.buckets.mirrors import Stamp, is_away, stamp_here, stamp_of
 from lightopd.cache.contexts import read_texts
-from lightopd.cache.manifests import rollouts_folder, signal_folder
 from lightopd.cache.reader import ShardColumns, read_shard_columns
-from lightopd.cache.shards import read_content, shard_path
+from lightopd.cache.shards import read_content
 from lightopd.cache.signals.channels import BYTES
 from lightopd.cache.signals.horizon import horizons_of
 from lightopd.cache.signals.trained_part import trained_part
@@ -26,9 +26,6 @@ from lightopd.errors import CacheError
 from lightopd.objectives.preparation.prepare import PreparedRollouts
 from lightopd.schemas.manifest import ShardMarker
 from lightopd.training.data.plan import CacheIndex
-
-Stamp = tuple[int, int]
-"""Of a file: size in bytes and time of last change in nanoseconds."""
 
 Stamps = dict[Path, Stamp]
 
@@ -203,7 +200,8 @@ class ShardStore:
 
     def changed(self) -> list[Path]:
         """Files that are no longer those that were read before the first step."""
-        return [path for path, stamp in self.stamps.items() if not path.exists() or _stamp(path) != stamp]
+        kept = ((path, stamp) for path, stamp in self.stamps.items() if not is_away(path))
+        return [path for path, stamp in kept if stamp_here(path) != stamp]
 
     def _held_bytes(self) -> int:
         return int(sum(self.bytes_S[number] for number in self._held))
@@ -238,16 +236,19 @@ def store_as_it_is(
     cache: Cache, signals: tuple[str, ...], bytes_S: NDArray[np.int64], limit_bytes: int
 ) -> ShardStore:
     """A store of the files as they lie there now, for looking; their SHA-256 is not compared."""
-    stamps = {path: _stamp(path) for shard in cache.shards for path in _files(cache, shard, signals)}
+    stamps = {
+        path: stamp_of(path, marker.sha256) or (0, 0)
+        for shard in cache.shards
+        for path, marker in _files_and_markers(cache, shard, signals)
+    }
     hidden = tuple(name for name in signals if cache.signals[name].manifest.hidden is not None)
     return ShardStore(cache, signals, signals, stamps, bytes_S, limit_bytes, hidden=hidden)
 
 
 def _read_unchanged(cache: Cache, shard: int, read: Read, stamps: Stamps) -> ShardColumns:
     signals, topk, hidden = read
-    for path in _files(cache, shard, signals):
-        found = _stamp(path) if path.exists() else None
-        if found != stamps[path]:
+    for path, marker in _files_and_markers(cache, shard, signals):
+        if stamp_of(path, marker.sha256) != stamps[path]:
             raise CacheError(
                 f"{path} has changed or is gone since training began; restore it, run `lightopd verify "
                 f"{cache.path}`, and start again from the last checkpoint"
@@ -270,28 +271,22 @@ def _read_ahead(cache: Cache, signals: Sequence[str]) -> Iterator[tuple[int, Fil
 
 
 def _checked_files(cache: Cache, shard: int, signals: Sequence[str]) -> Files:
-    markers = (cache.markers, *(cache.signals[name].markers for name in signals))
-    return {
-        path: _checked_content(path, of_shards[shard])
-        for path, of_shards in zip(_files(cache, shard, signals), markers, strict=True)
-    }
+    files = _files_and_markers(cache, shard, signals)
+    return {path: _checked_content(path, marker) for path, marker in files}
 
 
 def _checked_content(path: Path, marker: ShardMarker) -> tuple[pa.Buffer, Stamp]:
     """The bytes of a file that its marker speaks of, and the file's stamp."""
-    stamp = _stamp(path) if path.exists() else (0, 0)
+    stamp = stamp_of(path, marker.sha256) or (0, 0)
     return read_content(path, marker), stamp
 
 
-def _files(cache: Cache, shard: int, signals: Sequence[str]) -> tuple[Path, ...]:
+def _files_and_markers(
+    cache: Cache, shard: int, signals: Sequence[str]
+) -> Iterator[tuple[Path, ShardMarker]]:
     """Of a shard: its rollouts, then its signals."""
-    folders = (rollouts_folder(cache.path), *(signal_folder(cache.path, name) for name in signals))
-    return tuple(shard_path(folder, shard) for folder in folders)
-
-
-def _stamp(path: Path) -> Stamp:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    for name in (None, *signals):
+        yield cache.file(shard, name), cache.marker(shard, name)
 
 
 def _bytes_of(

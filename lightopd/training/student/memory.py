@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def saved_bytes(
 ) -> int:
     """What autograd keeps of the decoder's forward pass over int64 [B, T], weights left out."""
     config = student.config
-    kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student)
+    kind: Any = type(student.get_base_model() if hasattr(student, "get_base_model") else student)
     described = config.to_json_string(use_diff=False), config._attn_implementation
     return _saved_bytes(kind, *described, finetune.precision, shape, recompute)
 

@@ -83,7 +83,7 @@ def made_now(
         ConfigError: the cache has too few tokens, or the engine does not see what is needed.
     """
     hidden = _make_hidden(config, cache, engine, contexts)
-    shape = _make_shape(config, cache, engine, contexts)
+    shape = make_shape(config, cache, engine, contexts)
     return _opened(cache, manifest.model_copy(update={"tail_shape": shape, "hidden": hidden}))
 
 
@@ -120,7 +120,7 @@ def _kept_shape(
     return TailShape(sha256=frozen.sha256 if frozen else NOT_YET, tokens=tokens)
 
 
-def _make_shape(
+def make_shape(
     config: PrecomputeConfig, cache: Cache, engine: Engine, contexts: Contexts | None
 ) -> TailShape | None:
     """Score the first rollouts for the shape of their tails and store it; None where there is to be none.
@@ -176,20 +176,32 @@ def _make_hidden(
         return None
     if not isinstance(engine, KeepsHiddenStates):
         raise ConfigError(f"keep: hidden needs engine hf; {type(engine).__name__} gives no hidden states")
-    sample = first_sequences(cache, config.hidden_tokens, contexts)
-    tokens = num_response_tokens(sample)
-    if config.hidden_format == "int8" and tokens < MIN_SHAPE_TOKENS:
-        raise ConfigError(
-            f"keep: hidden: {cache.path} has {tokens} response tokens, the statistics of int8 need "
-            f"{MIN_SHAPE_TOKENS} or more; sample more rollouts, or set hidden_format: bfloat16"
-        )
+    if config.hidden_format == "int8":
+        found, tokens = make_channels(config, cache, engine, contexts)
     head = engine.own_head()
     described = HiddenStates(
         size=head.weight_VD.shape[1], format=config.hidden_format, head=write_head(cache.path, head)
     )
     if config.hidden_format == "bfloat16":
         return described
+    return described.model_copy(update={"channels": found, "tokens": tokens})
+
+
+def make_channels(
+    config: PrecomputeConfig, cache: Cache, engine: KeepsHiddenStates, contexts: Contexts | None
+) -> tuple[str, int]:
+    """Store the statistics of the first rollouts' hidden states; their SHA-256, and of how many tokens.
+
+    Raises:
+        ConfigError: the cache has too few tokens.
+    """
+    sample = first_sequences(cache, config.hidden_tokens, contexts)
+    tokens = num_response_tokens(sample)
+    if tokens < MIN_SHAPE_TOKENS:
+        raise ConfigError(
+            f"keep: hidden: {cache.path} has {tokens} response tokens, the statistics of int8 need "
+            f"{MIN_SHAPE_TOKENS} or more; sample more rollouts, or set hidden_format: bfloat16"
+        )
     with doing(f"precompute: the statistics of the hidden states, from {tokens:,} tokens"):
         channels = channels_from_sums(*engine.sum_hidden(sample), tokens)
-    found = write_channels(signal_folder(cache.path, config.signal), channels)
-    return described.model_copy(update={"channels": found, "tokens": tokens})
+    return write_channels(signal_folder(cache.path, config.signal), channels), tokens

@@ -1,5 +1,6 @@
 """`lightopd push` and `lightopd pull` on a folder as an object store; the S3 servers are in test_servers."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cache_cases import make_cache
 from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD
 from lightopd.errors import InputError, OutputError
+from lightopd.files import write_atomically
 from lightopd.pipelines.shared.run_folder import writing
 
 OLD = Path(__file__).parents[2] / "fixtures/version_0_1/cache"
@@ -117,6 +119,17 @@ def test_signals_travel_one_by_one(lightopd, tmp_path, store):
     assert [path.name for path in (tmp_path / "again/signals").iterdir()] == ["second"]
 
 
+def test_heads_of_hidden_states_travel_and_are_compared(lightopd, tmp_path, cache, store):
+    name = f"heads/{hashlib.sha256(b'head').hexdigest()}.safetensors"
+    write_atomically(cache / name, b"head")
+    lightopd("push", cache, store[1])
+    lightopd("pull", store[1], tmp_path / "again")
+    assert files_of(tmp_path / "again")[name] == b"head"
+    (store[0] / name).write_bytes(b"beef")
+    code, _, err = lightopd("pull", store[1], tmp_path / "third")
+    assert (code, f"{name} has SHA-256" in err) == (5, True)
+
+
 def test_a_damaged_shard_is_not_sent(lightopd, cache, store):
     shard = cache / "rollouts/part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
@@ -169,9 +182,8 @@ def test_reading_what_is_gone_names_the_object(store, tmp_path):
 
 def test_a_url_in_the_place_of_a_folder_is_refused_with_the_way_round(lightopd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for command in (("verify",), ("sql", "select 1"), ("export", "out")):
-        code, _, err = lightopd(command[0], "s3://bucket/x", *command[1:])
-        assert (code, "`lightopd pull s3://bucket/x CACHE`" in err) == (5, True)
+    code, _, err = lightopd("push", "s3://bucket/x", "s3://bucket/y")
+    assert (code, "`lightopd pull s3://bucket/x CACHE` first" in err) == (5, True)
     with pytest.raises(OutputError, match="then `lightopd push` it"), writing(Path("s3://bucket/x")):
         pass
     assert not list(tmp_path.iterdir())

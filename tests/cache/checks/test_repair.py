@@ -9,11 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scored_caches import roll, score_with
 
 from lightopd.cache.checks.repair import BAD
 from lightopd.cache.shards import write_shard
 from lightopd.cache.store import open_cache
 from lightopd.cache.tables import rollout_id
+from lightopd.config import load_stage
+from lightopd.pipelines import rewrite
 from lightopd.pipelines.shared.run_folder import writing
 
 ROLLOUTS = "rollouts/part-00001.parquet"
@@ -26,8 +29,9 @@ def cache(world, tmp_path):
 
 
 def flip(path):
-    content = path.read_bytes()
-    path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+    content = bytearray(path.read_bytes())
+    content[min(200, len(content) - 1)] ^= 1
+    path.write_bytes(content)
 
 
 def shards_of(cache):
@@ -61,6 +65,63 @@ def test_what_is_bad_is_moved_aside_and_made_again_with_the_same_bytes(lightopd,
     made = {name for name in whole if (cache / name).stat().st_ino != untouched[name]}
     assert {name.partition(".")[0] for name in made} == {ROLLOUTS[:-8], SCORES[:-8]}
     assert lightopd("verify", cache)[:2] == (0, f"{cache} is whole\n")
+
+
+def repaired(lightopd, cache, file):
+    """Damage a file, repair, run the commands that are told; which stages they were."""
+    before = (cache / file).read_bytes()
+    flip(cache / file)
+    code, out, err = lightopd("verify", cache, "--repair")
+    assert code == 0, out + err
+    assert (cache / BAD / "00001" / file).exists()
+    assert not (cache / file).exists()
+    commands = [line.removeprefix("next: ") for line in out.splitlines()]
+    for command in commands:
+        code, _, err = lightopd(*shlex.split(command)[1:])
+        assert code == 0, err
+    assert (cache / file).read_bytes() == before
+    assert lightopd("verify", cache)[:2] == (0, f"{cache} is whole\n")
+    shutil.rmtree(cache / BAD)
+    return [shlex.split(command)[1] for command in commands]
+
+
+def test_a_text_and_the_contexts_of_a_signal_are_made_again_too(lightopd, world, cache):
+    prompts = world.root / "prompts.jsonl"
+    asked = {"cache": cache, "model": world.teacher, "prompts": prompts, "name": "shown"}
+    rewrite.run(load_stage("rewrite", [], [], {**asked, "template": "{{ prompt }}", "gives": "context"}))
+    context = {"template": "{{ prompt }}", "prompts": str(prompts)}
+    score_with(world, cache, signal="told", top_k=4, context=context)
+    score_with(world, cache, "context.text=shown", signal="written", top_k=4)
+    assert repaired(lightopd, cache, "texts/shown/part-00001.parquet") == ["rewrite"]
+    for name in ("told", "written"):
+        assert repaired(lightopd, cache, f"signals/{name}/contexts.parquet") == ["precompute"]
+
+
+@pytest.mark.parametrize("hidden_format", ["int8", "bfloat16"])
+def test_the_head_and_statistics_of_hidden_states_and_a_tail_s_shape_are_made_again(
+    lightopd, world, tmp_path, hidden_format
+):
+    cache = roll(world, tmp_path / "cache")
+    score_with(world, cache, f"hidden_format={hidden_format}", signal="states", keep="hidden")
+    score_with(world, cache, top_k=4)
+    files = [*cache.glob("heads/*"), *cache.glob("signals/*/*.safetensors")]
+    assert len(files) == (3 if hidden_format == "int8" else 2)
+    for file in files:
+        assert repaired(lightopd, cache, file.relative_to(cache)) == ["precompute"]
+
+
+def test_a_head_that_comes_out_another_does_not_take_the_place_of_the_lost_one(lightopd, world, tmp_path):
+    cache = roll(world, tmp_path / "cache")
+    score_with(world, cache, "hidden_format=bfloat16", keep="hidden")
+    (head,) = cache.glob("heads/*")
+    head.unlink()
+    asked = ["-c", cache / "signals/teacher/precompute.yaml", "--cache", cache]
+    code, _, err = lightopd("precompute", *asked, "--set", "teacher.dtype=bfloat16")
+    assert (code, f"{head} is gone, and with these settings on this machine it comes out another" in err) == (
+        5,
+        True,
+    )
+    assert not head.exists()
 
 
 def test_a_signal_follows_a_rollout_that_came_out_another(lightopd, world, cache):

@@ -239,7 +239,7 @@ def test_a_damaged_text_is_a_finding(world, cache):
     part = cache / "texts" / "rewrite" / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:-40])
     (finding,) = verify(cache)
-    assert finding.file == "texts/rewrite"
+    assert finding.file == "texts/rewrite/part-00001.parquet"
     assert "its marker says" in finding.what
 
 

@@ -18,6 +18,7 @@ from lightopd.cache.verify import verify
 from lightopd.config import load_stage
 from lightopd.pipelines import precompute, rollout
 from lightopd.pipelines.maintenance.merge import merge
+from lightopd.pipelines.maintenance.split import split
 
 PAGE = Path(__file__).parents[3] / "docs/maintenance.md"
 
@@ -47,6 +48,16 @@ def made(world, tmp_path_factory):
 def rows_of(cache, part="rollouts"):
     files = sorted((cache / part).glob("part-*.parquet"))
     return pa.concat_tables([pq.read_table(file).replace_schema_metadata() for file in files]).to_pylist()
+
+
+def shards_of(cache, parts=("rollouts", "signals")):
+    """Bytes of every shard, marker and manifest."""
+    files = (path for part in parts for path in (cache / part).rglob("*.*"))
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in files
+        if path.match("part-*") or path.name == "signal.json"
+    }
 
 
 def files_of(folder):
@@ -214,7 +225,7 @@ def test_the_commands_of_the_page_run_as_they_stand_there(lightopd, made, tmp_pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lightopd.pipelines.maintenance import merge, remade
+from lightopd.pipelines.maintenance import merge, remade, split
 write, left = remade.write_shard, [int(sys.argv[1])]
 def killed(*arguments, **settings):
     left[0] -= 1
@@ -222,21 +233,74 @@ def killed(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments, **settings)
 remade.write_shard = killed
-merge.merge(Path(sys.argv[2]), [Path(path) for path in sys.argv[3:]])
+out, *sources = map(Path, sys.argv[3:])
+merge.merge(out, sources) if sys.argv[2] == "merge" else split.split(out, sources[0], [0.5, 0.5])
 """
+DROP_KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from lightopd.pipelines.maintenance import clearing
+def killed(*arguments, **settings):
+    os.kill(os.getpid(), signal.SIGKILL)
+moments = {"before": (Path, "rename"), "between": (clearing, "refresh_index"), "after": (clearing, "shutil")}
+setattr(*moments[sys.argv[1]], killed)
+killed.rmtree = killed
+clearing.drop_signal(Path(sys.argv[2]), "teacher", is_sure=True)
+"""
+
+
+def run_killed(code, *words):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 5])
 def test_a_killed_merge_leaves_no_cache_and_untouched_sources(made, tmp_path, shards):
     before = files_of(made / "a")
-    words = [sys.executable, "-c", KILLED, str(shards), tmp_path / "out", made / "a", made / "b"]
-    assert subprocess.run(list(map(str, words))).returncode == -signal.SIGKILL
+    run_killed(KILLED, shards, "merge", tmp_path / "out", made / "a", made / "b")
     assert not (tmp_path / "out").exists()
     assert files_of(made / "a") == before
     merge(tmp_path / "out", [made / "a", made / "b"])
     assert verify(tmp_path / "out") == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [0, 3])
+def test_a_killed_split_leaves_no_part_and_an_untouched_source(made, tmp_path, shards):
+    before = files_of(made / "a")
+    run_killed(KILLED, shards, "split", tmp_path / "out", made / "a")
+    assert not (tmp_path / "out").exists()
+    assert files_of(made / "a") == before
+    split(tmp_path / "out", made / "a", [0.5, 0.5])
+    split(tmp_path / "undisturbed", made / "a", [0.5, 0.5])
+    for part in ("part-1", "part-2"):
+        assert verify(tmp_path / "out" / part) == []
+        assert shards_of(tmp_path / "out" / part) == shards_of(tmp_path / "undisturbed" / part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_killed_drop_leaves_the_whole_signal_or_none_and_the_rest_untouched(
+    lightopd, made, tmp_path, moment
+):
+    cache = shutil.copytree(made / "a", tmp_path / "a")
+    run_killed(DROP_KILLED, moment, cache)
+    assert shards_of(cache) == shards_of(made / "a", ("rollouts", "signals")[: 1 + (moment == "before")])
+    if moment == "before":
+        assert verify(cache) == []
+        assert lightopd("cache", "drop-signal", cache, "teacher", "--yes")[0] == 0
+    else:
+        assert "a signal that was dropped" in lightopd("cache", "gc", cache)[1]
+        assert lightopd("cache", "gc", cache, "--yes")[0] == 0
+    if moment == "between":
+        assert ["it is stale" in str(finding) for finding in verify(cache)] == [True]
+        assert lightopd("index", cache)[0] == 0
+    assert verify(cache) == []
+    assert not list(cache.glob("signals/*")) + list(cache.glob(".lightopd.dropped"))
+    assert shards_of(cache) == shards_of(made / "a", ["rollouts"])
 
 
 @pytest.mark.slow

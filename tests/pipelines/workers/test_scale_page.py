@@ -44,13 +44,20 @@ def test_each_layout_makes_the_same_cache(world, tmp_path, layout):
 
 
 @pytest.mark.slow
-def test_a_bucket_gives_back_the_cache(tmp_path):
-    shutil.copytree(Path(__file__).parents[2] / "fixtures/version_0_1/cache", tmp_path / "CACHE")
+def test_a_bucket_gives_back_the_cache_and_is_read_in_place(world, tmp_path):
+    shutil.copytree(world.cache, tmp_path / "CACHE")
+    for name, folder in (("STUDENT", world.sft / "student"), ("TEACHER", world.teacher)):
+        (tmp_path / name).symlink_to(folder)
     server = S3Server("moto", tmp_path / "server").start()
     try:
         server.make_bucket()
-        run(BLOCKS["bucket"], tmp_path, AWS_ENDPOINT_URL=server.endpoint, **KEYS)
+        reached = {"AWS_ENDPOINT_URL": server.endpoint, "XDG_CACHE_HOME": str(tmp_path / "user"), **KEYS}
+        run(BLOCKS["bucket"], tmp_path, **reached)
+        run(BLOCKS["bucket shared"], tmp_path, **reached)
+        in_place = BLOCKS["bucket in place"].replace("--steps", "--set batch_sequences=6 --steps")
+        run(in_place, tmp_path, **reached)
     finally:
         server.kill()
-    for part in ("rollouts", "signals/teacher", "signals/hint"):
+    assert (tmp_path / "RUN/student/model.safetensors").is_file()
+    for part in ("rollouts", "signals/teacher"):
         assert shards_of(tmp_path / "CACHE2" / part) == shards_of(tmp_path / "CACHE" / part) != {}

@@ -94,6 +94,21 @@ def test_three_teachers_at_once_make_the_signal_of_one(start, world, alone, tmp_
     assert code == 0, err
 
 
+def test_at_a_url_three_machines_make_what_one_makes_though_one_is_killed(start, world, alone, tmp_path):
+    """Each has a mirror of its own; what is at the URL in the end is the cache of one, and nothing else."""
+    url, bucket = f"file://{tmp_path}/bucket", tmp_path / "bucket"
+    for arguments, part in ((rollout(world, url), "rollouts"), (precompute(world, url), "signals/teacher")):
+        commands = [start(*arguments, user=tmp_path / f"user-{number}") for number in range(3)]
+        until(lambda part=part: markers(bucket / part) >= 2)
+        commands[0].send(signal.SIGKILL)
+        for command in commands[1:]:
+            code, err = command.wait()
+            assert code == 0, err
+    assert content(bucket) == content(alone)
+    code, err = start("verify", url, user=tmp_path / "user-3").wait()
+    assert code == 0, err
+
+
 def test_what_a_killed_process_held_others_make(start, world, alone, tmp_path):
     cache = copied(alone, tmp_path / "cache")
     folder = cache / "signals/teacher"

@@ -27,9 +27,10 @@ for line in sys.stdin:
     if pid == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ |= {"XDG_CACHE_HOME": words[1]} if words[1] else {}
         os.dup2(os.open(words[0] + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(os.open(words[0] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.argv = ["lightopd", *words[1:]]
+        sys.argv = ["lightopd", *words[2:]]
         code = 1
         try:
             main()
@@ -72,15 +73,18 @@ def ask(server, *words):
 
 @contextmanager
 def crowd(folder):
-    """A function that starts `lightopd` with the given arguments and returns its `Command` at once."""
+    """A function that starts `lightopd` with the given arguments and returns its `Command` at once.
+
+    `user` is the folder of the command's own user cache, as if it were on another machine.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as server:
         commands = []
 
-        def start(*arguments):
+        def start(*arguments, user=""):
             said = folder / f"said-{len(commands)}"
-            commands.append(Command(server, said, int(ask(server, "start", said, *arguments))))
+            commands.append(Command(server, said, int(ask(server, "start", said, user, *arguments))))
             return commands[-1]
 
         yield start

@@ -1,0 +1,33 @@
+"""Which process is meant by a number: numbers are used again, and each container has its own."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+_PROC = Path("/proc")
+_ENDED = ("Z", "X", "x")
+"""States of a process that has ended and whose parent has not asked yet."""
+
+
+@functools.cache
+def this_machine() -> str:
+    """Boot and process namespace: where two are equal, a process number means the same process.
+
+    Containers differ here even where they have one host name. Empty where the system does not say.
+    """
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        namespace = (_PROC / "self/ns/pid").readlink()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:16]
+
+
+def start_of(pid: int) -> str | None:
+    """When a process of this machine began, in the machine's own ticks; None when it has ended."""
+    try:
+        # The name of the program, in brackets, may hold spaces and brackets.
+        state, *rest = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in _ENDED else rest[18]
