@@ -23,24 +23,29 @@ def write_pictures(folder: Path, arms: dict[str, Arm], lines: Lines) -> None:
 
 
 def _arms(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
-    """Accuracy of the arms of the first question, with 95 % intervals."""
-    rows = list(_intervals(arms, lines))
+    """What the arms of the first question gain, with 95 % intervals, the best of the first regime on top."""
+    rows = sorted(_gains(arms, lines), key=lambda row: (row["regime"], -row["gain"]))
     if not rows:
         return None
-    order = [row["arm"] for row in sorted(rows, key=lambda row: -row["accuracy"])]
-    base = altair.Chart(pandas.DataFrame(rows)).encode(y=altair.Y("arm:N", sort=order, title=None))
-    points = base.mark_point(filled=True, size=60).encode(x=altair.X("accuracy:Q", scale=ACCURACY))
-    bars = base.mark_rule().encode(x=altair.X("low:Q", title="accuracy"), x2="high:Q")
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    labels = altair.Axis(labelLimit=400)
+    base = altair.Chart(pandas.DataFrame(rows)).encode(
+        y=altair.Y("arm:N", sort=order, title=None, axis=labels)
+    )
+    points = base.mark_point(filled=True, size=60).encode(x="gain:Q")
+    bars = base.mark_rule().encode(x=altair.X("low:Q", title="points over the student"), x2="high:Q")
     return (bars + points).properties(width=300).facet(column=altair.Column("regime:N", title=None))
 
 
-def _intervals(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
+def _gains(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
+    """Points of accuracy over the student before distillation, of every arm that trains, by regime."""
+    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
     for name, arm in arms.items():
-        for place, own in measured(lines[name]) if 1 in arm.questions else ():
-            found = interval(line["accuracy"] for line in own)
+        for place, own in measured(lines[name]) if 1 in arm.questions and arm.kind != "untrained" else ():
+            found = interval(100 * (line["accuracy"] - before[place[1]]) for line in own)
             half = found.half_width if found.seeds > 1 else 0.0
             low, high = found.mean - half, found.mean + half
-            yield {"arm": arm.title, "regime": place[1], "accuracy": found.mean, "low": low, "high": high}
+            yield {"arm": arm.title, "regime": place[1], "gain": found.mean, "low": low, "high": high}
 
 
 def _map(lines: list[Line]) -> altair.FacetChart | None:
