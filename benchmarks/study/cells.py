@@ -46,6 +46,7 @@ OF_TRAINING = (
 )
 OF_CURVE = ("step", "loss", "w_mean", "ess", "chi2", "log_ratio", "avg_at_k")
 CURVE_POINTS = 10
+SUPPORT = Path(__file__).parents[1] / "support"
 OF_CACHE = ("gap_nats", "response_tokens", "bytes_per_token")
 
 
@@ -132,12 +133,16 @@ def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
 
 
 def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
-    """A cell's cache, shared by all that sample and score alike, and what it cost when it was made."""
+    """A cell's cache, shared by all that sample and score alike, and what it cost when it was made.
+
+    One that was not made to its end is begun again, so that its cost is that of the whole.
+    """
     sampling, scoring = run.settings("rollout"), run.settings("precompute")
     named = {name: value for name, value in scoring.items() if name != "cache"}
     place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named, arm.signals]))[:16]
     cost = place.with_suffix(".json")
     if not cost.exists():
+        shutil.rmtree(place, ignore_errors=True)
         begun_s = time.process_time()
         rollout.run(build(RolloutConfig, sampling | {"cache": place}))
         sampled_s = time.process_time()
@@ -214,8 +219,8 @@ def _trl(_arm: Arm, run: RunConfig, _work: Path) -> Line:
     run.out.mkdir(parents=True)
     asked = run.out / "trl.json"
     asked.write_text(json.dumps(settings))
-    python = _printed([sys.executable, str(Path(__file__).parents[1] / "support" / "peers.py")])
-    return dict(json.loads(_printed([python, str(Path(__file__).with_name("trl_run.py")), str(asked)])))
+    python = _printed([sys.executable, str(SUPPORT / "peers.py")])
+    return dict(json.loads(_printed([python, str(SUPPORT / "trl_run.py"), str(asked)])))
 
 
 def _printed(command: list[str]) -> str:

@@ -77,7 +77,7 @@ def setting(lines: dict[str, list[Line]]) -> list[str]:
         "| regime | student's accuracy | greedily | KL to the teacher, nats | what it is |",
         "|---|---|---|---|---|",
     ]
-    ran = f"{len(found):,} runs, {hours:.1f} hours of one thread, those that chose a setting included."
+    ran = f"{len(found):,} runs, {hours:.1f} hours on the clock, those that chose a setting included."
     return ["## Setting", "\n".join([*head, *rows]), ran]
 
 
@@ -248,6 +248,8 @@ def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str
     """The validation accuracy of every setting that was tried."""
     yield "## The search"
     yield "Accuracy on 2,000 validation prompts, one seed that no measured run has; the highest was taken."
+    borrowed = [f"`{name}` that of `{arm.tuned_like}`" for name, arm in arms.items() if arm.tuned_like]
+    yield f"No search of their own: these take the setting of another arm: {', '.join(borrowed)}."
     tried = [line for name in arms for line in lines[name] if line["is_tuning"]]
     rates = sorted({value for line in tried for value in line["tuned"].values()})
     places: dict[Place, dict[Any, float]] = {}

@@ -42,7 +42,9 @@ def time_steps(
         Cached(
             model=student,
             teacher_model=teacher,
-            args=_settings(folder, len(prompts), num_steps + 1, max(map(len, responses))),
+            args=plain_settings(
+                folder, len(prompts), num_steps + 1, max(map(len, responses)), learning_rate=1e-6
+            ),
             train_dataset=rows,
             processing_class=_tokenizer(),
             callbacks=[Clock()],
@@ -51,7 +53,8 @@ def time_steps(
     return seconds[1:]
 
 
-def _settings(folder: str, batch: int, steps: int, longest: int) -> Any:
+def plain_settings(folder: str, batch: int, steps: int, longest: int, **more: Any) -> Any:
+    """Of a trainer on the CPU in float32 that writes nothing: its loss is trl's default, reverse KL."""
     from trl import DistillationConfig
 
     return DistillationConfig(
@@ -59,7 +62,6 @@ def _settings(folder: str, batch: int, steps: int, longest: int) -> Any:
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         max_steps=steps,
-        learning_rate=1e-6,
         max_completion_length=longest,
         gradient_checkpointing=False,
         bf16=False,
@@ -68,6 +70,7 @@ def _settings(folder: str, batch: int, steps: int, longest: int) -> Any:
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        **more,
     )
 
 

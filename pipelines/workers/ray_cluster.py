@@ -33,10 +33,8 @@ def connected() -> Iterator[Any]:
         raise ConfigError("--execution ray needs the package ray: pip install 'lightopd[ray]'") from error
     address = os.environ.get(ADDRESS) or "auto"
     _refuse_address(address)
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        _own_sigterm(),
-    ):  # Ray prints what it says of killed processes
+    # Ray prints what it says of killed processes, and stdout is the report's.
+    with contextlib.redirect_stdout(sys.stderr), _own_sigterm():
         _join(ray, address)
         try:
             yield ray

@@ -35,19 +35,9 @@ log = logging.getLogger(__name__)
 def run_replicas(
     stage: str, config: RolloutConfig | PrecomputeConfig, folder: Path, num_shards: int
 ) -> Report:
-    """Run a stage in `config.sharing.replicas` processes and report on all of them.
+    """Run a stage in `config.sharing.replicas` processes and report on all of them; see `run_crowd`.
 
     A replica that fails is told of at once, and the others make its shards; the stage fails when all do.
-
-    Args:
-        stage: its command.
-        config: of the stage.
-        folder: where its shards appear.
-        num_shards: how many there will be.
-
-    Raises:
-        LightopdError: what the first replica that failed said, with its exit code.
-        KeyboardInterrupt: a replica was stopped, or this process was; all have ended.
     """
     environments = _environments(config)
     with tempfile.TemporaryDirectory(prefix="lightopd-replicas-") as name, _started() as replicas:

@@ -7,7 +7,7 @@ from pathlib import Path
 import page
 import pytest
 from arms import Arm, Cell, combinations, read_arms, read_regime, settings_of
-from cells import QUICK, VALIDATION
+from cells import QUICK, VALIDATION, cache_of, identity, run_of
 from measures import extrapolated_kl, gradient_gap
 from summary import best_tuning, interval, read_lines
 
@@ -122,6 +122,29 @@ def test_every_line_of_the_results_is_of_an_arm_that_there_is():
     assert {path.stem for path in page.RESULTS.glob("*/*.jsonl")} <= set(ARMS)
     assert all(line["regime"] in ARMS[line["arm"]].regimes for line in lines)
     assert len({line["key"] for line in lines}) == len(lines)
+
+
+def test_the_results_on_shipped_models_are_of_the_settings_of_today(tmp_path):
+    for name, arm in ARMS.items():
+        if arm.scorer != "teacher":
+            continue  # its teacher is made by the study
+        for line in read_lines(page.RESULTS, name):
+            chosen = (tuple(line[kind].items()) for kind in ("grid", "tuned"))
+            cell = Cell(name, line["regime"], *chosen, line["seed"])
+            if cell.regime == "large_gap":
+                assert line["identity"] == identity(run_of(arm, cell, tmp_path), arm), cell.key
+
+
+def test_a_cache_that_was_not_made_to_its_end_costs_what_a_whole_one_does(tmp_path):
+    arm = ARMS["reverse_kl"]
+    run = run_of(arm, Cell("reverse_kl", "large_gap", (), (), 0), tmp_path, QUICK)
+    place, cost = cache_of(arm, run, tmp_path)
+    assert cache_of(arm, run, tmp_path) == (place, cost)
+    place.with_suffix(".json").unlink()
+    before = (place / "lightopd.json").stat().st_mtime_ns
+    _, again = cache_of(arm, run, tmp_path)
+    assert (place / "lightopd.json").stat().st_mtime_ns > before
+    assert again["gap_nats"] == cost["gap_nats"]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""One training of trl's DistillationTrainer, live; runs in the environment of `support/peers.py`.
+"""One training of trl's DistillationTrainer, live; runs in the environment of `peers.py`.
 
-python benchmarks/study/trl_run.py SETTINGS.json        prints its seconds of a core as JSON
+python benchmarks/support/trl_run.py SETTINGS.json        prints its seconds of a core as JSON
 """
 
 import json
@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from trl_step import plain_settings
 
 
 def main(settings: dict[str, Any]) -> dict[str, float]:
@@ -43,15 +45,10 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _arguments(settings: dict[str, Any]) -> Any:
-    """trl's default, reverse KL over the vocabulary on samples of now; the optimizer is the arms'."""
-    from trl import DistillationConfig
-
+    """The optimizer is the arms'; samples are of now."""
     beta1, beta2 = settings["betas"]
-    return DistillationConfig(
-        output_dir=settings["out"] + "-trl",
-        per_device_train_batch_size=settings["batch"],
-        gradient_accumulation_steps=1,
-        max_steps=settings["steps"],
+    return plain_settings(
+        *(settings["out"] + "-trl", settings["batch"], settings["steps"], settings["max_tokens"]),
         learning_rate=settings["lr"],
         warmup_steps=settings["warmup_steps"],
         lr_scheduler_type=settings["schedule"],
@@ -59,15 +56,7 @@ def _arguments(settings: dict[str, Any]) -> Any:
         adam_beta2=beta2,
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["clip_norm"],
-        max_completion_length=settings["max_tokens"],
         seed=settings["seed"],
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
     )
 
 
