@@ -227,7 +227,10 @@ def push(
 
 
 def pull(
-    url: Annotated[str, typer.Argument(help="Where from: s3://bucket/folder, gs://..., file:///...")],
+    url: Annotated[
+        str,
+        typer.Argument(help="Where from: s3://bucket/folder, hf://datasets/OWNER/NAME/folder, ..."),
+    ],
     cache: CacheFolder,
     signals: Signals = None,
     jobs: Jobs = None,

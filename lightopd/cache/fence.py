@@ -8,9 +8,9 @@ from typing import Any
 
 import fsspec
 
-from lightopd.cache.buckets.bucket import PIECE_BYTES
 from lightopd.cache.buckets.mirrors import MIRROR, Mirror, mirror_of, size_of, when_here
 from lightopd.cache.buckets.ranges import BLOCK_BYTES, Ranges
+from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES
 from lightopd.cache.shards import read_marker
 from lightopd.errors import CacheError
 

@@ -4,11 +4,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from lightopd.cache.buckets.at_once import at_once
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import is_small, manifest_of
 from lightopd.cache.buckets.remote import RemotePart, parsed_marker, remote_parts
 from lightopd.cache.buckets.shard_cache import HEADS
+from lightopd.cache.buckets.stores.at_once import at_once
+from lightopd.cache.buckets.stores.object_reader import ObjectReader, sent_with
+from lightopd.cache.buckets.stores.opened import opened
 from lightopd.cache.manifests import PULLING, read_manifest
 from lightopd.cache.shards import marker_path, read_marker, shard_path, valid_shard
 from lightopd.cache.store import open_cache
@@ -37,18 +38,18 @@ def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | N
         ConfigError: a URL or an option that no store takes.
     """
     started_s = time.monotonic()
-    bucket = Bucket(url, config)
-    there = bucket.sizes()
-    parts, unfinished = remote_parts(bucket, there, signals)
+    reader = opened(url, config)
+    there = reader.sizes()
+    parts, unfinished = remote_parts(reader, there, signals)
     _refuse_another(cache, parts[0])
     with writing(cache):
         if not (cache / CACHE_MANIFEST).exists():
-            write_atomically(cache / PULLING, f"{bucket.url}\n".encode())
-        fetched = _fetch_shards(bucket, cache, parts)
+            write_atomically(cache / PULLING, f"{reader.url}\n".encode())
+        fetched = _fetch_shards(reader, cache, parts)
         for name in there:
             if PurePosixPath(name).parent.name == HEADS:
-                _fetch_head(bucket, cache, name, there[name])
-        _fetch_small(bucket, cache, parts, there)
+                _fetch_head(reader, cache, name, there[name])
+        _fetch_small(reader, cache, parts, there)
         for part in reversed(parts):
             write_atomically(cache / manifest_of(part.folder), part.manifest)
         (cache / PULLING).unlink(missing_ok=True)
@@ -63,7 +64,7 @@ def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | N
         "bytes_fetched": sum(new),
         "mb_per_s": round(sum(new) / 1e6 / max(seconds, 1e-9), 3),
     }
-    notes = tuple(f"{folder} is half pushed at {bucket.url} and was left out" for folder in unfinished)
+    notes = tuple(f"{folder} is half pushed at {reader.url} and was left out" for folder in unfinished)
     return Report("pull", str(cache), dict(figures), notes=notes, seconds=seconds)
 
 
@@ -76,56 +77,58 @@ def _refuse_another(cache: Path, rollouts: RemotePart) -> None:
         raise OutputError(f"{cache} is not empty and not a cache; name another folder")
 
 
-def _fetch_shards(bucket: Bucket, cache: Path, parts: Sequence[RemotePart]) -> list[int | None]:
+def _fetch_shards(reader: ObjectReader, cache: Path, parts: Sequence[RemotePart]) -> list[int | None]:
     """Bytes of every shard that was fetched; None for one that was there."""
     shards = [(part, index) for part in parts for index in range(part.num_shards)]
     progress = StageProgress("pull", None, "shards", len(shards))
     fetched = []
-    for size in at_once(bucket.config.jobs, lambda shard: _fetch(bucket, cache, *shard), shards):
+    for size in at_once(reader.config.jobs, lambda shard: _fetch(reader, cache, *shard), shards):
         fetched.append(size)
         progress.advance(is_own=size is not None)
     return fetched
 
 
-def _fetch(bucket: Bucket, cache: Path, part: RemotePart, index: int) -> int | None:
-    content = bucket.read(part.marker(index))
-    marker, folder = parsed_marker(content, part, index, bucket.url), cache / part.folder
+def _fetch(reader: ObjectReader, cache: Path, part: RemotePart, index: int) -> int | None:
+    content = reader.read(part.marker(index))
+    marker, folder = parsed_marker(content, part, index, reader.url), cache / part.folder
     own = read_marker(folder, index)
     if own is not None and valid_shard(folder, index, part.fingerprint) is not None:
         if own.sha256 == marker.sha256:
             return None
         raise OutputError(
-            f"{shard_path(folder, index)} has the settings of {bucket.url} and other bytes; "
+            f"{shard_path(folder, index)} has the settings of {reader.url} and other bytes; "
             "name another folder"
         )
     name = part.shard(index)
-    bucket.download(
+    reader.download(
         name,
         marker.size_bytes,
         shard_path(folder, index),
-        lambda came: _refuse_other(bucket, name, came, marker.sha256),
+        lambda came: _refuse_other(reader, name, came, marker.sha256),
     )
     write_atomically(marker_path(folder, index), content or b"")
     return marker.size_bytes
 
 
-def _fetch_head(bucket: Bucket, cache: Path, name: str, size_bytes: int) -> None:
+def _fetch_head(reader: ObjectReader, cache: Path, name: str, size_bytes: int) -> None:
     path = cache / name
     if path.is_file() and file_sha256(path) == path.stem:
         return
-    bucket.download(name, size_bytes, path, lambda part: _refuse_other(bucket, name, part, path.stem))
+    reader.download(name, size_bytes, path, lambda part: _refuse_other(reader, name, part, path.stem))
 
 
-def _refuse_other(bucket: Bucket, name: str, came: Path, wanted: str) -> None:
+def _refuse_other(reader: ObjectReader, name: str, came: Path, wanted: str) -> None:
     found = file_sha256(came)
     if found != wanted:
         raise CacheError(
-            f"{bucket.url}/{name} has SHA-256 {found[:12]}, not {wanted[:12]}; delete the object and push "
-            "the cache again"
+            f"{reader.url}/{name} has SHA-256 {found[:12]}, not {wanted[:12]}; delete the object and send "
+            f"the cache there again with {sent_with(reader.url)}"
         )
 
 
-def _fetch_small(bucket: Bucket, cache: Path, parts: Sequence[RemotePart], there: Mapping[str, int]) -> None:
+def _fetch_small(
+    reader: ObjectReader, cache: Path, parts: Sequence[RemotePart], there: Mapping[str, int]
+) -> None:
     folders = {".", *(part.folder for part in parts)}
     manifests = {manifest_of(part.folder) for part in parts}
     wanted = [
@@ -135,10 +138,10 @@ def _fetch_small(bucket: Bucket, cache: Path, parts: Sequence[RemotePart], there
     ]
 
     def fetch(name: str) -> None:
-        content = bucket.read(name)
+        content = reader.read(name)
         if content is None:
-            raise CacheError(f"{bucket.url}/{name} was listed and is gone; run the same command again")
+            raise CacheError(f"{reader.url}/{name} was listed and is gone; run the same command again")
         write_atomically(cache / name, content)
 
-    for _ in at_once(bucket.config.jobs, fetch, wanted):
+    for _ in at_once(reader.config.jobs, fetch, wanted):
         pass

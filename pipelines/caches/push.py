@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightopd.cache.buckets.at_once import at_once
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD, Part, heads_of, parts_of, small_files
 from lightopd.cache.buckets.remote import remote_fingerprint
+from lightopd.cache.buckets.stores.at_once import at_once
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.cache.shards import AGAIN, marker_of
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, OutputError

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightopd.cache.buckets.stores.object_reader import sent_with
 from lightopd.config import as_yaml
 from lightopd.errors import OutputError
 from lightopd.files import looks_like_url, output_error, write_atomically
@@ -39,7 +40,7 @@ def writing(folder: Path, *, shared: bool = False) -> Iterator[None]:
         return
     if url := looks_like_url(folder):
         raise OutputError(
-            f"{url} is a URL, and this command writes to a folder: name one, then `lightopd push` it there"
+            f"{url} is a URL, and this command writes to a folder: name one, then {sent_with(url)} it there"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from lightopd.cache.buckets.at_once import at_once
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.mirrors import FOLDER, MIRROR, mirrors_folder
 from lightopd.cache.buckets.shard_cache import HEADS, is_shard
+from lightopd.cache.buckets.stores.at_once import at_once
+from lightopd.cache.buckets.stores.object_reader import ObjectReader
+from lightopd.cache.buckets.stores.opened import opened
 from lightopd.errors import CacheError
 from lightopd.files import json_bytes, looks_like_url, write_atomically
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, TEXT_MANIFEST
@@ -20,6 +21,7 @@ JOBS = 32
 """Small files under way at the same time."""
 PARTS = ("rollouts", "signals", "texts", HEADS)
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+HUB_ENDPOINTS = ("HF_ENDPOINT",)
 
 Objects = Mapping[str, tuple[int, str]]
 """Bytes of objects, and what changes with their content, by name."""
@@ -44,31 +46,32 @@ def mirror_folder(url: str) -> Path:
 
 
 def _mirrored(url: str) -> Path:
-    folder = mirror_folder(url)
-    there = bring_up_to_date(url, Bucket(url), folder)
+    reader = opened(url)
+    folder = mirror_folder(reader.url)
+    there = bring_up_to_date(reader, folder)
     if CACHE_MANIFEST not in there:
         from lightopd.cache.buckets.remote import no_cache  # which opens caches itself
 
-        raise CacheError(no_cache(url, there))
+        raise CacheError(no_cache(reader.url, there))
     return folder
 
 
-def bring_up_to_date(url: str, bucket: Bucket, folder: Path) -> Objects:
+def bring_up_to_date(reader: ObjectReader, folder: Path) -> Objects:
     """See in a mirror what is at its URL now, but for the shards; all objects that are there.
 
     Raises:
         InputError: the store cannot be read.
         OutputError: the mirror cannot be written.
     """
-    there = bucket.listed()
+    there = reader.listed()
     objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
     before = _known(folder)
     small = {name for name in objects if not is_shard(PurePosixPath(name))}
 
     def fetch(name: str) -> None:
-        content = bucket.read(name)
+        content = reader.read(name)
         if content is None:
-            raise CacheError(f"{url}/{name} was listed and is gone; run the same command again")
+            raise CacheError(f"{reader.url}/{name} was listed and is gone; run the same command again")
         write_atomically(folder / name, content, shared=True)
 
     changed = [name for name in small if before.get(name) != objects[name] or not (folder / name).exists()]
@@ -77,7 +80,7 @@ def bring_up_to_date(url: str, bucket: Bucket, folder: Path) -> Objects:
     for name in [name for name in before if objects.get(name) != before[name] and name not in small]:
         (folder / name).unlink(missing_ok=True)
     if before != objects or not before:
-        told = json_bytes({"url": url, "objects": objects})
+        told = json_bytes({"url": reader.url, "objects": objects})
         write_atomically(folder / MIRROR, told, shared=True)
     return there
 
@@ -107,6 +110,7 @@ def _known(folder: Path) -> Objects:
 
 def _name(url: str) -> str:
     """Of a mirror's folder: the URL, legible, and a hash of it and of the endpoint that answers."""
-    endpoint = next((os.environ[name] for name in ENDPOINTS if name in os.environ), "")
+    names = HUB_ENDPOINTS if url.startswith("hf:") else ENDPOINTS
+    endpoint = next((os.environ[name] for name in names if name in os.environ), "")
     digest = hashlib.sha256(f"{url} {endpoint}".encode()).hexdigest()[:12]
     return f"{quote(url.replace('://', ':'), safe=':').replace('%2F', '-')[:100]}-{digest}"

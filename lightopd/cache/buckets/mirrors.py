@@ -21,8 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from lightopd.cache.buckets.bucket import Bucket, is_usable
 from lightopd.cache.buckets.shard_cache import make_room
+from lightopd.cache.buckets.stores.bucket import is_usable
+from lightopd.cache.buckets.stores.object_reader import sent_with
+from lightopd.cache.buckets.stores.opened import opened
 from lightopd.errors import CacheError, InputError, LightopdError
 from lightopd.files import file_sha256, own_suffix, write_atomically
 
@@ -186,19 +188,21 @@ def _fetch(mirror: Mirror, path: Path, sha256: str) -> None:
     name = mirror.name_of(path)
     size_bytes = mirror.sizes.get(name)
     if size_bytes is None:
-        raise CacheError(f"{mirror.url}/{name} is missing; push the cache again from where it was made")
+        raise CacheError(
+            f"{mirror.url}/{name} is missing; send the cache there again with {sent_with(mirror.url)}"
+        )
 
     def check(part: Path) -> None:
         found = file_sha256(part)
         if found != sha256:
             raise CacheError(
                 f"{mirror.url}/{name} has SHA-256 {found[:12]}, its marker says {sha256[:12]}; delete the "
-                "object and push the cache again"
+                f"object and send the cache there again with {sent_with(mirror.url)}"
             )
         _mark(part, sha256)
 
     make_room(mirrors_folder(), size_bytes)
-    Bucket(mirror.url).download(name, size_bytes, path, check, f"{own_suffix()}.{threading.get_ident()}")
+    opened(mirror.url).download(name, size_bytes, path, check, f"{own_suffix()}.{threading.get_ident()}")
 
 
 def _bring_by_another(path: Path, sha256: str) -> None:

@@ -7,7 +7,6 @@ touched. What a stage has besides its shards is sent when it was made, manifests
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD, ROLLOUTS
 from lightopd.cache.buckets.mirroring import (
     MANIFESTS,
@@ -17,6 +16,7 @@ from lightopd.cache.buckets.mirroring import (
     mirror_folder,
 )
 from lightopd.cache.buckets.mirrors import keep, mirror_of
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.cache.claims.store import BucketStore
 from lightopd.errors import OutputError
 from lightopd.files import looks_like_url, write_atomically
@@ -45,7 +45,7 @@ class BucketPlace:
 
     def look(self) -> Objects:
         """See in the mirror what is at the URL now, but for its shards; the objects that are there."""
-        return bring_up_to_date(self.url, self._bucket, self.folder)
+        return bring_up_to_date(self._bucket, self.folder)
 
     def send(self) -> None:
         """Send what a stage made besides shards; what other processes sent meanwhile is seen as well."""

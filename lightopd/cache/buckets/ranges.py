@@ -3,8 +3,9 @@
 import threading
 from collections import OrderedDict
 
-from lightopd.cache.buckets.bucket import PIECE_BYTES, Bucket
 from lightopd.cache.buckets.mirrors import Mirror
+from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES
+from lightopd.cache.buckets.stores.opened import opened
 
 BLOCK_BYTES = 64 * 1024
 """Least that is asked for, and what a shard's end is expected to fit in."""
@@ -16,7 +17,7 @@ class Ranges:
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._bucket = Bucket(mirror.url)
+        self._reader = opened(mirror.url)
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,7 +48,7 @@ class Ranges:
         begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, self._mirror.sizes[name])
         starts = range(begin, end, PIECE_BYTES)
         content = b"".join(
-            self._bucket.read_range(name, start, min(PIECE_BYTES, end - start)) for start in starts
+            self._reader.read_range(name, start, min(PIECE_BYTES, end - start)) for start in starts
         )
         blocks = [content[at : at + BLOCK_BYTES] for at in range(0, len(content), BLOCK_BYTES)]
         with self._lock:

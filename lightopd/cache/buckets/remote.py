@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD, ROLLOUTS, manifest_of
+from lightopd.cache.buckets.stores.object_reader import ObjectReader, sent_with
 from lightopd.cache.manifests import parsed_manifest
 from lightopd.cache.shards import AGAIN, marker_of, marker_path, shard_path
 from lightopd.errors import CacheError
@@ -34,12 +34,12 @@ class RemotePart:
 
 
 def remote_parts(
-    bucket: Bucket, there: Mapping[str, int], signals: Sequence[str] | None
+    reader: ObjectReader, there: Mapping[str, int], signals: Sequence[str] | None
 ) -> tuple[list[RemotePart], list[str]]:
     """The whole parts of a cache at a URL, and the folders of those that are not pushed to their end.
 
     Args:
-        bucket: the URL.
+        reader: of the URL.
         there: sizes of its objects.
         signals: names of signals that are wanted; None takes all that are whole.
 
@@ -47,8 +47,8 @@ def remote_parts(
         CacheError: no cache is there, it is half pushed, or a wanted signal or a shard is not there.
     """
     if CACHE_MANIFEST not in there:
-        raise CacheError(no_cache(bucket.url, there))
-    content, manifest = _manifest(bucket, CACHE_MANIFEST, CacheManifest)
+        raise CacheError(no_cache(reader.url, there))
+    content, manifest = _manifest(reader, CACHE_MANIFEST, CacheManifest)
     parts = [RemotePart(ROLLOUTS, content, manifest.fingerprint(), manifest.num_shards)]
     unfinished = []
     for folder in _folders(there):
@@ -61,24 +61,17 @@ def remote_parts(
         if manifest_of(folder) not in there:
             unfinished.append(folder)
             continue
-        content, fingerprint = _of_part(bucket, folder, manifest.fingerprint())
+        content, fingerprint = _of_part(reader, folder, manifest.fingerprint())
         parts.append(RemotePart(folder, content, fingerprint, manifest.num_shards))
     found = {part.folder for part in parts}
     for name in signals or ():
         if f"signals/{name}" not in found:
             state = "is half pushed" if f"signals/{name}" in unfinished else "is not there"
-            raise CacheError(f"{bucket.url}: signal {name!r} {state}; push it again from where it was made")
-    _check_complete(bucket.url, parts, there)
+            raise CacheError(
+                f"{reader.url}: signal {name!r} {state}; send it there with {sent_with(reader.url)}"
+            )
+    _check_complete(reader.url, parts, there)
     return parts, unfinished
-
-
-def remote_marker(bucket: Bucket, part: RemotePart, index: int) -> ShardMarker:
-    """The marker of a shard at a URL.
-
-    Raises:
-        CacheError: it is broken, or of other settings than its manifest.
-    """
-    return parsed_marker(bucket.read(part.marker(index)), part, index, bucket.url)
 
 
 def parsed_marker(content: bytes | None, part: RemotePart, index: int, url: str) -> ShardMarker:
@@ -95,25 +88,25 @@ def parsed_marker(content: bytes | None, part: RemotePart, index: int, url: str)
     return marker
 
 
-def remote_fingerprint(bucket: Bucket, folder: str) -> str:
+def remote_fingerprint(reader: ObjectReader, folder: str) -> str:
     """Fingerprint of the manifest of a part at a URL.
 
     Raises:
         CacheError: the manifest is broken.
     """
     if folder == ROLLOUTS:
-        return _manifest(bucket, CACHE_MANIFEST, CacheManifest)[1].fingerprint()
-    return _of_part(bucket, folder, None)[1]
+        return _manifest(reader, CACHE_MANIFEST, CacheManifest)[1].fingerprint()
+    return _of_part(reader, folder, None)[1]
 
 
-def _manifest(bucket: Bucket, name: str, kind: type[CacheManifest]) -> tuple[bytes, CacheManifest]:
-    content = bucket.read(name) or b""
-    return content, parsed_manifest(content, f"{bucket.url}/{name}", kind)
+def _manifest(reader: ObjectReader, name: str, kind: type[CacheManifest]) -> tuple[bytes, CacheManifest]:
+    content = reader.read(name) or b""
+    return content, parsed_manifest(content, f"{reader.url}/{name}", kind)
 
 
-def _of_part(bucket: Bucket, folder: str, rollouts: str | None) -> tuple[bytes, str]:
+def _of_part(reader: ObjectReader, folder: str, rollouts: str | None) -> tuple[bytes, str]:
     name = manifest_of(folder)
-    content, where = bucket.read(name) or b"", f"{bucket.url}/{name}"
+    content, where = reader.read(name) or b"", f"{reader.url}/{name}"
     manifest: SignalManifest | TextManifest
     if folder.startswith("signals/"):
         manifest = parsed_manifest(content, where, SignalManifest)
@@ -121,7 +114,8 @@ def _of_part(bucket: Bucket, folder: str, rollouts: str | None) -> tuple[bytes, 
         manifest = parsed_manifest(content, where, TextManifest)
     if rollouts is not None and manifest.rollouts != rollouts:
         raise CacheError(
-            f"{where} speaks of other rollouts than {CACHE_MANIFEST} there; push the cache again"
+            f"{where} speaks of other rollouts than {CACHE_MANIFEST} there; send the cache there again with "
+            f"{sent_with(reader.url)}"
         )
     return content, manifest.fingerprint()
 
@@ -143,7 +137,7 @@ def no_cache(url: str, there: Mapping[str, object]) -> str:
             "it resumes"
         )
     what = f"{len(there)} objects and no {CACHE_MANIFEST}" if there else "nothing"
-    return f"{url} is not a cache: there is {what}; name a URL that `lightopd push` wrote"
+    return f"{url} is not a cache: there is {what}; name a URL that {sent_with(url)} wrote"
 
 
 def _check_complete(url: str, parts: Sequence[RemotePart], there: Mapping[str, int]) -> None:
@@ -152,5 +146,6 @@ def _check_complete(url: str, parts: Sequence[RemotePart], there: Mapping[str, i
         missing = [name for name in names if name not in there]
         if missing:
             raise CacheError(
-                f"{url}: {len(missing)} objects are missing ({', '.join(missing[:3])}); push the cache again"
+                f"{url}: {len(missing)} objects are missing ({', '.join(missing[:3])}); send the "
+                f"cache there again with {sent_with(url)}"
             )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lightopd.cache.buckets.bucket import Bucket
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.files import put_if_absent
 
 

@@ -8,8 +8,8 @@ import pytest
 from bucket_cases import figures, files_of, race
 from cache_cases import make_cache
 
-from lightopd.cache.buckets.bucket import Bucket
 from lightopd.cache.buckets.layout import RECORD
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.errors import InputError, OutputError
 from lightopd.files import write_atomically
 from lightopd.pipelines.shared.run_folder import writing
@@ -141,7 +141,6 @@ def test_a_damaged_shard_is_not_sent(lightopd, cache, store):
 @pytest.mark.parametrize(
     ("url", "code", "message"),
     [
-        ("hf://org/name", 2, "no object store; `hf download"),
         ("memory:///x", 2, "no URL of a store"),
         ("bucket/folder", 2, "no URL of a store"),
         ("file:///nowhere/at/all", 3, "there is no folder /nowhere/at/all"),

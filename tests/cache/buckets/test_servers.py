@@ -9,7 +9,7 @@ from bucket_cases import figures, files_of, race
 from bucket_servers import BUCKET, KEYS, Proxy, S3Server
 from cache_cases import make_cache
 
-from lightopd.cache.buckets.bucket import PIECE_BYTES, Bucket
+from lightopd.cache.buckets.stores.bucket import PIECE_BYTES, Bucket
 from lightopd.files import file_sha256
 
 pytestmark = pytest.mark.slow

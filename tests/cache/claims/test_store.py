@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lightopd.cache.buckets.bucket import Bucket
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.cache.claims.store import BucketStore, FolderStore
 from lightopd.errors import OutputError
 from lightopd.files import put_if_absent

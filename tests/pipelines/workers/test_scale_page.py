@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from bucket_servers import KEYS, S3Server
+from hub_server import HubServer
 
 PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
 BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -61,3 +62,19 @@ def test_a_bucket_gives_back_the_cache_and_is_read_in_place(world, tmp_path):
     assert (tmp_path / "RUN/student/model.safetensors").is_file()
     for part in ("rollouts", "signals/teacher"):
         assert shards_of(tmp_path / "CACHE2" / part) == shards_of(tmp_path / "CACHE" / part) != {}
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub_is_pulled_and_read_in_place(world, tmp_path):
+    (tmp_path / "STUDENT").symlink_to(world.sft / "student")
+    hub = HubServer()
+    try:
+        hub.commit("lab/rollouts", world.cache, "run1")
+        script = BLOCKS["hub"].replace("--steps", "--set batch_sequences=6 --steps")
+        reached = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+        run(script, tmp_path, XDG_CACHE_HOME=str(tmp_path / "user"), **reached)
+    finally:
+        hub.close()
+    assert (tmp_path / "RUN2/student/model.safetensors").is_file()
+    for part in ("rollouts", "signals/teacher"):
+        assert shards_of(tmp_path / "CACHE3" / part) == shards_of(world.cache / part) != {}

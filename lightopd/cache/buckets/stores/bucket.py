@@ -6,33 +6,21 @@ growing pauses; where a connection breaks off in a way that it takes for final, 
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lightopd.cache.buckets.failures import bucket_error, is_refusal
+from lightopd.cache.buckets.stores.failures import bucket_error, is_refusal
+from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES, Answer, ObjectReader
 from lightopd.errors import ConfigError, InputError
-from lightopd.files import output_error, replaced_file
 from lightopd.schemas.stores.buckets import BucketConfig
 
 BROKEN_OFF = ("error decoding response body", "request or response body error", "error sending request")
 """What obstore says of a connection that broke off: it tries some of these again, and not a reset one."""
-PIECE_BYTES = 16 * 1024 * 1024
-"""Most bytes of one request."""
-
 SCHEMES = ("s3", "s3a", "gs", "az", "adl", "abfs", "abfss", "azure", "file")
 S3 = ("s3", "s3a")
-
-Answer = TypeVar("Answer")
-
-
-def is_url(text: str) -> bool:
-    """Whether a command's argument names an object store and not a folder."""
-    return "://" in text
-
 
 _users: list[int] = []
 
@@ -42,8 +30,8 @@ def is_usable() -> bool:
     return not _users or _users[0] == os.getpid()
 
 
-class Bucket:
-    """The objects below a URL, by their names relative to it.
+class Bucket(ObjectReader):
+    """The objects below a URL, by their names relative to it, for reading and writing.
 
     Args:
         url: `s3://bucket/folder`, `gs://...`, `az://...` or `file:///folder`.
@@ -56,12 +44,8 @@ class Bucket:
     """
 
     def __init__(self, url: str, config: BucketConfig | None = None, *, is_made: bool = False) -> None:
-        self.url, self.config = url.rstrip("/"), config or BucketConfig()
+        super().__init__(url, config)
         self._store = _opened(self.url, self.config, is_made)
-
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of every object, by name."""
-        return {name: size_bytes for name, (size_bytes, _) in self.listed().items()}
 
     def listed(self) -> dict[str, tuple[int, str]]:
         """Size in bytes of every object, and what changes with its content, by name."""
@@ -154,49 +138,11 @@ class Bucket:
 
         return self._told("read", self._at(name), lambda: self._again(content))
 
-    def download(
-        self, name: str, size_bytes: int, path: Path, check: Callable[[Path], None], suffix: str = ""
-    ) -> None:
-        """An object as a file that is whole or not there.
-
-        Args:
-            name: of the object.
-            size_bytes: of the object.
-            path: of the file.
-            check: refuses what came, before the file gets its name.
-            suffix: of the file's name while it comes, where several may fetch it at the same moment.
-
-        Raises:
-            InputError: the object cannot be read.
-            OutputError: the file cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path, suffix) as part:
-                with part.open("wb") as file:
-                    for start in range(0, size_bytes, PIECE_BYTES):
-                        file.write(self.read_range(name, start, min(PIECE_BYTES, size_bytes - start)))
-                check(part)
-        except OSError as error:
-            raise output_error(error, path, size_bytes) from error
-
-    def _at(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def _again(self, ask: Callable[[], Answer]) -> Answer:
-        """Asks again when a connection breaks off in ways that obstore leaves to its caller."""
+    def _is_passing(self, error: Exception) -> bool:
+        """Whether a connection broke off in a way that obstore leaves to its caller."""
         from obstore.exceptions import GenericError
 
-        until_s, pause_s = time.monotonic() + self.config.retry_s, 0.2
-        while True:
-            try:
-                return ask()
-            except GenericError as error:
-                is_cut = any(text in str(error) for text in BROKEN_OFF)
-                if not is_cut or time.monotonic() + pause_s > until_s:
-                    raise
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 10.0)
+        return isinstance(error, GenericError) and any(text in str(error) for text in BROKEN_OFF)
 
     def _told(self, verb: str, where: str, ask: Callable[[], Answer]) -> Answer:
         from obstore.exceptions import BaseError
@@ -236,11 +182,13 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
 def _check_scheme(url: str, scheme: str) -> None:
     if scheme == "hf":
         raise ConfigError(
-            f"{url}: the Hugging Face hub is no object store; `hf download --repo-type dataset --local-dir "
-            "CACHE REPO` fetches a cache from it"
+            f"{url}: the Hugging Face hub is read in place and not written to; make the cache in a folder "
+            "and send it with `hf upload OWNER/NAME CACHE FOLDER --repo-type dataset`"
         )
     if scheme not in SCHEMES:
-        raise ConfigError(f"{url} is no URL of a store; there are s3://, gs://, az:// and file:///")
+        raise ConfigError(
+            f"{url} is no URL of a store; there are s3://, gs://, az://, file:/// and, for reading, hf://"
+        )
 
 
 def _client(config: BucketConfig, options: dict[str, Any]) -> dict[str, Any]:

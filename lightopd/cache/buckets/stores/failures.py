@@ -1,6 +1,7 @@
 """What an object store answers when it does not do what was asked, in one line with a remedy."""
 
 import re
+from typing import Any
 
 from lightopd.errors import InputError, LightopdError, OutputError
 from lightopd.schemas.stores.buckets import BucketConfig
@@ -55,3 +56,42 @@ def _reason(error: Exception, text: str, config: BucketConfig) -> str:
     first = re.sub(r"\s+", " ", text.partition("Debug source")[0]).strip()
     status = re.search(r"status code: (.+?)(?: for|: <|$)", first)
     return f"{status[1] if status else first[:300]}; run the same command again: it resumes"
+
+
+TOKEN = "set HF_TOKEN, or `hf auth login`"
+HUB_REMEDIES = {
+    "RepoNotFound": f"the hub shows no such dataset; look at its name, and if it is private, {TOKEN}",
+    "RevisionNotFound": "the dataset has no such revision; name a branch, a tag or a commit after the @",
+    "GatedRepo": f"the dataset is gated; ask for access on its page, then {TOKEN}",
+}
+"""By the code in an answer of the Hugging Face hub."""
+HUB_STATUSES = {
+    401: HUB_REMEDIES["RepoNotFound"],
+    403: f"the token may not read it; {TOKEN} with one that may",
+    404: HUB_REMEDIES["RepoNotFound"],
+    429: f"too many requests; {TOKEN}, which raises the limit, or run the same command later: it resumes",
+}
+
+
+def is_no_object(response: Any) -> bool:
+    """Whether the hub says that a file or a folder is not there, and nothing worse."""
+    return bool(response.status_code == 404 and response.headers.get("X-Error-Code") == "EntryNotFound")
+
+
+def hub_error(error: Exception, verb: str, where: str, config: BucketConfig) -> InputError:
+    """The hub's failure as an error of lightopd: what could not be done, why, and what to do."""
+    return InputError(f"cannot {verb} {where}: {_hub_reason(error, config)}")
+
+
+def _hub_reason(error: Exception, config: BucketConfig) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        status = response.status_code
+        known = HUB_REMEDIES.get(response.headers.get("X-Error-Code", "")) or HUB_STATUSES.get(status)
+        return known or f"the hub answers {status}; run the same command again: it resumes"
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE is set; unset it, or read a cache on this machine"
+    return (
+        f"the hub does not answer (tried again for {config.retry_s:g} s); look at HF_ENDPOINT and the "
+        "network, then run the same command again: it resumes"
+    )

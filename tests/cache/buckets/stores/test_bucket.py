@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from lightopd.cache.buckets.bucket import Bucket
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.errors import OutputError
 from lightopd.schemas.stores.buckets import BucketConfig
 
