@@ -54,19 +54,27 @@ def write_atomically(path: Path, content: Content, *, shared: bool = False) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shared:
-            _remove_left_of(path)
+            remove_left_in(path.parent, path.name)
         with replaced_file(path, own_suffix() if shared else "") as part, part.open("wb") as file:
             file.write(content)
     except OSError as error:
         raise output_error(error, path, len(content)) from error
 
 
-def _remove_left_of(path: Path) -> None:
-    """Remove what processes that are surely gone left of writing a shared file."""
+def remove_left_in(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that are surely gone left of writing shared files.
+
+    Args:
+        folder: where.
+        name: of a file that lies right in it; None: all files, in folders below too.
+    """
     machine = this_machine()
-    begin = f".{path.name}.{socket.gethostname()}.{machine}."
-    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp*") if machine else ():
-        pid = left.name.removeprefix(begin).partition(".")[0]
+    if not machine:
+        return
+    by = f".{socket.gethostname()}.{machine}."
+    find, named = (folder.rglob, "*") if name is None else (folder.glob, glob.escape(name))
+    for left in find(f".{named}{glob.escape(by)}*.tmp*"):
+        pid = left.name.rpartition(by)[2].partition(".")[0]
         if pid.isdecimal() and start_of(int(pid)) is None:
             left.unlink(missing_ok=True)
 
@@ -91,7 +99,7 @@ def put_if_absent(path: Path, content: Content, *, is_durable: bool = True) -> b
         FileNotFoundError: the folder is not there, or someone removed what was being written.
         OutputError: the file could not be written, or the file system has no hard links.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    part = path.with_name(f".{path.name}{own_suffix()}.{uuid.uuid4().hex}.tmp")
     try:
         with part.open("wb") as file:
             file.write(content)

@@ -17,7 +17,7 @@ from lightopd.errors import CacheError, OutputError
 from lightopd.files import file_sha256, write_atomically
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report
-from lightopd.pipelines.shared.run_folder import writing
+from lightopd.pipelines.shared.run_folder import LOCK, writing
 from lightopd.schemas.manifest import CACHE_MANIFEST, CacheManifest
 from lightopd.schemas.stores.buckets import BucketConfig
 
@@ -73,8 +73,10 @@ def _refuse_another(cache: Path, rollouts: RemotePart) -> None:
     if (cache / CACHE_MANIFEST).exists():
         if read_manifest(cache / CACHE_MANIFEST, CacheManifest).fingerprint() != rollouts.fingerprint:
             raise OutputError(f"{cache} holds another cache than the URL; name another folder")
-    elif cache.is_dir() and any(cache.iterdir()) and not (cache / PULLING).exists():
-        raise OutputError(f"{cache} is not empty and not a cache; name another folder")
+    elif cache.is_dir() and not (cache / PULLING).exists():
+        begun = {LOCK, f".{PULLING}.tmp"}  # all that a pull leaves that was killed before it said so
+        if any(path.name not in begun for path in cache.iterdir()):
+            raise OutputError(f"{cache} is not empty and not a cache; name another folder")
 
 
 def _fetch_shards(reader: ObjectReader, cache: Path, parts: Sequence[RemotePart]) -> list[int | None]:

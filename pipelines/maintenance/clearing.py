@@ -1,7 +1,7 @@
 """What is taken away from a cache: a signal, and what killed stages left behind.
 
 A signal's folder leaves `signals/` by one rename; only then are its files deleted, so that a kill in between
-leaves a cache without the signal, and a leftover for `gc`.
+leaves a cache without the signal, and a leftover for the same command again, or for `gc`.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Leftover:
 
 
 def drop_signal(cache: Path, name: str, *, is_sure: bool) -> int:
-    """Delete a signal; bytes that were freed.
+    """Delete a signal, or what is left of one whose deletion was stopped; bytes that were freed.
 
     Raises:
         CacheError: there is no such signal, or another one was scored over its entries.
@@ -47,24 +47,25 @@ def drop_signal(cache: Path, name: str, *, is_sure: bool) -> int:
     """
     opened = open_cache(cache, signals=(), incomplete=True)
     names = sorted({*signal_names(cache), *orphaned_signals(cache)})
-    if name not in names:
+    folder, aside = signal_folder(cache, name), cache / DROPPED
+    begun = [path for path in aside.glob("*") if path.name.rpartition(".")[0] == name]
+    if name not in names and not begun:
         raise CacheError(f"{cache} has no signal {name!r} (there: {', '.join(names) or 'none'})")
-    folder = signal_folder(cache, name)
     for other in sorted({*signal_names(cache)} - {name}):
         support = open_cache(cache, signals=[other], incomplete=True).signals[other].manifest.support
         if support is not None and support.get("signal") == name:
             raise CacheError(
                 f"signal {other!r} was scored over the entries of {name!r}; drop {other!r} first"
             )
-    size = _size(folder)
+    size = sum(map(_size, [folder, *begun]))
     if not is_sure:
         raise ConfigError(f"{folder} would be deleted, {size:,} bytes that were paid for; give --yes")
     with _alone(cache):
-        aside = cache / DROPPED
         aside.mkdir(exist_ok=True)
-        place = next(path for n in range(10_000) if not (path := aside / f"{name}.{n}").exists())
-        folder.rename(place)
-        flush(folder.parent)
+        if name in names:
+            place = next(path for n in range(10_000) if not (path := aside / f"{name}.{n}").exists())
+            folder.rename(place)
+            flush(folder.parent)
         refresh_index(opened.path)
         shutil.rmtree(aside)
     return size

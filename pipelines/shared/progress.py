@@ -14,7 +14,10 @@ EVERY_S = 5.0
 
 
 class StageProgress:
-    """Counts finished units and tells rate and time left; the journal, if any, is appended to."""
+    """Counts finished units and tells rate and time left; the journal, if any, is appended to.
+
+    Its first line tells what was done already: a process may end before it tells more.
+    """
 
     def __init__(self, stage: str, journal: Path | None, unit: str, total: int, done: int = 0) -> None:
         self.stage, self.journal, self.unit, self.total, self.done = stage, journal, unit, total, done
@@ -24,6 +27,7 @@ class StageProgress:
         self.started_s = self.told_s = time.monotonic()
         if done:
             log.info("%s: %d of %d %s are done already", stage, done, total, unit)
+        self._record(0.0, 0.0, 0.0, 0.0)
 
     def advance(self, tokens: int = 0, *, is_own: bool = True) -> None:
         """Add a finished unit, with the response tokens in it; tell when it is time, and at the end.
@@ -49,6 +53,9 @@ class StageProgress:
             *(self.stage, self.done, self.total, self.unit, rate, tokens_per_s, duration(left_s)),
             extra=LIVE if self.done < self.total else None,
         )
+        self._record(rate, tokens_per_s, left_s, seconds)
+
+    def _record(self, rate: float, tokens_per_s: float, left_s: float, seconds: float) -> None:
         if self.journal is None:
             return
         record = {

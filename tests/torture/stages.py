@@ -21,6 +21,8 @@ class Stage:
     words: Callable[[Path, Path], list[str]]
     """From the folder of inputs and the folder of work."""
     prepare: Callable[[Path, Path], None] = lambda inputs, work: None
+    says_when_done: str = ""
+    """What it answers with an error once its work is done, where it does not answer that all is there."""
 
 
 def _rollout(inputs: Path, cache: Path) -> list[str]:
@@ -50,6 +52,14 @@ def _precompute(inputs: Path, cache: Path) -> list[str]:
 def _train(inputs: Path, out: Path) -> list[str]:
     student = ["--student", f"{inputs / 'sft/student'}", "--cache", f"{inputs / 'cache'}"]
     return ["train", *student, "--out", f"{out}", *TRAIN]
+
+
+def _push(inputs: Path, bucket: Path) -> list[str]:
+    return ["push", f"{inputs / 'cache'}", f"file://{bucket}"]
+
+
+def _split(inputs: Path, out: Path) -> list[str]:
+    return ["cache", "split", f"{inputs / 'cache'}", "--parts", "2", "--out", f"{out}"]
 
 
 def _run_file(inputs: Path, path: Path, out: Path, **changes: object) -> None:
@@ -94,6 +104,29 @@ STAGES = {
         ]
     ),
     "index": Stage(lambda inputs, work: ["index", f"{work / 'cache'}"], _whole_cache),
+    "copy": Stage(
+        lambda inputs, work: [
+            *_precompute(inputs, work / "cache"), "--rollouts", f"{inputs / 'cache'}", "--signal", "second",
+        ]
+    ),
+    "push": Stage(lambda inputs, work: _push(inputs, work / "bucket")),
+    "pull": Stage(lambda inputs, work: ["pull", f"file://{inputs / 'bucket'}", f"{work / 'cache'}"]),
+    "merge": Stage(
+        lambda inputs, work: [
+            "cache", "merge", f"{inputs / 'parts/part-1'}", f"{inputs / 'parts/part-2'}",
+            "--out", f"{work / 'cache'}",
+        ],
+        says_when_done="is there already, and is not replaced",
+    ),
+    "split": Stage(
+        lambda inputs, work: _split(inputs, work / "parts"),
+        says_when_done="is there already, and is not replaced",
+    ),
+    "drop-signal": Stage(
+        lambda inputs, work: ["cache", "drop-signal", f"{work / 'cache'}", "teacher", "--yes"],
+        _whole_cache,
+        says_when_done="has no signal 'teacher'",
+    ),
 }  # fmt: skip
 
 
@@ -109,6 +142,8 @@ def make_inputs(inputs: Path, work: Path, call: Callable[[list[str]], None]) -> 
     call([*_rollout(inputs, inputs / "rollouts"), *SHORT])
     shutil.copytree(inputs / "rollouts", inputs / "cache")
     call(_precompute(inputs, inputs / "cache"))
+    call(_push(inputs, inputs / "bucket"))
+    call(_split(inputs, inputs / "parts"))
     _run_file(inputs, inputs / "run.json", work / "run")
     rounds = {"steps": 4, "prompts_per_round": 4}
     _run_file(inputs, inputs / "rounds.json", work / "run", rounds=rounds)

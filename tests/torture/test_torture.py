@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CHEAP = "rollout,precompute,train,join,import,index"
+CHEAP = "rollout,precompute,train,join,import,index,copy,push,pull,merge,split,drop-signal"
 """Stages of the short form; the long form has sft, run and rounds too, which take several times as long."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, which makes what hurts a process")
-def test_twenty_hurt_stages_resume_to_the_bytes_of_undisturbed_ones(tmp_path):
-    words = [sys.executable, "-P", HERE, "--rounds", "20", "--seed", "0", "--stages", CHEAP]
+def test_thirty_hurt_stages_resume_to_the_bytes_of_undisturbed_ones(tmp_path):
+    words = [sys.executable, "-P", HERE, "--rounds", "30", "--seed", "0", "--stages", CHEAP]
     done = subprocess.run([*words, "--folder", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 rounds" in done.stdout
+    assert "30 rounds" in done.stdout

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ from lightopd.files import write_atomically
 from lightopd.pipelines.shared.run_folder import writing
 
 OLD = Path(__file__).parents[2] / "fixtures/version_0_1/cache"
+
+KILLED = """
+import os, signal, sys
+from lightopd import files
+from lightopd.cache.buckets.stores.bucket import Bucket
+files.flush = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+getattr(Bucket(sys.argv[1], is_made=True), sys.argv[2])("rollouts/key", b"content")
+"""
 
 
 @pytest.fixture
@@ -66,6 +76,25 @@ def test_a_pull_that_was_cut_is_seen_as_such_and_resumed(lightopd, tmp_path, cac
     assert files_of(tmp_path / "again") == files_of(cache)
     assert not list((tmp_path / "again").rglob("*.tmp"))
     assert lightopd("verify", tmp_path / "again")[0] == 0
+
+
+def test_a_pull_that_was_killed_before_its_first_file_is_resumed(lightopd, tmp_path, cache, store):
+    lightopd("push", cache, store[1])
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/.lightopd.lock").touch()
+    (tmp_path / "again/..lightopd.pull.tmp").write_text("file:")
+    assert lightopd("pull", store[1], tmp_path / "again")[0] == 0
+    assert files_of(tmp_path / "again") == files_of(cache)
+
+
+def test_what_a_killed_push_left_half_written_in_a_folder_is_hidden_and_goes(store):
+    for do in ("put", "put_if_absent"):
+        subprocess.run([sys.executable, "-c", KILLED, store[1], do])
+        assert len(list((store[0] / "rollouts").iterdir())) == 1
+        assert Bucket(store[1]).sizes() == {}
+        assert Bucket(store[1]).names_below("rollouts") == []
+        Bucket(store[1], is_made=True)
+        assert list((store[0] / "rollouts").iterdir()) == []
 
 
 def test_another_cache_is_never_mixed_in(lightopd, tmp_path, cache, store):

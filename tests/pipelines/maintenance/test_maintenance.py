@@ -282,20 +282,30 @@ def test_a_killed_split_leaves_no_part_and_an_untouched_source(made, tmp_path, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before", "between", "after"])
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        ("before", "resumed"),
+        ("between", "resumed"),
+        ("after", "resumed"),
+        ("between", "cleared"),
+        ("after", "cleared"),
+    ],
+)
 def test_a_killed_drop_leaves_the_whole_signal_or_none_and_the_rest_untouched(
-    lightopd, made, tmp_path, moment
+    lightopd, made, tmp_path, moment, how
 ):
     cache = shutil.copytree(made / "a", tmp_path / "a")
     run_killed(DROP_KILLED, moment, cache)
     assert shards_of(cache) == shards_of(made / "a", ("rollouts", "signals")[: 1 + (moment == "before")])
-    if moment == "before":
-        assert verify(cache) == []
+    if how == "resumed":
+        code, _, err = lightopd("cache", "drop-signal", cache, "teacher")
+        assert (code, "would be deleted, 0 bytes" in err) == (2, False), err
         assert lightopd("cache", "drop-signal", cache, "teacher", "--yes")[0] == 0
     else:
         assert "a signal that was dropped" in lightopd("cache", "gc", cache)[1]
         assert lightopd("cache", "gc", cache, "--yes")[0] == 0
-    if moment == "between":
+    if (moment, how) == ("between", "cleared"):
         assert ["it is stale" in str(finding) for finding in verify(cache)] == [True]
         assert lightopd("index", cache)[0] == 0
     assert verify(cache) == []

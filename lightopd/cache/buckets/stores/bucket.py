@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from lightopd.cache.buckets.stores.failures import bucket_error, is_refusal
 from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES, Answer, ObjectReader
 from lightopd.errors import ConfigError, InputError
+from lightopd.files import output_error, own_suffix, put_if_absent, remove_left_in, replaced_file
 from lightopd.schemas.stores.buckets import BucketConfig
 
 BROKEN_OFF = ("error decoding response body", "request or response body error", "error sending request")
@@ -46,6 +47,9 @@ class Bucket(ObjectReader):
     def __init__(self, url: str, config: BucketConfig | None = None, *, is_made: bool = False) -> None:
         super().__init__(url, config)
         self._store = _opened(self.url, self.config, is_made)
+        self._folder = _folder(self.url)
+        if is_made and self._folder is not None:
+            remove_left_in(self._folder)
 
     def listed(self) -> dict[str, tuple[int, str]]:
         """Size in bytes of every object, and what changes with its content, by name."""
@@ -54,7 +58,9 @@ class Bucket(ObjectReader):
         def listed() -> dict[str, tuple[int, str]]:
             items = (item for chunk in obstore.list(self._store) for item in chunk)
             return {
-                item["path"]: (item["size"], f"{item['last_modified']} {item['e_tag']}") for item in items
+                item["path"]: (item["size"], f"{item['last_modified']} {item['e_tag']}")
+                for item in items
+                if not _is_coming(item["path"])
             }
 
         return self._told("list", self.url, lambda: self._again(listed))
@@ -64,9 +70,8 @@ class Bucket(ObjectReader):
         import obstore
 
         def listed() -> list[str]:
-            return sorted(
-                item["path"] for chunk in obstore.list(self._store, prefix=folder) for item in chunk
-            )
+            found = (item["path"] for chunk in obstore.list(self._store, prefix=folder) for item in chunk)
+            return sorted(name for name in found if not _is_coming(name))
 
         return self._told("list", self._at(folder), lambda: self._again(listed))
 
@@ -98,6 +103,9 @@ class Bucket(ObjectReader):
         """Put an object in place whole, or not at all; one that is there is replaced."""
         import obstore
 
+        if self._folder is not None:
+            _put_file(self._folder / name, content)
+            return
         self._told(
             "write",
             self._at(name),
@@ -115,6 +123,9 @@ class Bucket(ObjectReader):
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
+
+        if self._folder is not None:
+            return _put_file_if_absent(self._folder / name, content) or self.read(name) == content
 
         def put() -> bool:
             try:
@@ -163,8 +174,7 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
         raise ConfigError(f"{url} needs obstore: pip install 'lightopd[objectstore]'") from error
     if not _users:
         _users.append(os.getpid())
-    if parts.scheme == "file":
-        folder = Path(unquote(parts.path))
+    if (folder := _folder(url)) is not None:
         if not is_made and not folder.is_dir():
             raise InputError(f"{url}: there is no folder {folder}; name one that `lightopd push` made")
         return LocalStore(folder, mkdir=True)
@@ -177,6 +187,37 @@ def _opened(url: str, config: BucketConfig, is_made: bool) -> Any:
     except BaseError as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{url} cannot be opened: {message}; look at --set store.KEY=VALUE") from error
+
+
+def _folder(url: str) -> Path | None:
+    """The folder that a `file://` URL names."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+def _is_coming(name: str) -> bool:
+    """Whether a file is one that is being written, in a folder or what stands for one."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith(".tmp")
+
+
+def _put_file(path: Path, content: bytes | Path) -> None:
+    """As an object, but flushed to the disk; until then its name tells which process writes it."""
+    whole = content.read_bytes() if isinstance(content, Path) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path, own_suffix()) as part:
+            part.write_bytes(whole)
+    except OSError as error:
+        raise output_error(error, path, len(whole)) from error
+
+
+def _put_file_if_absent(path: Path, content: bytes) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return put_if_absent(path, content)
+    except OSError as error:
+        raise output_error(error, path, len(content)) from error
 
 
 def _check_scheme(url: str, scheme: str) -> None:
