@@ -127,6 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
             self.send_header(name, value)
         self.end_headers()
-        for start in range(0, len(content), size := 1 if self.server.hub.drip_s else len(content)):
+        for start in range(0, len(content), size := 1 if self.server.hub.drip_s else 2**30):
             time.sleep(self.server.hub.drip_s)
             self.wfile.write(content[start : start + size])
