@@ -5,6 +5,7 @@ import datetime
 import logging
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 LIVE = {"is_live": True}
@@ -17,8 +18,19 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+_called: dict[str, str] = {}
+"""Folders, and what people read in their place."""
+
+
+def call(folder: Path, name: str) -> None:
+    """Have a folder told by another name from now on, such as a URL's mirror by the URL."""
+    _called[str(folder)] = name
+
+
 def printable(text: str) -> str:
-    """Text in one line, without control characters that a terminal would obey."""
+    """Text in one line, without control characters that a terminal would obey, of folders by their names."""
+    for folder, name in _called.items():
+        text = text.replace(folder, name)
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightopd.cache.buckets.mirroring import folder_of
-from lightopd.cache.buckets.mirrors import size_of
+from lightopd.cache.buckets.mirrors import mirror_of, size_of
 from lightopd.cache.checks.seals import sealed
 from lightopd.cache.manifests import (
     Manifest,
@@ -207,12 +207,13 @@ def create_part(path: Path, manifest: Manifest, others: Sequence[Path] = ()) -> 
     existing = read_manifest(path, type(manifest))
     if existing.fingerprint() == manifest.fingerprint():
         return
-    if not any(path.parent.rglob("part-*.parquet")):  # of a start that failed: nothing in it is paid for
+    is_begun = mirror_of(path) is not None or any(path.parent.rglob("part-*.parquet"))
+    if not is_begun:  # a start that failed: nothing in it is paid for
         write_atomically(path, sealed(manifest.model_dump(mode="json")))
     else:
         raise OutputError(
             f"{path.parent} belongs to another run ({'; '.join(differences(existing, manifest))}); "
-            "name another folder, or set these back"
+            "name another place, or set these back"
         )
 
 

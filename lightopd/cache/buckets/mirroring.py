@@ -15,6 +15,7 @@ from lightopd.cache.buckets.stores.opened import opened
 from lightopd.errors import CacheError
 from lightopd.files import json_bytes, looks_like_url, write_atomically
 from lightopd.schemas.manifest import CACHE_MANIFEST, SIGNAL_MANIFEST, TEXT_MANIFEST
+from lightopd.telling import call
 
 MANIFESTS = (CACHE_MANIFEST, SIGNAL_MANIFEST, TEXT_MANIFEST)
 JOBS = 32
@@ -63,6 +64,7 @@ def bring_up_to_date(reader: ObjectReader, folder: Path) -> Objects:
         InputError: the store cannot be read.
         OutputError: the mirror cannot be written.
     """
+    call(folder, reader.url)
     there = reader.listed()
     objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
     before = _known(folder)
