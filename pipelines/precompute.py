@@ -9,6 +9,7 @@ second teacher or a reference model is added later without touching what is ther
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from pydantic import JsonValue
@@ -23,13 +24,14 @@ from lightopd.cache.contexts import (
 )
 from lightopd.cache.index import refresh_index
 from lightopd.cache.manifests import as_begun, schema_version_at, signal_folder
-from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.engines.kinds import describe_engine, load_engine, tail_of
 from lightopd.errors import ConfigError
 from lightopd.lineage.checks import check_role, check_student
 from lightopd.lineage.fingerprint import fingerprint_model, read_student_lineage
 from lightopd.models.limits import ModelLimits, model_limits
 from lightopd.pipelines.caches.copy_rollouts import copy_rollouts
+from lightopd.pipelines.caches.push import push_rollouts
 from lightopd.pipelines.sampling.rendering import shown_time
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.costs.estimate import estimate, own_top_k
@@ -78,9 +80,7 @@ def run(
     """
     end_with_starter()
     started_s = time.monotonic()
-    asked, (config, name) = config, at_its_place(config)
-    if config.rollouts and name != str(config.cache):
-        raise ConfigError(f"{name} is a URL and takes no other cache's rollouts; push those there first")
+    asked, config = config, at_its_place(config)[0]
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)
     if dry_run:
@@ -115,10 +115,11 @@ def _copied(config: PrecomputeConfig, source: Cache, shards: SharedShards) -> Ca
         there = open_cache(config.cache, signals=(), incomplete=True)
         return there.manifest.fingerprint() != source.manifest.fingerprint() or not there.missing()
 
-    def copy() -> None:
-        copy_rollouts(source, config.cache)
-
-    shards.once(is_there, copy)
+    if shards.url is not None:
+        shards.once(is_there, partial(push_rollouts, source, shards.url))
+        create_cache(config.cache, source.manifest)  # which refuses another one's that is there
+        return open_cache(config.cache, signals=())
+    shards.once(is_there, partial(copy_rollouts, source, config.cache))
     return copy_rollouts(source, config.cache)
 
 

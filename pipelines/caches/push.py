@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightopd.cache.buckets.layout import RECORD, Part, heads_of, parts_of, small_files
+from lightopd.cache.buckets.layout import RECORD, Part, heads_of, parts_of, rollouts_of, small_files
+from lightopd.cache.buckets.mirrors import bring
 from lightopd.cache.buckets.remote import remote_fingerprint
 from lightopd.cache.buckets.stores.at_once import at_once
 from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.cache.shards import AGAIN, marker_of
-from lightopd.cache.store import open_cache
+from lightopd.cache.store import Cache, open_cache
 from lightopd.errors import CacheError, OutputError
 from lightopd.files import file_sha256, looks_like_url
 from lightopd.pipelines.shared.progress import StageProgress
@@ -53,6 +54,31 @@ def push(cache: Path, url: str, config: BucketConfig, signals: Sequence[str] | N
     parts = parts_of(opened)
     bucket = Bucket(url, config, is_made=True)
     there = bucket.sizes()
+    sent = _send_shards(bucket, cache, parts, there)
+    for name in heads_of(cache):
+        _send_head(bucket, cache, name, there)
+    _send_small(bucket, cache, parts, there)
+    for part in reversed(parts):  # the cache's own manifest is the last object of all
+        _finish(bucket, cache, part)
+    _check_sizes(bucket, parts)
+    return _report(url, sent, len(parts), time.monotonic() - started_s)
+
+
+def push_rollouts(source: Cache, url: str) -> None:
+    """Send the rollouts of a cache, which may be at another URL, without its signals; a later call resumes.
+
+    Raises:
+        CacheError: a shard is not the one its marker speaks of.
+        OutputError: another cache lies at the URL, or the store cannot be written.
+        InputError: a store cannot be read.
+    """
+    bucket, part = Bucket(url, is_made=True), rollouts_of(source)
+    _send_shards(bucket, source.path, [part], bucket.sizes())
+    _finish(bucket, source.path, part)
+
+
+def _send_shards(bucket: Bucket, cache: Path, parts: Sequence[Part], there: Mapping[str, int]) -> _Sent:
+    """Send the shards that are not there, each part's after the record that says whose it is."""
     for part in parts:
         _begin(bucket, part, there)
     total = sum(len(part.markers) for part in parts)
@@ -63,16 +89,10 @@ def push(cache: Path, url: str, config: BucketConfig, signals: Sequence[str] | N
         return _send(bucket, cache, part, index, there), part.markers[index].tokens
 
     shards = [(part, index) for part in parts for index in range(len(part.markers))]
-    for one, tokens in at_once(config.jobs, send, shards):
+    for one, tokens in at_once(bucket.config.jobs, send, shards):
         sent = sent.plus(one)
         progress.advance(tokens, is_own=bool(one.shards))
-    for name in heads_of(cache):
-        _send_head(bucket, cache, name, there)
-    _send_small(bucket, cache, parts, there)
-    for part in reversed(parts):  # the cache's own manifest is the last object of all
-        _finish(bucket, cache, part)
-    _check_sizes(bucket, parts)
-    return _report(url, sent, len(parts), time.monotonic() - started_s)
+    return sent
 
 
 def _begin(bucket: Bucket, part: Part, there: Mapping[str, int]) -> None:
@@ -108,6 +128,7 @@ def _send(bucket: Bucket, cache: Path, part: Part, index: int, there: Mapping[st
     if is_listed and _is_of(bucket.read(part.marker(index)), marker):
         return _Sent(there=1)
     file = cache / shard
+    bring(file, marker.sha256)
     if file_sha256(file) != marker.sha256:
         raise CacheError(f"{file} does not have the SHA-256 in its marker; {AGAIN}")
     bucket.put(shard, file)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lightopd.cache.buckets.places import BucketPlace, place_of
 from lightopd.cache.claims.claims import Claims
+from lightopd.cache.claims.exclusive import exclusively, refuse_exclusive
 from lightopd.cache.claims.store import ClaimStore, FolderStore
 from lightopd.cache.manifests import Manifest, differences, read_manifest
 from lightopd.cache.shards import ON_DISK, marker_path, put_shard, shard_path, valid_shard, write_shard
@@ -39,14 +40,12 @@ def shared_shards(cache: Path, kind: str, sharing: SharingConfig) -> Iterator["S
         sharing: with whom.
 
     Raises:
-        OutputError: sharing is switched off, and a process of another machine makes shards here.
+        OutputError: sharing is switched off, here or by another process, and one of the two came first.
     """
     place = place_of(cache)
     store = FolderStore(cache / CLAIMS, kind) if place is None else place.claims(f"{CLAIMS}/{kind}")
     claims = Claims(store, sharing.lease_s)
-    if sharing.exclusive and place is not None:
-        raise OutputError(f"{place.url} is a URL, where every process shares; leave out --exclusive")
-    if sharing.exclusive:
+    if sharing.exclusive and place is None:
         if (holder := claims.living_holder()) is not None:
             raise OutputError(
                 f"{cache}: {holder} is writing here; wait for it or stop it, or leave out --exclusive "
@@ -55,8 +54,14 @@ def shared_shards(cache: Path, kind: str, sharing: SharingConfig) -> Iterator["S
         store.clear()
         yield SharedShards(cache / kind, kind, store, None, sharing.lease_s)
         return
-    with claims:
+    with contextlib.ExitStack() as stack:
+        at_url = None if place is None else (place.claims(CLAIMS), sharing.lease_s, place.url)
+        if at_url is not None and sharing.exclusive:
+            stack.enter_context(exclusively(*at_url))
+        stack.enter_context(claims)
         claims.take(f"worker-{claims.holder.token[:12]}")  # for as long as its engine loads, too
+        if at_url is not None and not sharing.exclusive:
+            refuse_exclusive(*at_url)
         yield SharedShards(cache / kind, kind, store, claims, sharing.lease_s, place)
 
 
@@ -81,6 +86,11 @@ class SharedShards:
         self._store, self._claims = store, claims
         self._poll_s = min(MOST_POLL_S, lease_s / 10)
 
+    @property
+    def url(self) -> str | None:
+        """Of the cache; None where it is a folder."""
+        return None if self._place is None else self._place.url
+
     def refuse_other_settings(self, path: Path, manifest: Manifest) -> None:
         """Leave a part alone that living processes make under another contract, even if nothing is made yet.
 
@@ -101,7 +111,7 @@ class SharedShards:
                 f"({'; '.join(differences(there, manifest))}); name another folder, or set these back"
             )
 
-    def once(self, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
+    def once(self, is_done: Callable[[], bool], make: Callable[[], object]) -> None:
         """Do what is done once before the first shard, or wait until another process has done it."""
         if self._claims is None:
             if not is_done():

@@ -56,6 +56,11 @@ class Part:
         return json_bytes({"fingerprint": self.fingerprint, "content": content})
 
 
+def rollouts_of(cache: Cache) -> Part:
+    """The rollouts of an opened cache."""
+    return Part(ROLLOUTS, cache.manifest.fingerprint(), cache.markers)
+
+
 def manifest_of(folder: str) -> str:
     """Name of the manifest of a part's folder, relative to the cache."""
     if folder == ROLLOUTS:
@@ -69,7 +74,7 @@ def parts_of(cache: Cache) -> list[Part]:
     Raises:
         CacheError: a text column is not whole.
     """
-    parts = [Part(ROLLOUTS, cache.manifest.fingerprint(), cache.markers)]
+    parts = [rollouts_of(cache)]
     for name, signal in cache.signals.items():
         folder = signal_folder(Path(), name).as_posix()
         parts.append(Part(folder, signal.manifest.fingerprint(), signal.markers))

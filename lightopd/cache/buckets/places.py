@@ -119,7 +119,8 @@ def at_its_place(config: Config) -> tuple[Config, str]:
     if place is None:
         return config, str(config.cache)
     there = place.look()
-    if CACHE_MANIFEST not in there and f"{ROLLOUTS}/{RECORD}" in there:
+    brings_rollouts = isinstance(config, PrecomputeConfig) and config.rollouts is not None
+    if CACHE_MANIFEST not in there and f"{ROLLOUTS}/{RECORD}" in there and not brings_rollouts:
         raise OutputError(f"{place.url} is half pushed; run that `lightopd push` again, or name another")
     return config.model_copy(update={"cache": place.folder}), place.url
 

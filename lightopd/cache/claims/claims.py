@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -127,12 +127,16 @@ class Claims:
                 return holder.name
         return None
 
-    def living_holder(self) -> str | None:
-        """Someone else's process that makes shards here, in words; None where no claim is renewed.
+    def living_holder(self, keys: Sequence[str] | None = None) -> str | None:
+        """Someone else's process that has one of the claims, in words; None where none of them is renewed.
 
         Takes as long as a lease where a claim is of another machine.
+
+        Args:
+            keys: of the claims; None takes all.
         """
-        first = {key: content for key in self._store.all_keys() if (content := self._store.read(key))}
+        others = [key for key in keys or self._store.all_keys() if key not in self._held]
+        first = {key: content for key in others if (content := self._store.read(key))}
         claims = {key: _read(content, self._lease_s) for key, content in first.items()}
         live = {key: claim for key, claim in claims.items() if not (claim.holder and claim.holder.is_gone())}
         end_s = self._clock() + max((claim.lease_s for claim in live.values()), default=0.0)

@@ -156,14 +156,18 @@ class FolderStore(VersionedStore):
 
 
 class BucketStore(VersionedStore):
-    """Claims in an object store: an object for each version, put only where none is."""
+    """Claims in an object store: an object for each version, put only where none is.
+
+    Those of a folder above have the others' keys with the names of the folders before them.
+    """
 
     def __init__(self, bucket: Bucket, folder: str) -> None:
         self.bucket, self.folder = bucket, folder
 
     def all_keys(self) -> Sequence[str]:
         """Keys that may have a content, sorted."""
-        return sorted({name.split("/")[-2] for name in self.bucket.names_below(self.folder)})
+        names = self.bucket.names_below(self.folder)
+        return sorted({name.removeprefix(f"{self.folder}/").rpartition("/")[0] for name in names})
 
     def clear(self) -> None:
         """Take all keys away."""

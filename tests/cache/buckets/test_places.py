@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from bucket_cases import files_of
 from cache_cases import make_cache
 
 from lightopd.cache.buckets.places import place_of
@@ -11,6 +12,10 @@ from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import put_shard, read_marker
 from lightopd.cache.store import open_cache
 from lightopd.schemas.cache import ROLLOUTS
+
+
+def url_of(folder):
+    return f"file://{folder}"
 
 
 @pytest.fixture
@@ -67,9 +72,57 @@ def test_stages_write_a_url_as_they_write_a_folder(lightopd, world, tmp_path, mo
     assert not [path for path in bucket.rglob("*") if path.is_file() and ".claims" in str(path)]
     assert {path.name for path in bucket.glob("rollout.*")} == {"rollout.yaml", "rollout.report.json"}
     assert open_cache(Path(url)).num_rollouts == open_cache(world.cache).num_rollouts
-    code, _, err = lightopd("rollout", *asked, *sets, "--cache", url, "--exclusive")
-    assert (code, "leave out --exclusive" in err) == (7, True)
     (bucket / "lightopd.json").unlink()
     (bucket / "rollouts/.lightopd.push").write_text("{}")
     code, _, err = lightopd("rollout", *asked, *sets, "--cache", url)
     assert (code, "is half pushed" in err) == (7, True)
+
+
+def test_precompute_brings_the_rollouts_of_another_cache_to_a_url(lightopd, world, tmp_path, monkeypatch):
+    """From a folder, and from a URL; a copy that was cut is resumed, and another cache is left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    asked, source = ("--teacher", world.teacher, "--top-k", 4), world.cache
+    for bucket in (tmp_path / "first", tmp_path / "second"):
+        code, _, err = lightopd("precompute", "--rollouts", source, "--cache", url_of(bucket), *asked)
+        assert code == 0, err
+        for part in ("rollouts", "signals/teacher"):
+            for path in (world.cache / part).glob("part-*"):
+                assert (bucket / part / path.name).read_bytes() == path.read_bytes()
+        source = url_of(bucket)
+    for name in ("lightopd.json", "rollouts/part-00001.json"):
+        (bucket / name).unlink()
+    code, _, err = lightopd("precompute", "--rollouts", world.cache, "--cache", url_of(bucket), *asked)
+    assert (code, (bucket / "lightopd.json").exists()) == (0, True), err
+    other = make_cache(tmp_path / "other")[0].path
+    taken = url_of(tmp_path / "taken")
+    assert lightopd("push", other, taken)[0] == 0
+    code, _, err = lightopd("precompute", "--rollouts", world.cache, "--cache", taken, *asked)
+    assert (code, f"{taken} belongs to another run" in err) == (7, True), err
+
+
+def test_other_settings_are_refused_and_nothing_at_the_url_is_touched(lightopd, world, tmp_path, monkeypatch):
+    """On a machine that has never read the cache, whose mirror has no shard."""
+    url, bucket = url_of(tmp_path / "bucket"), tmp_path / "bucket"
+    assert lightopd("push", world.cache, url)[0] == 0
+    before = files_of(bucket)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    asked = ("--student", world.sft / "student", "--prompts", world.root / "prompts.jsonl", "--n", 2)
+    sets = ("--set", "sampling.max_tokens=10", "--set", "shard_rollouts=6")
+    code, _, err = lightopd("rollout", *asked, *sets, "--cache", url, "--temperature", 0.5)
+    assert (code, f"{url} belongs to another run (sampling.temperature" in err) == (7, True), err
+    code, _, err = lightopd("precompute", "--cache", url, "--teacher", world.teacher, "--top-k", 3)
+    assert (code, f"{url}/signals/teacher belongs to another run (top_k" in err) == (7, True), err
+    after = files_of(bucket)
+    assert {name: content for name, content in after.items() if ".claims/" not in name} == before
+
+
+def test_exclusive_leaves_nothing_behind_at_a_url(lightopd, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    url, bucket = f"file://{tmp_path}/bucket", tmp_path / "bucket"
+    lightopd("push", world.cache, url)
+    asked = ("--teacher", world.teacher, "--top-k", 4, "--signal", "second", "--exclusive")
+    code, _, err = lightopd("precompute", "--cache", url, *asked)
+    assert code == 0, err
+    assert not [path for path in bucket.rglob("*") if path.is_file() and ".claims" in str(path)]
+    for path in (world.cache / "signals/teacher").glob("part-*.parquet"):
+        assert (bucket / "signals/second" / path.name).exists()
