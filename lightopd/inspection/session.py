@@ -12,7 +12,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from lightopd.cache.index import check_reads, connect, stoppable, told
+from lightopd.cache.index import connect, stoppable
+from lightopd.cache.sql.statements import check_reads, told
 from lightopd.cache.store import Cache
 from lightopd.errors import CacheError, ConfigError
 from lightopd.inspection.token_texts import TokenTexts

@@ -1,5 +1,6 @@
--- Views over a cache's Parquet files. They stand on four views and two tables that the index makes first:
+-- Views over a cache's Parquet files. They stand on five views and two tables that the index makes first:
 -- raw_rollouts and raw_signals (the columns of the files, plus shard, row_in_shard and signal),
+-- raw_pairs (a row per rollout and signal: the rollout, signal, signal_logprobs, tail_logprobs and topk_counts),
 -- raw_texts and raw_branches (the same of text columns, plus shard, row_in_shard and name),
 -- raw_manifests (one row per signal) and raw_lineage (every field of every manifest).
 -- docs/cache.md describes each column. Log-probabilities and entropies are in nats.
@@ -12,7 +13,7 @@ SELECT
     origin,
     domain,
     len(prompt_ids) AS prompt_tokens,
-    len(response_ids) AS response_tokens,
+    len(loss_mask) AS response_tokens,
     len(list_filter(loss_mask, lambda counts: counts)) AS trained_tokens,
     finish_reason,
     truncated,
@@ -29,6 +30,7 @@ SELECT
 FROM raw_rollouts;
 
 -- One place is unnested and every column taken from its list there: lists that a query does not name are not read.
+-- Lengths are the loss mask's, the smallest list by token.
 CREATE OR REPLACE VIEW tokens AS
 SELECT
     rollout_id,
@@ -51,26 +53,11 @@ SELECT
     logprobs[pos + 1] - signal_logprobs[pos + 1] AS gap
 FROM (
     SELECT
-        r.rollout_id,
-        r.prompt_id,
-        r.domain,
-        s.signal,
-        unnest(range(len(r.response_ids))) AS pos,
-        r.response_ids,
-        r.loss_mask AS loss_masks,
-        r.turns,
-        r.logprobs,
-        r.behavior_logprobs,
-        r.entropies,
-        s.logprobs AS signal_logprobs,
-        s.tail_logprobs,
-        s.topk_counts,
-        len(r.response_ids) AS response_tokens,
-        r.reward,
-        r.truncated
-    FROM raw_rollouts AS r
-    LEFT JOIN raw_signals AS s
-        ON s.shard = r.shard AND s.row_in_shard = r.row_in_shard AND s.rollout_id = r.rollout_id
+        * EXCLUDE (loss_mask),
+        loss_mask AS loss_masks,
+        unnest(range(len(loss_mask))) AS pos,
+        len(loss_mask) AS response_tokens
+    FROM raw_pairs
 );
 
 CREATE OR REPLACE VIEW topk AS

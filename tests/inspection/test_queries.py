@@ -79,7 +79,34 @@ def test_gap_by_position_gives_the_mean_over_trained_tokens(tmp_path):
         gaps = np.concatenate([(a.logprobs - b.logprobs)[span][a.loss_mask[span]] for a, b in pairs])
         assert row["tokens"] == len(gaps)
         assert row["mean_gap"] == pytest.approx(gaps.mean(), abs=1e-4)
+        assert row["sd_gap"] == pytest.approx(gaps.std(), abs=1e-4)
     assert sum(row["tokens"] for row in rows) == sum(int(a.loss_mask.sum()) for a, _ in pairs)
+
+
+def test_shares_are_counted_in_bins_as_fine_as_they_are_told(tmp_path):
+    lengths = ((40, 3, 700), (1, 90))
+    _, rollouts, scores = make_cache(tmp_path, lengths=lengths)
+    pairs = [
+        pair
+        for shard, own in zip(rollouts, scores["teacher"], strict=True)
+        for pair in zip(shard, own, strict=True)
+    ]
+    opened = open_cache(tmp_path)
+    for row in opened.query("gap_by_domain").rows():
+        own = [(a, b) for a, b in pairs if a.domain == row["domain"]]
+        gaps = np.concatenate([(a.logprobs - b.logprobs)[a.loss_mask] for a, b in own])
+        assert (row["rollouts"], row["tokens"]) == (sum(a.loss_mask.any() for a, _ in own), len(gaps))
+        assert row["mean_gap"] == pytest.approx(gaps.mean(), abs=1e-4)
+        point = np.quantile(gaps, 0.9, method="inverted_cdf")
+        assert row["p90_gap"] == pytest.approx(point, abs=0.00051)
+        entropies = np.concatenate([a.entropies[a.loss_mask] for a, _ in own])
+        assert row["mean_entropy"] == pytest.approx(entropies.mean(), abs=1e-4)
+    (row,) = opened.query("tail_mass").rows()
+    tails = np.exp(np.concatenate([b.tail_logprobs for _, b in pairs]).astype(float))
+    for name, share in (("median_tail", 0.5), ("p90_tail", 0.9), ("p99_tail", 0.99)):
+        point = np.quantile(tails, share, method="inverted_cdf")
+        assert row[name] == pytest.approx(point, abs=0.0000051)
+    assert row["share_above_10_percent"] == pytest.approx((tails > 0.1).mean(), abs=1e-4)
 
 
 def test_worst_tokens_begins_with_the_largest_gap(tmp_path):

@@ -6,7 +6,8 @@ from typing import Any
 
 import duckdb
 
-from lightopd.cache.index import INDEX, RAW_LINEAGE, RAW_MANIFESTS, make_views
+from lightopd.cache.index import INDEX
+from lightopd.cache.sql.views import RAW_LINEAGE, RAW_MANIFESTS, make_views
 from lightopd.cache.store import Cache
 
 _SHARDS = re.compile(r"'((?:rollouts|signals|texts)/[^']+\.parquet)'")

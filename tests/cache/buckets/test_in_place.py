@@ -12,10 +12,10 @@ from cache_cases import make_cache
 import lightopd as package
 from lightopd.cache.buckets.mirrors import bring, mirrors_folder
 from lightopd.cache.buckets.shard_cache import LIMIT
-from lightopd.cache.fence import ReadOnlyFolder
-from lightopd.cache.index import make_views
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.shards import read_marker
+from lightopd.cache.sql.fence import ReadOnlyFolder
+from lightopd.cache.sql.views import make_views
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
 from lightopd.errors import CacheError

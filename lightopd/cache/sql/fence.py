@@ -22,6 +22,8 @@ class ThreadedFile:
     a thread's seek would move another one's read.
     """
 
+    _descriptor = -1
+
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self._descriptor).st_size
@@ -56,6 +58,10 @@ class ThreadedFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        """DuckDB drops a file that it is done with and does not close it."""
+        self.close()
 
 
 class AwayFile(ThreadedFile):

@@ -1,11 +1,14 @@
 """The file system of SQL over a cache: shared by threads, closed to the outside."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_cases import make_cache
 
-from lightopd.cache.fence import ReadOnlyFolder
+from lightopd.cache.index import query
+from lightopd.cache.sql.fence import ReadOnlyFolder
 
 
 def test_threads_that_share_a_file_do_not_move_each_others_reads(tmp_path):
@@ -38,3 +41,11 @@ def test_files_are_never_opened_for_writing(tmp_path):
     with pytest.raises(PermissionError):
         ReadOnlyFolder(tmp_path).open("cache://new", "wb")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by Linux's list of them")
+def test_a_query_leaves_no_file_open(tmp_path):
+    make_cache(tmp_path)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    query(tmp_path, "SELECT avg(gap) FROM tokens")
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
