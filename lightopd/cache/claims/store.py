@@ -173,6 +173,7 @@ class BucketStore(VersionedStore):
         """Take all keys away."""
         for name in self.bucket.names_below(self.folder):
             self.bucket.delete(name)
+        self.bucket.clear_left(self.folder)
 
     def _versions(self, key: str) -> list[int]:
         names = self.bucket.names_below(f"{self.folder}/{key}")

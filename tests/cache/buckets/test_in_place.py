@@ -91,7 +91,8 @@ def test_of_large_shards_sql_fetches_the_columns_that_it_reads(tmp_path, monkeyp
     assert shards_here() == []
 
 
-def test_training_gives_the_same_losses_to_the_last_bit(world, lightopd, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_gives_the_same_losses_to_the_last_bit(world, lightopd, tmp_path, monkeypatch, workers):
     """With room for one shard, and memory for less: every shard is fetched again and again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     url, student = f"file://{tmp_path}/bucket", world.sft / "student"
@@ -100,6 +101,7 @@ def test_training_gives_the_same_losses_to_the_last_bit(world, lightopd, tmp_pat
     monkeypatch.setenv(LIMIT, str(largest))
     for cache, out in ((world.cache, "local"), (url, "away")):
         sets = ("--set", "batch_sequences=6", "--set", "shuffle_gib=0.000001")
+        sets += ("--set", f"loader_workers={workers if out == 'away' else 0}")
         asked = ("--cache", cache, "--student", student, "--out", tmp_path / out, "--steps", 4, *sets)
         code, _, err = lightopd("train", *asked)
         assert code == 0, err

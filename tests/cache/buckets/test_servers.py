@@ -9,8 +9,10 @@ from bucket_cases import figures, files_of, race
 from bucket_servers import BUCKET, KEYS, Proxy, S3Server
 from cache_cases import make_cache
 
+from lightopd.cache.buckets.shard_cache import LIMIT
 from lightopd.cache.buckets.stores.bucket import PIECE_BYTES, Bucket
 from lightopd.files import file_sha256
+from lightopd.training.measures.metrics_rows import read_metrics
 
 pytestmark = pytest.mark.slow
 LENGTHS = tuple((40 + number, 50) for number in range(12))
@@ -52,6 +54,25 @@ def test_a_cache_comes_back_byte_for_byte(server, reach, lightopd, tmp_path):
     assert files_of(tmp_path / "again") == files_of(cache)
     other = make_cache(tmp_path / "other", lengths=LENGTHS[:3])[0].path
     assert lightopd("push", other, url)[0] == 7
+
+
+def test_loader_processes_fetch_what_training_reads(server, reach, lightopd, world, tmp_path, monkeypatch):
+    """Forks of a process that made requests, with room for one shard: the losses of the folder to the bit."""
+    url = new_url()
+    reach(server.endpoint)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv(LIMIT, str(max(path.stat().st_size for path in world.cache.rglob("part-*.parquet"))))
+    figures(lightopd("push", world.cache, url, "--json"))
+    for cache, workers, out in ((world.cache, 0, "local"), (url, 2, "away")):
+        asked = ("--cache", cache, "--student", world.sft / "student", "--out", tmp_path / out, "--steps", 4)
+        sets = ("batch_sequences=6", "shuffle_gib=0.000001", f"loader_workers={workers}")
+        code, _, err = lightopd("train", *asked, *(word for each in sets for word in ("--set", each)))
+        assert code == 0, err
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / out / "metrics.csv")] for out in ("local", "away")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
 
 
 def test_a_file_of_several_pieces_comes_back(server, reach, tmp_path):

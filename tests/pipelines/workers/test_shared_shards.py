@@ -8,6 +8,12 @@ import time
 import pytest
 from crowd import crowd, until
 
+from lightopd.cache.buckets.stores.bucket import Bucket
+from lightopd.cache.claims.claims import Claims
+from lightopd.cache.claims.exclusive import EXCLUSIVE, exclusively
+from lightopd.cache.claims.store import BucketStore
+from lightopd.pipelines.workers.shared_shards import CLAIMS
+
 pytestmark = pytest.mark.slow
 
 NUM_SHARDS = 12
@@ -107,6 +113,30 @@ def test_at_a_url_three_machines_make_what_one_makes_though_one_is_killed(start,
     assert content(bucket) == content(alone)
     code, err = start("verify", url, user=tmp_path / "user-3").wait()
     assert code == 0, err
+
+
+def test_at_a_url_exclusive_refuses_where_others_write_and_others_refuse_its(start, world, alone, tmp_path):
+    """Of a machine that is at work, and then of one that gives no sign of life any more."""
+    url, user, shares = f"file://{tmp_path}/bucket", tmp_path / "user", [[], ["--exclusive"]]
+    claims = BucketStore(Bucket(url, is_made=True), CLAIMS)
+    command = ["precompute", "--rollouts", alone, *precompute(world, url)[1:], *HASTY]
+    with Claims(claims, 1.0) as other:
+        other.take("rollouts/part-00003")
+        code, err = start(*command, "--exclusive", user=user).wait()
+        assert (code, f"{url}: process " in err, "is writing here" in err) == (7, True, True), err
+    with exclusively(claims, 1.0, url):
+        for more in shares:
+            code, err = start(*command, *more, user=user).wait()
+            assert (code, f"{url}: process " in err, "is writing here" in err) == (7, True, True), err
+    for more in shares:
+        shutil.rmtree(tmp_path / "bucket")
+        Claims(claims, 1.0).take(EXCLUSIVE)
+        code, err = start(*command, *more, user=user).wait()
+        assert code == 0, err
+        found = {
+            name: data for name, data in content(tmp_path / "bucket").items() if ".lightopd." not in name
+        }
+        assert found == content(alone)
 
 
 def test_what_a_killed_process_held_others_make(start, world, alone, tmp_path):

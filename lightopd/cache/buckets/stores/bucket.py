@@ -85,6 +85,11 @@ class Bucket(ObjectReader):
 
         self._told("write", self._at(name), lambda: self._again(delete))
 
+    def clear_left(self, folder: str) -> None:
+        """Remove what killed processes left of writing below a folder; object stores keep nothing of it."""
+        if self._folder is not None:
+            remove_left_in(self._folder / folder)
+
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None where there is none."""
         import obstore
