@@ -29,10 +29,10 @@ def show(
 
     Example: lightopd config show train
     """
-    from lightopd.config import as_yaml, describe
+    from lightopd.config import as_plain, as_yaml, describe
 
     if as_json:
-        found = _load(stage, config, sets).model_dump(mode="json") if config or sets else None
+        found = as_plain(_load(stage, config, sets)) if config or sets else None
         say(json.dumps(_model(stage).model_json_schema() if found is None else found))
     elif config or sets:
         say(as_yaml(_load(stage, config, sets)).rstrip("\n"))

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightopd.errors import ConfigError
-from lightopd.files import stream_kind
+from lightopd.files import looks_like_url, stream_kind
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import FilePrompts, ModelConfig
 from lightopd.schemas.run import STAGES, PhaseConfig, RunConfig
@@ -338,11 +338,24 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for part in get_args(annotation) for m in _models_in(part)]
 
 
+def as_plain(config: StrictModel) -> Any:
+    """The whole config as JSON has it, with URLs as they were given: a path keeps one of their slashes."""
+    return _urls_whole(config.model_dump(mode="json"), config.model_dump())
+
+
+def _urls_whole(plain: Any, typed: Any) -> Any:
+    if isinstance(typed, Path):
+        return looks_like_url(typed) or plain
+    if isinstance(typed, dict):
+        return dict(zip(plain, map(_urls_whole, plain.values(), typed.values()), strict=True))
+    if isinstance(typed, list | tuple):
+        return list(map(_urls_whole, plain, typed))
+    return plain
+
+
 def as_yaml(config: StrictModel) -> str:
     """The whole config as YAML, defaults written out; `-c` reads it back to an equal config."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    assert isinstance(text, str)
-    return text
+    return str(yaml.safe_dump(as_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def describe(model: type[BaseModel], prefix: str = "") -> str:
@@ -353,11 +366,8 @@ def describe(model: type[BaseModel], prefix: str = "") -> str:
     lines = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        default = (
-            "required"
-            if field.is_required()
-            else f"default {_shown(field.get_default(call_default_factory=True))}"
-        )
+        known = field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else f"default {_shown(known)}"
         values = _values_of(field.annotation)
         choice = f"; one of {', '.join(values)}" if len(values) > 1 else ""
         lines += [f"{key}  ({default}{choice})", f"    {field.description}"]
@@ -383,6 +393,6 @@ def _values_of(annotation: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        return "below"
-    return str(list(value) if isinstance(value, tuple) else value)
+    return (
+        "below" if isinstance(value, BaseModel) else str(list(value) if isinstance(value, tuple) else value)
+    )

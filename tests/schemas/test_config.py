@@ -20,6 +20,7 @@ from lightopd.config import (
     read_yaml,
 )
 from lightopd.errors import ConfigError
+from lightopd.files import looks_like_url
 from lightopd.pipelines import RECIPES
 from lightopd.schemas.base import StrictModel
 from lightopd.schemas.configs import PrecomputeConfig, TrainConfig
@@ -180,6 +181,18 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(as_yaml(config))
     assert load_stage("train", [str(path)], [], {}) == config
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://caches/run1", "hf://datasets/lab/rollouts@main/run1", "file:///caches/run1"]
+)
+def test_a_url_is_saved_whole_and_one_that_lost_a_slash_is_read(tmp_path, url):
+    config = build(TrainConfig, {**TRAIN, "cache": url})
+    assert yaml.safe_load(as_yaml(config))["cache"] == url
+    for number, text in enumerate((as_yaml(config), as_yaml(config).replace("://", ":/"))):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        read = load_stage("train", [str(tmp_path / f"{number}.yaml")], [], {})
+        assert (read, looks_like_url(read.cache)) == (config, url)
 
 
 def test_describe_names_every_key_with_default_and_sentence():
