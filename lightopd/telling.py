@@ -27,11 +27,16 @@ def call(folder: Path, name: str) -> None:
     _called[str(folder)] = name
 
 
-def printable(text: str) -> str:
-    """Text in one line, without control characters that a terminal would obey, of folders by their names."""
+def called(text: str) -> str:
+    """Text with the names of folders in their places."""
     for folder, name in _called.items():
         text = text.replace(folder, name)
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Text in one line, without control characters that a terminal would obey, of folders by their names."""
+    return "".join(letter if letter.isprintable() else " " for letter in called(text))
 
 
 class _Printable(logging.Formatter):

@@ -61,7 +61,7 @@ def rescore(
     cache = open_cache(path, signals=[signal])
     config = _settings_of(cache, signal, teacher)
     manifest = cache.signals[signal].manifest
-    contexts = read_contexts(signal_folder(path, signal), manifest.context)
+    contexts = read_contexts(signal_folder(cache.path, signal), manifest.context)
     engine = load(config.engine, config.teacher)
     try:
         cached, again = _score_again(cache, config, _drawn(cache, count, seed), engine, contexts)
@@ -94,7 +94,9 @@ def rescore(
         "noise_mean_nats": noise.mean_nats,
         "noise_max_nats": noise.max_nats,
     }
-    return Report("verify", str(path), figures, notes=(note,), seconds=time.monotonic() - started_s), agrees
+    return Report(
+        "verify", str(cache.path), figures, notes=(note,), seconds=time.monotonic() - started_s
+    ), agrees
 
 
 def _drawn(cache: Cache, count: int, seed: int) -> dict[int, list[int]]:

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from lightopd.files import write_atomically
 from lightopd.ranks import is_main
 from lightopd.schemas.manifest import Override
+from lightopd.telling import called
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
     if is_main():
         path = folder / f"{report.stage}.report.json"
-        write_atomically(path, (report.as_json() + "\n").encode(), shared=True)
+        write_atomically(path, called(report.as_json() + "\n").encode(), shared=True)
 
 
 def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:

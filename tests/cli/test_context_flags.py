@@ -56,7 +56,10 @@ def test_flags_settings_and_a_file_make_one_signal(lightopd, world, cache, solve
     assert np.array_equal(made[1], made[0])
     assert np.array_equal(made[2], made[0])
     assert np.abs(made[0] - logprobs(cache, "teacher")).mean() > 0.1
-    assert lightopd("verify", cache, "--rescore", 2, "--signal", "by_flags")[0] == 0
+    lightopd("push", cache, f"file://{tmp_path}/bucket")
+    for place in (cache, f"file://{tmp_path}/bucket"):
+        code, out, err = lightopd("verify", place, "--rescore", 2, "--signal", "by_flags")
+        assert (code, f"verify: {place}\n" in out) == (0, True), err
 
 
 def test_a_student_that_teaches_itself_is_trained_against_what_it_was_shown(

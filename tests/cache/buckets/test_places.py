@@ -1,5 +1,6 @@
 """A cache made where it lies: a folder as an object store."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,6 +71,8 @@ def test_stages_write_a_url_as_they_write_a_folder(lightopd, world, tmp_path, mo
         for path in (world.cache / part).glob("part-*"):
             assert (bucket / part / path.name).read_bytes() == path.read_bytes()
     assert not [path for path in bucket.rglob("*") if path.is_file() and ".claims" in str(path)]
+    for name in ("rollout.report.json", "signals/teacher/precompute.report.json"):
+        assert json.loads((bucket / name).read_text())["out"].startswith(url)
     assert {path.name for path in bucket.glob("rollout.*")} == {"rollout.yaml", "rollout.report.json"}
     assert open_cache(Path(url)).num_rollouts == open_cache(world.cache).num_rollouts
     (bucket / "lightopd.json").unlink()
