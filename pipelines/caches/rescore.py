@@ -65,9 +65,8 @@ def rescore(
     engine = load(config.engine, config.teacher)
     try:
         cached, again = _score_again(cache, config, _drawn(cache, count, seed), engine, contexts)
-        noise = measure_noise(
-            engine, read_sequences(cache, cache.shards[0], contexts, horizon=config.horizon)[1]
-        )
+        first = read_sequences(cache, cache.shards[0], contexts, horizon=config.horizon)[1]
+        noise = measure_noise(engine, first)
     finally:
         engine.close()
     found = compare([one.logprobs for one in cached], [one.logprobs for one in again])
@@ -94,9 +93,8 @@ def rescore(
         "noise_mean_nats": noise.mean_nats,
         "noise_max_nats": noise.max_nats,
     }
-    return Report(
-        "verify", str(cache.path), figures, notes=(note,), seconds=time.monotonic() - started_s
-    ), agrees
+    seconds = time.monotonic() - started_s
+    return Report("verify", str(cache.path), figures, notes=(note,), seconds=seconds), agrees
 
 
 def _drawn(cache: Cache, count: int, seed: int) -> dict[int, list[int]]:
