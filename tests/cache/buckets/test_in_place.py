@@ -91,7 +91,7 @@ def test_of_large_shards_sql_fetches_the_columns_that_it_reads(tmp_path, monkeyp
     assert shards_here() == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_gives_the_same_losses_to_the_last_bit(world, lightopd, tmp_path, monkeypatch, workers):
     """With room for one shard, and memory for less: every shard is fetched again and again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))

@@ -13,9 +13,9 @@ from hub_server import HubServer
 from lightopd.cache.buckets.mirrors import mirrors_folder
 from lightopd.cache.buckets.shard_cache import LIMIT
 from lightopd.cache.buckets.stores.hub import Hub, _commits
-from lightopd.cache.fence import ReadOnlyFolder
 from lightopd.cache.index import make_views
 from lightopd.cache.reader import read_shard_columns
+from lightopd.cache.sql.fence import ReadOnlyFolder
 from lightopd.cache.store import open_cache
 from lightopd.errors import CacheError, InputError
 from lightopd.schemas.stores.buckets import BucketConfig
@@ -74,6 +74,7 @@ def test_a_cache_is_pulled_byte_for_byte_and_nothing_is_fetched_twice(hub, light
     assert {*files_of(tmp_path / "third")} == {*files_of(cache), "README.md"}
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_losses_to_the_last_bit(hub, world, lightopd, tmp_path, monkeypatch):
     """With room for one shard, by two loader processes."""
     largest = max(path.stat().st_size for path in world.cache.rglob("part-*.parquet"))
@@ -89,6 +90,17 @@ def test_training_gives_the_same_losses_to_the_last_bit(hub, world, lightopd, tm
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+def test_rollouts_there_are_scored_into_a_folder_and_into_a_bucket(hub, world, lightopd, tmp_path):
+    hub.commit("lab/world", world.cache)
+    for cache, folder in ((tmp_path / "made", "made"), (f"file://{tmp_path}/bucket", "bucket")):
+        asked = ("--rollouts", "hf://datasets/lab/world", "--cache", cache, "--teacher", world.teacher)
+        code, _, err = lightopd("precompute", *asked, "--top-k", 4)
+        assert code == 0, err
+        for part in ("rollouts", "signals/teacher"):
+            for path in (world.cache / part).glob("part-*"):
+                assert (tmp_path / folder / part / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_branch_that_moves_changes_nothing_for_who_reads_it(hub, cache, tmp_path):
