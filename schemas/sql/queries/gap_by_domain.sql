@@ -3,7 +3,7 @@
 WITH places AS (
     SELECT
         signal,
-        coalesce(domain, 'none') AS domain,
+        domain,
         unnest(range(len(loss_mask))) AS pos,
         list_position(loss_mask, true) - 1 AS first_trained,
         loss_mask,
@@ -17,7 +17,7 @@ bins AS (
     SELECT
         signal,
         domain,
-        (1000 * gap)::BIGINT AS bin,
+        try_cast(1000 * gap AS INTEGER) AS bin,
         count(*) AS tokens,
         count(*) FILTER (pos = first_trained) AS rollouts,
         sum(gap) AS gap,
@@ -34,7 +34,7 @@ bins AS (
 ordered AS (
     SELECT *, sum(tokens) OVER (PARTITION BY signal, domain ORDER BY bin) AS up_to,
         sum(tokens) OVER (PARTITION BY signal, domain) AS total
-    FROM bins
+    FROM (SELECT * REPLACE (coalesce(domain, 'none') AS domain) FROM bins)
 )
 SELECT
     signal,

@@ -4,7 +4,7 @@
 WITH bins AS (
     SELECT
         signal,
-        (100_000 * tail)::BIGINT AS bin,
+        (100_000 * tail)::INTEGER AS bin,
         count(*) AS tokens,
         sum(topk_count) AS entries,
         sum(tail) AS tail,
