@@ -25,9 +25,20 @@ def this_machine() -> str:
 
 def start_of(pid: int) -> str | None:
     """When a process of this machine began, in the machine's own ticks; None when it has ended."""
+    told = _stat(pid)
+    return told[19] if told and told[0] not in _ENDED else None
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that a process of this machine belongs to; None when it is gone."""
+    told = _stat(pid)
+    return int(told[1]) if told else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What the system says of a process, from its state on; nothing when it is gone."""
     try:
         # The name of the program, in brackets, may hold spaces and brackets.
-        state, *rest = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in _ENDED else rest[18]
+        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

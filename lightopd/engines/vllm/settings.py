@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightopd.engines.vllm.worker_end import EndsWithStarter, this_starter
 from lightopd.errors import ConfigError, InputError
 from lightopd.lineage.fingerprint import model_folder, read_json
 from lightopd.models.limits import ModelLimits, precision_of
@@ -121,6 +122,7 @@ def engine_arguments(engine: VllmEngine, model: ModelConfig, limits: ModelLimits
         "max_logprobs": -1,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "worker_extension_cls": f"{EndsWithStarter.__module__}.{EndsWithStarter.__name__}",
     }
     if engine.quantization is not None:
         arguments["quantization"] = engine.quantization
@@ -134,7 +136,9 @@ async def start(arguments: dict[str, Any]) -> Any:
     """vLLM's asynchronous client; its engine runs in processes of its own."""
     from vllm import AsyncEngineArgs, AsyncLLMEngine
 
-    with _nothing_compiled() if arguments["enforce_eager"] else contextlib.nullcontext():
+    # Eager vLLM still compiles a helper, for half a minute.
+    is_eager = arguments["enforce_eager"] and "TORCHDYNAMO_DISABLE" not in os.environ
+    with _inherited(this_starter() | ({"TORCHDYNAMO_DISABLE": "1"} if is_eager else {})):
         return AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**arguments))
 
 
@@ -264,13 +268,15 @@ def _memory_arguments(engine: VllmEngine) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Processes begun in the block compile nothing: eager vLLM still compiles a helper, for half a minute."""
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "1")
+def _inherited(variables: dict[str, str]) -> Iterator[None]:
+    """Processes begun in the block have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

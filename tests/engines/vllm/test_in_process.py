@@ -14,7 +14,7 @@ from cache_cases import table_to_scores
 from engine_cases import random_sequences, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tokenizer, write_prompts
-from vllm_cases import RealServer, save_vllm_model, shared_engine, shared_server
+from vllm_cases import RealServer, Unclosed, save_vllm_model, shared_engine, shared_server
 
 from lightopd.cache.manifests import signal_folder
 from lightopd.cache.shards import shard_path
@@ -240,19 +240,6 @@ def test_the_cache_is_the_same_within_1e_4_whichever_engine_scored_it(cache, mod
     manifests = [json.loads((path / "signal.json").read_text()) for path in (exact, ours, served)]
     assert [manifest["tail"] for manifest in manifests] == ["exact", "derived", "derived"]
     assert [manifest["engine"]["kind"] for manifest in manifests] == ["hf", "vllm", "server"]
-
-
-class Unclosed:
-    """The shared engine, which outlives a stage."""
-
-    def __init__(self, engine):
-        self._engine = engine
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def close(self):
-        pass
 
 
 class KilledAfterOneShard(Unclosed):

@@ -7,11 +7,10 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from crowd import crowd, until
+from crowd import crowd, is_gone, shards_of, stopped_in_the_middle, until
 
 from lightopd.cache.claims.store import FolderStore
 from lightopd.pipelines.workers.actor import Job, refusal
@@ -87,39 +86,8 @@ def without_signal(cache, path):
     return path
 
 
-def shards_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
-
-
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def is_gone(pid):
-    return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-
-
-def stopped_in_the_middle(cache):
-    """A replica that holds a shard, and sleeps."""
-    store, found = FolderStore(cache / ".lightopd.claims", "signals/teacher"), []
-
-    def is_caught():
-        for key in store.all_keys():
-            content = store.read(key) if key.startswith("part-") else None
-            if content is None:
-                continue
-            pid = json.loads(content)["pid"]
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.05)
-            if store.read(key) == content:
-                found.append(pid)
-                return True
-            os.kill(pid, signal.SIGCONT)
-        return False
-
-    until(is_caught, 300)
-    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
-    return found[0]
 
 
 def test_what_no_node_has_is_refused(cluster, world, alone, tmp_path, lightopd, monkeypatch):
@@ -157,7 +125,8 @@ def test_two_actors_make_the_cache_of_one_process(start, world, tmp_path):
 def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
     process = start(*scoring(world, cache, *by_actors(1)))
-    replica = stopped_in_the_middle(cache)
+    replica = stopped_in_the_middle(cache, "signals/teacher")
+    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
     actor, there = parent_of(replica), shards_of(cache / "signals/teacher")
     os.kill(actor, signal.SIGKILL)
     until(lambda: is_gone(actor), 300)
@@ -175,7 +144,8 @@ def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone
 def test_an_actor_lets_go_of_its_shard_when_the_command_is_stopped(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
     process = start(*scoring(world, cache, *by_actors(1)))
-    replica = stopped_in_the_middle(cache)
+    replica = stopped_in_the_middle(cache, "signals/teacher")
+    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
     os.kill(replica, signal.SIGCONT)
     process.send(signal.SIGTERM)
     code, err = process.wait()
@@ -189,7 +159,8 @@ def test_an_actor_lets_go_of_its_shard_when_the_command_is_stopped(start, world,
 def test_the_work_goes_on_when_a_node_is_killed(cluster, start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
     process = start(*scoring(world, cache, *by_actors(2)))
-    replica = stopped_in_the_middle(cache)
+    replica = stopped_in_the_middle(cache, "signals/teacher")
+    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
     actor = parent_of(replica)
     node = parent_of(actor)
     assert node in [each.all_processes["raylet"][0].process.pid for each in cluster.worker_nodes]

@@ -4,32 +4,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from crowd import until
+from crowd import begin, children_of, is_gone, shards_of, until
 
 from lightopd.config import load_stage
 from lightopd.errors import ConfigError
 from lightopd.pipelines.workers import replicas
 
-LIGHTOPD = str(Path(sys.executable).with_name("lightopd"))
-
 
 def precompute(world, cache, *more):
     return ["precompute", "--cache", cache, "--teacher", world.teacher, "--top-k", 4, "--replicas", 2, *more]
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [LIGHTOPD, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-    )
 
 
 def without_signal(world, path):
@@ -38,16 +23,12 @@ def without_signal(world, path):
     return path
 
 
-def shards_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
-
-
 @pytest.mark.slow
 def test_two_replicas_make_the_rollouts_and_the_signal_of_one_process(world, tmp_path):
     cache = tmp_path / "cache"
     asked = ["--student", world.sft / "student", "--prompts", world.root / "prompts.jsonl", "--n", 2]
     sets = ["--set", "sampling.max_tokens=10", "--set", "shard_rollouts=6"]
-    process = start("rollout", *asked, *sets, "--cache", cache, "--replicas", 2, "--json")
+    process = begin("rollout", *asked, *sets, "--cache", cache, "--replicas", 2, "--json")
     out, err = process.communicate()
     assert process.returncode == 0, err
     report = json.loads(out)
@@ -58,7 +39,7 @@ def test_two_replicas_make_the_rollouts_and_the_signal_of_one_process(world, tmp
     )
     assert "rollout: 4/4 shards" in err
     assert shards_of(cache / "rollouts") == shards_of(world.cache / "rollouts")
-    process = start(*precompute(world, cache))
+    process = begin(*precompute(world, cache))
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert err.count("precompute: 4/4 shards") == 1
@@ -69,21 +50,13 @@ def test_two_replicas_make_the_rollouts_and_the_signal_of_one_process(world, tmp
     )
 
 
-def children_of(pid):
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_gone(pid):
-    return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_replicas_end_with_the_command_however_it_ends(world, tmp_path, number, code):
     cache = without_signal(world, tmp_path / "cache")
-    process = start(*precompute(world, cache, "--set", "sharing.lease_s=3600"))
+    process = begin(*precompute(world, cache, "--set", "sharing.lease_s=3600"))
     until(lambda: len(children_of(process.pid)) == 2)
     children = children_of(process.pid)
     until(lambda: (cache / ".lightopd.claims").exists())
@@ -96,7 +69,7 @@ def test_replicas_end_with_the_command_however_it_ends(world, tmp_path, number, 
 @pytest.mark.slow
 def test_what_all_replicas_fail_of_is_told_once_with_its_exit_code(world, tmp_path):
     cache = without_signal(world, tmp_path / "cache")
-    process = start(
+    process = begin(
         *precompute(world, cache, "--set", "max_noise_nats=1e-30", "--set", "engine.batch_tokens=40")
     )
     _, err = process.communicate()
@@ -110,7 +83,7 @@ def test_what_all_replicas_fail_of_is_told_once_with_its_exit_code(world, tmp_pa
 @pytest.mark.slow
 def test_the_others_finish_what_a_killed_replica_began(world, tmp_path):
     cache = without_signal(world, tmp_path / "cache")
-    process = start(*precompute(world, cache, "--json"))
+    process = begin(*precompute(world, cache, "--json"))
     until(lambda: len(children_of(process.pid)) == 2)
     os.kill(children_of(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate()

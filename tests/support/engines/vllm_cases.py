@@ -58,6 +58,19 @@ def shared_engine(folder: Path):
     return engine
 
 
+class Unclosed:
+    """The shared engine, which outlives a stage."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def close(self):
+        pass
+
+
 @functools.cache
 def shared_server(folder: Path):
     """One server over `folder/model` for all tests; `close_shared` ends it."""

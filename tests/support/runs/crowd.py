@@ -3,6 +3,7 @@
 A fork starts in no time, so that the commands truly work side by side on a tiny model.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from lightopd.cache.claims.store import FolderStore
 
 SERVER = """
 import os, signal, sys
@@ -102,3 +105,52 @@ def until(condition, timeout_s=60.0):
     while not condition():
         assert time.monotonic() < end_s, "it did not come true in time"
         time.sleep(0.002)
+
+
+def begin(*arguments, **environment):
+    """`lightopd` with the given arguments, as a process that has to import everything."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("lightopd"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        text=True,
+    )
+
+
+def shards_of(folder):
+    """Bytes of the shards and markers of a part, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
+
+
+def children_of(pid):
+    """Processes that a process started."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(each) for started in threads for each in started.read_text().split()]
+
+
+def is_gone(pid):
+    """Whether a process has ended, asked for or not."""
+    return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def stopped_in_the_middle(cache, kind, timeout_s=300.0):
+    """A process that makes shards of a part, is in the middle of one, and sleeps from now on."""
+    store, found = FolderStore(cache / ".lightopd.claims", kind), []
+
+    def is_caught():
+        for key in store.all_keys():
+            content = store.read(key) if key.startswith("part-") else None
+            if content is None:
+                continue
+            pid = json.loads(content)["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            if store.read(key) == content:
+                found.append(pid)
+                return True
+            os.kill(pid, signal.SIGCONT)
+        return False
+
+    until(is_caught, timeout_s)
+    return found[0]
