@@ -60,7 +60,7 @@ class Passes:
         from lightopd.training.data.batches import StepDataset
         from lightopd.training.data.plan import make_plan
 
-        self.student, self.objective = student, ObjectiveConfig()
+        self.student, self.objective = student, ObjectiveConfig.model_validate({"target": "log_ratio"})
         rollouts, budget = TIMED
         finetune = FinetuneConfig(batch_sequences=rollouts, micro_batch_tokens=budget, layout=layout)
         store, index = open_data(path, self.objective)

@@ -1,8 +1,8 @@
 """The objective: a sum of terms, each a chain of parts in one fixed order.
 
 signal -> router -> extrapolation -> target -> baseline -> advantage parts -> clip -> token weights
--> reduce over tokens -> rollout weights -> reduce over the batch. `ObjectiveConfig()` is Lightning OPD
-(arXiv 2604.13010). A mapping with the keys of a term is an objective of that one term.
+-> reduce over tokens -> rollout weights -> reduce over the batch. `ObjectiveConfig()` is reverse KL on the
+teacher's top-k with the tail. A mapping with the keys of a term is an objective of that one term.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -41,7 +41,9 @@ from lightopd.schemas.objectives.weights import (
     WeightJump,
 )
 
-_DEFAULT_KINDS = {"target": "log_ratio", "extrapolate": "constant"}
+DEFAULT_TARGET = DivergenceTarget(kind="divergence", divergence="reverse_kl", support="tail")
+"""KL(s || T) on the teacher's top-k and the tail."""
+_DEFAULT_KINDS = {"target": DEFAULT_TARGET.kind, "extrapolate": "constant"}
 
 
 def _with_kind(value: Any, field: str | None = None) -> Any:
@@ -49,8 +51,19 @@ def _with_kind(value: Any, field: str | None = None) -> Any:
     if isinstance(value, str):
         return {"kind": value}
     if isinstance(value, dict) and field in _DEFAULT_KINDS:
+        _refuse_keys_of_another_kind(value, field)
         return {"kind": _DEFAULT_KINDS[field], **value}
     return value
+
+
+def _refuse_keys_of_another_kind(value: dict[str, Any], field: str) -> None:
+    """Say that the kind is missing, before the default kind calls its keys unknown."""
+    unknown = ", ".join(sorted(value.keys() - DivergenceTarget.model_fields.keys()))
+    if field == "target" and "kind" not in value and unknown:
+        raise ValueError(
+            f"a target without kind is a {DEFAULT_TARGET.kind}, which has no {unknown}; give its kind "
+            "(kind: log_ratio is the paper's loss on sampled tokens)"
+        )
 
 
 def _no_kind_twice(parts: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -93,8 +106,9 @@ class TermConfig(GrownConfig):
     """Other signals for some domains."""
     extrapolate: Extrapolation | None = None
     """Moves the teacher away from a reference model."""
-    target: Target = LogRatioTarget()
-    """What is computed at each token."""
+    target: Target = DEFAULT_TARGET
+    """What is computed at each token; the default is reverse KL on the teacher's top-k with the tail, and
+    `log_ratio` is the paper's loss on sampled tokens."""
     baseline: ExpectedBaseline | None = None
     """Subtracted from the advantage."""
     advantage: Parts[AdvantagePart] = ()
@@ -119,7 +133,8 @@ class TermConfig(GrownConfig):
         clips = any(isinstance(weight, PpoClipWeight) for weight in self.token_weights)
         if not is_advantage and (self.baseline or self.advantage or clips):
             raise ValueError(
-                f"baseline, advantage parts and ppo_clip need an advantage; {self.target.kind} is a loss"
+                f"baseline, advantage parts and ppo_clip need an advantage; {self.target.kind} is a loss: "
+                "set target: log_ratio"
             )
         if self.baseline and not (isinstance(self.target, LogRatioTarget) and self.target.student == "now"):
             raise ValueError("a baseline needs target log_ratio with student: now")
@@ -157,7 +172,11 @@ class TermConfig(GrownConfig):
 
 
 class ObjectiveConfig(GrownConfig):
-    """A loss as parts; the default is Lightning OPD."""
+    """A loss as parts.
+
+    The default is reverse KL on the teacher's top-k with the tail (docs/study.md, question 2); the paper's
+    loss: -c methods/lightning_opd.
+    """
 
     later: ClassVar[tuple[str, ...]] = ("shown", "exposure")
 

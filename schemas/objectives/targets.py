@@ -100,7 +100,7 @@ class LogRatioTarget(TargetConfig):
     """Sampled-token advantage log T - log s, no gradient through it (arXiv 2604.13010)."""
 
     gives: ClassVar[Literal["advantage"]] = "advantage"
-    kind: Literal["log_ratio"] = "log_ratio"
+    kind: Literal["log_ratio"]
     """loss = -A log s on the sampled token."""
     student: Literal["now", "rollout"] = "now"
     """Whose s stands in A; `rollout` freezes A, has no fixed point at the teacher, and needs `ppo_clip`."""
@@ -195,7 +195,7 @@ class DivergenceTarget(TargetConfig):
     """A divergence between teacher and student over the cached support."""
 
     later: ClassVar[tuple[str, ...]] = ("residual", "tail", "teacher_temperature")
-    kind: Literal["divergence"]
+    kind: Literal["divergence"] = "divergence"
     """A differentiable loss at every position."""
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tv", "alpha"

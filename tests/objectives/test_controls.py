@@ -17,9 +17,10 @@ BEST = {"select": ["best_of"]}
 
 def test_shuffled_advantages_have_the_sums_of_the_rollouts_and_other_places():
     world = make_world(2)
-    _, plain_NV, plain = evaluate(objective(), world)
-    _, shuffled_NV, shuffled = evaluate(objective(advantage=["shuffle"]), world)
-    _, other_NV, _ = evaluate(objective(advantage=[{"kind": "shuffle", "seed": 1}]), world)
+    _, plain_NV, plain = evaluate(objective(target="log_ratio"), world)
+    _, shuffled_NV, shuffled = evaluate(objective(target="log_ratio", advantage=["shuffle"]), world)
+    reseeded = objective(target="log_ratio", advantage=[{"kind": "shuffle", "seed": 1}])
+    _, other_NV, _ = evaluate(reseeded, world)
     assert shuffled["advantage"] == pytest.approx(plain["advantage"], abs=1e-9)
     assert not torch.allclose(shuffled_NV, plain_NV)
     assert not torch.allclose(shuffled_NV, other_NV)

@@ -31,8 +31,12 @@ def without_ratio(world_seed: int = 2) -> Tensor:
     return make_world(world_seed, drift=0.5).tables["rollout_student"]
 
 
-def test_the_default_objective_is_lightning_opd():
-    assert ObjectiveConfig() == recipe("lightning_opd")
+def test_the_default_objective_is_reverse_kl_on_the_top_k():
+    assert ObjectiveConfig() == recipe("recommended_topk_reverse_kl")
+
+
+def test_the_paper_s_loss_is_the_target_log_ratio_as_it_stands():
+    assert objective(target="log_ratio") == recipe("lightning_opd")
 
 
 def test_lightning_without_a_clip_that_binds_is_plain_opd():

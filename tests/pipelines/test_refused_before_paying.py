@@ -14,6 +14,8 @@ from lightopd.pipelines import run as pipeline
 from lightopd.pipelines.run_checks import check_pipeline
 from lightopd.schemas.configs import EvalConfig, TrainConfig
 
+WITH_BASELINE = {"target": "log_ratio", "baseline": "expected"}
+
 
 def no_engine(*_):
     raise AssertionError("a model was loaded before the refusal")
@@ -151,8 +153,12 @@ def pipeline_of(world, out, **changes):
         ),
         ({"train": {"objective": {"token_weights": [{"kind": "ratio"}], "signal": "z"}}}, "no signal z"),
         (
-            {"precompute": {"top_k": 0}, "train": {"objective": {"target": {"kind": "divergence"}}}},
+            {"precompute": {"top_k": 0}, "train": {"objective": WITH_BASELINE}},
             "planned with 0 top-k entries and 1 or more are needed; set precompute.top_k to 32$",
+        ),
+        (
+            {"precompute": {"top_k": 0}},
+            "set precompute.top_k to 32; or .* set train.objective.target to log_ratio$",
         ),
         ({"train": {"devices": 7, "batch_sequences": 4}}, "batch_sequences is 4, which 7 devices cannot"),
         ({"train": {"loggers": ["wandb"]}}, "logger wandb needs"),

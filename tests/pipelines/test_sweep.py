@@ -93,7 +93,7 @@ def test_a_changed_part_of_the_objective_is_told_by_its_place(lightopd, world, t
     asked = ["train", "--cache", world.cache, "--student", world.sft / "student", "--out", tmp_path / "train"]
     asked += ["--steps", "2", "--batch", "4"]
     assert lightopd(*asked)[0] == 0
-    code, _, err = lightopd(*asked, "-c", "methods/recommended_topk_reverse_kl", "--steps", "2")
+    code, _, err = lightopd(*asked, "-c", "methods/lightning_opd", "--steps", "2")
     assert code == 8, err
     assert "objective.terms.0.target.kind" in err
     assert f"lightopd train with these settings and --out {tmp_path / 'train'}-2" in err

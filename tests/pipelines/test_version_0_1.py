@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.store import content_id, open_cache
@@ -75,6 +76,17 @@ def test_training_resumes_from_its_checkpoint_to_the_same_losses(old, lightopd):
     for before, now in zip(undisturbed, resumed, strict=True):
         assert now["loss"] == pytest.approx(before["loss"], rel=1e-6)
         assert now["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
+
+
+def test_a_run_whose_settings_leave_the_objective_out_is_refused_unless_it_is_named(old, lightopd):
+    settings = yaml.safe_load((old / "run/train.yaml").read_text())
+    (old / "bare.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "objective"}))
+    before = (old / "run/train.yaml").read_bytes()
+    code, _, err = lightopd("train", "-c", "bare.yaml")
+    assert code == 8
+    assert 'objective.terms.0.target.kind is "divergence", there it was "log_ratio"' in err
+    assert (old / "run/train.yaml").read_bytes() == before
+    assert lightopd("train", "-c", "bare.yaml", "--set", "objective.target=log_ratio")[0] == 0
 
 
 def test_a_new_run_trains_on_the_old_cache_beside_a_new_signal(old, lightopd):

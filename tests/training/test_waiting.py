@@ -41,7 +41,9 @@ def _counts_a_mask(func, args):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("objective", [{}, {"target": {"kind": "divergence"}}], ids=["sampled", "top_k"])
+@pytest.mark.parametrize(
+    "objective", [{"target": "log_ratio"}, {"target": {"kind": "divergence"}}], ids=["sampled", "top_k"]
+)
 def test_a_micro_batch_never_waits_for_the_device(make_cache, student_folder, tmp_path, layout, objective):
     config = ObjectiveConfig.model_validate(objective)
     asked = needs(config)

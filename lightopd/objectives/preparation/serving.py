@@ -298,7 +298,7 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     if name in CONTEXT_SIGNALS:
         role += " --context privileged --prompts PROMPTS"
     if facts.planned is not None:
-        return _unplanned(name, size, facts)
+        return _unplanned(name, size, config, facts)
     command = f"lightopd precompute --cache {facts.path} --teacher MODEL --signal {{}}{role}"
     top_k = f" --top-k {size if size > 1 else 32 if size else 0}"
     if name in wanted.hidden:
@@ -306,22 +306,36 @@ def _missing_signal(name: str, config: ObjectiveConfig, wanted: Needs, facts: Ca
     if name not in facts.signals:
         there = ", ".join(f"{known} (top {k})" for known, k in facts.signals.items()) or "none"
         return f"no signal {name} (there: {there}); add it: {command.format(name)}{top_k}"
+    named = "" if name == "teacher" else f" --set objective.signal={name}"
     return (
         f"signal {name} has {facts.signals[name]} top-k entries and {size} or more are needed; score it "
         f"under another name and set that name in the objective: {command.format(name + '_topk')}{top_k}"
+        + _or_sampled_tokens(name, config, f"-c methods/lightning_opd{named}")
     )
 
 
-def _unplanned(name: str, size: int, facts: CacheFacts) -> str:
+def _unplanned(name: str, size: int, config: ObjectiveConfig, facts: CacheFacts) -> str:
     if name == facts.planned:
         return (
             f"signal {name} is planned with {facts.signals[name]} top-k entries and {size} or more are "
             f"needed; set precompute.top_k to {size if size > 1 else 32}"
+            + _or_sampled_tokens(name, config, "set train.objective.target to log_ratio")
         )
     return (
         f"no signal {name} ({facts.planned} is planned); set precompute.signal to {name}, or make a cache "
         "with both by lightopd rollout and lightopd precompute, and train on it with lightopd train"
     )
+
+
+def _or_sampled_tokens(name: str, config: ObjectiveConfig, remedy: str) -> str:
+    """The remedy that scores nothing anew; empty where more than a lone divergence reads the top-k."""
+    first = config.terms[0]
+    target = LogRatioTarget(kind="log_ratio")
+    sampled = config.model_copy(update={"terms": (first.model_copy(update={"target": target}),)})
+    is_lone = len(config.terms) == 1 and isinstance(first.target, DivergenceTarget)
+    if not is_lone or name in needs(sampled).topk:
+        return ""
+    return f"; or train with the paper's loss, which reads sampled tokens alone: {remedy}"
 
 
 def _top_k(name: str, config: ObjectiveConfig, wanted: Needs) -> int:

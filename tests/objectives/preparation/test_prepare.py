@@ -58,7 +58,8 @@ def test_group_rewards_are_standardised_by_the_unbiased_deviation():
 def test_a_group_of_one_has_the_reward_zero_beside_groups_that_are_compared():
     """verl gives a lone rollout its plain reward, 1 here; offline it would be pushed for being alone."""
     view = cache([0] * 4, [1, 0, 1, 0], [1, 1, 2, 3])
-    for parts in ({"target": "reward"}, {"advantage": [{"kind": "group_reward"}]}):
+    shifted = {"target": "log_ratio", "advantage": [{"kind": "group_reward"}]}
+    for parts in ({"target": "reward"}, shifted):
         name = "main/reward" if parts == {"target": "reward"} else "main/group_reward"
         half = 0.5**0.5
         assert column(objective(**parts), view, name) == pytest.approx([half, -half, 0, 0], abs=1e-5)

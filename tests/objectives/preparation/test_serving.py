@@ -1,5 +1,6 @@
 """Recipes and caches that cannot work are refused before the first step, in one line that says what to do."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -86,7 +87,16 @@ REFUSED = {
         "may not contain the sampled token",
     ),
     "baseline of a loss": ({"target": "mle", "baseline": "expected"}, "need an advantage; mle is a loss"),
-    "frozen advantage": ({"target": {"student": "rollout"}}, "add token weight ppo_clip"),
+    "baseline of the default": ({"baseline": "expected"}, "divergence is a loss: set target: log_ratio"),
+    "clip of the default": ({"token_weights": ["ppo_clip"]}, "divergence is a loss: set target: log_ratio"),
+    "key of another kind": (
+        {"target": {"clip": 5.0}},
+        "a target without kind is a divergence, which has no clip; give its kind",
+    ),
+    "frozen advantage": (
+        {"target": {"kind": "log_ratio", "student": "rollout"}},
+        "add token weight ppo_clip",
+    ),
     "strength of none": ({"token_weights": ["inverse_strength"]}, "needs extrapolate"),
     "normalised by nothing": ({"normalise_token_weights": True}, "needs token_weights"),
     "weighted preference": (
@@ -111,7 +121,7 @@ def test_a_recipe_that_cannot_work_is_refused_in_one_line(case):
 def test_strings_stand_for_kinds_and_the_default_kind_may_be_left_out():
     short = objective(target="mle", token_weights=["select_tokens"])
     assert short.terms[0].token_weights[0].kind == "select_tokens"
-    assert objective(target={"clip": 5.0}).terms[0].target.clip == 5.0
+    assert objective(target={"divergence": "jsd"}).terms[0].target.kind == "divergence"
     assert objective(target="mle") == MLE_OBJECTIVE
 
 
@@ -144,8 +154,10 @@ def facts(signals: dict[str, int], *columns: str) -> CacheFacts:
 def test_a_missing_signal_is_named_with_the_command_that_adds_it():
     assert missing(ObjectiveConfig(), facts({})) == [
         "no signal teacher (there: none); add it: lightopd precompute --cache CACHE --teacher MODEL "
-        "--signal teacher --top-k 0"
+        "--signal teacher --top-k 32"
     ]
+    (line,) = missing(recipe("lightning_opd"), facts({}))
+    assert line.endswith("--signal teacher --top-k 0")
     (line,) = missing(recipe("exopd"), facts({"teacher": 32}, "ref_logprobs"))
     assert line.endswith("--signal reference --set role=reference --top-k 0")
 
@@ -165,6 +177,20 @@ def test_a_signal_without_the_top_k_it_needs_is_named():
     assert "--top-k 32" in line
     (line,) = missing(recipe("prune_opd"), facts({"teacher": 32, "rollout_student": 8}))
     assert "signal rollout_student has 8 top-k entries and 16 or more are needed" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (ObjectiveConfig(), "; or train with the paper's loss, .*: -c methods/lightning_opd$"),
+        (objective(signal="other"), ": -c methods/lightning_opd --set objective.signal=other$"),
+        (recipe("recommended_baseline_ratio"), "--top-k 32$"),
+        (recipe("decoupling_mix"), "--top-k 32$"),
+    ],
+)
+def test_a_lone_divergence_without_a_top_k_is_told_of_the_loss_on_sampled_tokens(config, told):
+    (line, *_) = missing(config, facts(dict.fromkeys(needs(config).signals, 0), "ref_logprobs"))
+    assert re.search(told, line)
 
 
 def test_missing_columns_are_named_with_what_makes_them():
@@ -320,7 +346,7 @@ def test_teachers_own_rewards_are_joined_by_prompt(tmp_path):
     answers = [make_rollout(rng, 2, prompt_id=shards[0][0].prompt_id, reward=reward) for reward in (1.0, 0.5)]
     write_rollouts(tmp_path / "answers", [answers])
     selection = {"kind": "teacher_validated", "answers": str(tmp_path / "answers")}
-    config = objective(target={"clip": None}, select=[selection])
+    config = objective(target={"kind": "log_ratio", "clip": None}, select=[selection])
     check_cache(config, cache)
     (first, second) = cache_views(cache, needs(config))
     assert first.teacher_rewards_R[0] == 0.75

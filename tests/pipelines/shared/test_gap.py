@@ -14,12 +14,13 @@ from lightopd.schemas.configs import TrainConfig
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 RECIPE = "methods/recommended_topk_reverse_kl"
+PAPERS_LOSS = {"target": "log_ratio"}
 PAPERS_RUN = {"steps": 2, "batch_sequences": 100_000, "learning_rate": 2e-6}
 
 
-def suggested(cache, objective=None, **changes):
+def suggested(cache, objective=PAPERS_LOSS, **changes):
     settings = {**PAPERS_RUN, **changes}
-    return gap.suggestion(open_cache(cache), ObjectiveConfig(**(objective or {})), **settings)
+    return gap.suggestion(open_cache(cache), ObjectiveConfig(**objective), **settings)
 
 
 def with_gap(monkeypatch, nats):
@@ -59,8 +60,9 @@ def test_a_small_gap_and_the_papers_run_are_left_alone(world, monkeypatch):
 @pytest.mark.parametrize(
     "objective",
     [
-        {"baseline": "expected"},
-        {"target": {"kind": "divergence", "divergence": "reverse_kl", "support": "tail"}},
+        {},
+        {**PAPERS_LOSS, "baseline": "expected"},
+        {"target": {"kind": "divergence", "divergence": "jsd", "support": "tail"}},
         {"target": "mle"},
     ],
 )
@@ -99,7 +101,7 @@ def asked(world, tmp_path, *files):
 
 def test_train_says_it_once_before_the_first_step(world, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lightopd"):
-        train.run(asked(world, tmp_path))
+        train.run(asked(world, tmp_path, "methods/lightning_opd"))
     lines = [record.getMessage() for record in caplog.records]
     told = [place for place, line in enumerate(lines) if RECIPE in line]
     assert len(told) == 1
@@ -107,9 +109,11 @@ def test_train_says_it_once_before_the_first_step(world, tmp_path, caplog):
 
 
 def test_a_dry_run_says_it_for_the_plain_loss_only(world, tmp_path):
-    assert any(RECIPE in note for note in train.run(asked(world, tmp_path), dry_run=True).notes)
-    corrected = train.run(asked(world, tmp_path, RECIPE), dry_run=True)
-    assert not any(RECIPE in note for note in corrected.notes)
+    plain = train.run(asked(world, tmp_path, "methods/lightning_opd"), dry_run=True)
+    assert any(RECIPE in note for note in plain.notes)
+    for recipes in ((), (RECIPE,)):
+        corrected = train.run(asked(world, tmp_path, *recipes), dry_run=True)
+        assert not any(RECIPE in note for note in corrected.notes)
 
 
 def test_methods_check_says_it_for_the_plain_loss_only(lightopd, world):

@@ -13,6 +13,7 @@ from lightopd.training.measures.metrics_file import read_metrics
 
 CLOCKED = ("seconds", "tokens_per_second")
 """Columns that no two runs share."""
+SAMPLED = {"target": "log_ratio"}
 REVERSE_KL = {"target": {"kind": "divergence"}, "token_weights": [{"kind": "ratio", "cap": 2.0}]}
 # Adam divides by the root of its second moment: a larger floor keeps noise of near-zero gradients small.
 CALM = OptimizerConfig(lr=1e-3, eps=1e-3)
