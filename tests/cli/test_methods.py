@@ -56,7 +56,7 @@ def test_an_official_file_is_imported_marked_unknown_and_trains_only_when_allowe
     assert "lineage unknown" in out
     assert open_cache(cache).manifest.sft.proof == "unknown"
     train = ["train", "--cache", cache, "--student", world.base, "--out", tmp_path / "t", "--steps", 1]
-    train += ["--set", "batch_sequences=2"]
+    train += ["--set", "batch_sequences=2", "--set", "objective.target=log_ratio"]
     code, _, err = lightopd(*train)
     assert code == 4
     assert "--allow" in err

@@ -24,7 +24,7 @@ from lightopd.training.student.memory import GIB, Memory
 
 
 def test_the_first_step_is_lightning_opd_as_worked_out_in_float64(train, cache, student_folder):
-    result = train(steps=1, batch_sequences=22, micro_batch_tokens=70)
+    result = train(objective=SAMPLED, steps=1, batch_sequences=22, micro_batch_tokens=70)
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float64)
     means, entropies = [], []
     for shard in cache.shards:

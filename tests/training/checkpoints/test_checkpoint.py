@@ -238,7 +238,7 @@ SHARED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [{}, SHARED])
+@pytest.mark.parametrize("objective", [{"target": "log_ratio"}, SHARED])
 def test_two_processes_with_gloo_give_the_numbers_of_one(make_cache, student_folder, tmp_path, objective):
     cache, out = make_cache(tmp_path / "cache"), tmp_path / "two"
     held = {"held_out": 4, "held_out_every": 3}

@@ -331,7 +331,7 @@ def test_rounds_show_their_evaluations_and_may_be_asked_otherwise_later(world, p
         "prompts": str(world.root / "prompts.jsonl"),
         "eval_prompts": {"path": str(prompts), "verifier": VERIFIER},
         "rollout": {"sampling": sampling, "shard_rollouts": 4},
-        "precompute": {"top_k": 0},
+        "precompute": {"top_k": 4},
         "eval": {"sampling": {**sampling, "seed": 3}},
         "train": {"steps": 1, "batch_sequences": 4, "accuracy": {"sampling": {"n": 2}}},
         "rounds": {"steps": 2, "prompts_per_round": 4, "eval_every": 2},
