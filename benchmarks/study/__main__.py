@@ -5,11 +5,13 @@
     python benchmarks/study --quick              # some arms of every kind, tiny, nothing kept
 
 A finished run is one line of docs/study/results/REGIME/ARM.jsonl and is not run again while its settings and
-models are the same. Runs that choose a setting have seed 1000 and other prompts than those that measure.
+models are the same. Several of these commands, given at once, share the runs. Runs that choose a setting have
+seed 1000 and other prompts than those that measure.
 After each arm docs/study.md is written anew. Where there is a GPU it is used.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -21,6 +23,8 @@ from pathlib import Path
 import torch
 from arms import TUNING_SEED, Arm, Cell, combinations, read_arms
 from cells import QUICK, identity, measure, run_of
+from filelock import Timeout
+from models import alone_at
 from page import RESULTS, write_page
 from summary import Line, best_tuning, read_lines
 
@@ -80,24 +84,42 @@ def keep_line(results: Path, name: str, line: Line) -> None:
     """Put a line in the place of an older one of its key, or at the end."""
     path = results / line["regime"] / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = [one for one in read_lines(results, name) if one["regime"] == line["regime"]]
-    lines = {one["key"]: one for one in (*mine, line)}
-    path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
+    with alone_at(WORK / "results"):
+        mine = [one for one in read_lines(results, name) if one["regime"] == line["regime"]]
+        lines = {one["key"]: one for one in (*mine, line)}
+        path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
 
 
-def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, work: Path) -> None:
-    """Run what is not there yet, until the time is up."""
-    done = {line["key"]: line["identity"] for line in read_lines(RESULTS, name)}
+def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, waits: bool) -> None:
+    """Run what is not there yet and no other process runs, until the time is up; `waits` for those others."""
     for cell in cells:
-        run = run_of(arm, cell, work)
-        if done.get(cell.key) == identity(run, arm):
-            continue
         if time.monotonic() > until_s:
             return
-        started_s = time.monotonic()
-        line = measure(arm, cell, run, work) | {"seconds": round(time.monotonic() - started_s, 1)}
-        keep_line(RESULTS, name, line)
-        log.warning("%s: accuracy %.4f, %.0f s", cell.key, line["accuracy"], line["seconds"])
+        run = run_of(arm, cell, WORK)
+        with contextlib.suppress(Timeout), alone_at(place_of_lock(cell)).acquire(blocking=waits):
+            if is_done(name, cell, identity(run, arm)):
+                continue
+            started_s = time.monotonic()
+            line = measure(arm, cell, run, WORK) | {"seconds": round(time.monotonic() - started_s, 1)}
+            keep_line(RESULTS, name, line)
+            log.warning("%s: accuracy %.4f, %.0f s", cell.key, line["accuracy"], line["seconds"])
+
+
+def place_of_lock(cell: Cell) -> Path:
+    """The file, but for its ending, that who runs a cell holds."""
+    return WORK / "locks" / cell.key.replace("/", ":").replace(".", "_")
+
+
+def is_done(name: str, cell: Cell, wanted: str) -> bool:
+    """Whether a cell has its line, at the settings of now."""
+    return any(line["key"] == cell.key and line["identity"] == wanted for line in read_lines(RESULTS, name))
+
+
+def run_arm(name: str, arm: Arm, until_s: float, only: str | None, seeds: int | None) -> None:
+    """The runs that choose its settings, all of them, and then those that measure."""
+    for waits in (False, True):
+        run_cells(name, arm, tuning_cells(name, arm, only), until_s, waits=waits)
+    run_cells(name, arm, measured_cells(name, arm, only, seeds), until_s, waits=False)
 
 
 def run_quick(arms: dict[str, Arm]) -> None:
@@ -136,11 +158,11 @@ def main() -> None:
     if asked.quick:
         run_quick(arms)
         return
+    (WORK / "locks").mkdir(parents=True, exist_ok=True)
     log.warning("about %.1f hours of one thread to go", remaining_hours(arms, asked.regime, asked.seeds))
     until_s = time.monotonic() + 60 * asked.minutes
     for name, arm in searching_first(arms):
-        run_cells(name, arm, tuning_cells(name, arm, asked.regime), until_s, WORK)
-        run_cells(name, arm, measured_cells(name, arm, asked.regime, asked.seeds), until_s, WORK)
+        run_arm(name, arm, until_s, asked.regime, asked.seeds)
         write_page()
 
 

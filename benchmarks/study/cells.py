@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +133,46 @@ def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
 
 
 def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
-    """A cell's cache, shared by all that sample and score alike, and what it cost when it was made.
-
-    One that was not made to its end is begun again, so that its cost is that of the whole.
-    """
+    """A cell's cache, shared by all that sample and score alike, and what it cost when it was made."""
     sampling, scoring = run.settings("rollout"), run.settings("precompute")
     named = {name: value for name, value in scoring.items() if name != "cache"}
-    place = work / "caches" / canonical_hash(_plain([sampling | {"cache": ""}, named, arm.signals]))[:16]
-    cost = place.with_suffix(".json")
-    if not cost.exists():
-        shutil.rmtree(place, ignore_errors=True)
+    sampled = sampling | {"cache": ""}
+
+    def sample(place: Path) -> Line:
         begun_s = time.process_time()
         rollout.run(build(RolloutConfig, sampling | {"cache": place}))
-        sampled_s = time.process_time()
+        return {"rollout_seconds": round(time.process_time() - begun_s, 2)}
+
+    def score(place: Path) -> Line:
+        rollouts, cost = made_once(work / "rollouts" / _hash([sampled]), sample)
+        shutil.copytree(rollouts, place)
+        begun_s = time.process_time()
         figures = precompute.run(build(PrecomputeConfig, scoring | {"cache": place})).figures
-        found = {name: figures[name] for name in OF_CACHE if name in figures}
-        found |= {"rollout_seconds": round(sampled_s - begun_s, 2)}
-        found |= {"score_seconds": round(time.process_time() - sampled_s, 2)}
+        found = {name: figures[name] for name in OF_CACHE if name in figures} | cost
+        found |= {"score_seconds": round(time.process_time() - begun_s, 2)}
         for name, own in arm.signals.items():
             beside = {"cache": place, "teacher": run.student, "signal": name, **own}
             precompute.run(build(PrecomputeConfig, beside))
-        cost.write_text(json.dumps(found))
-    return place, json.loads(cost.read_text())
+        return found
+
+    return made_once(work / "caches" / _hash([sampled, named, arm.signals]), score)
+
+
+def made_once(place: Path, make: Callable[[Path], Line]) -> tuple[Path, Line]:
+    """A folder that `make` fills, and what it said of it; another process waits until it is there.
+
+    One that was not made to its end is begun again, so that its cost is that of the whole.
+    """
+    said = place.with_suffix(".json")
+    with models.alone_at(place):
+        if not said.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            said.write_text(json.dumps(make(place)))
+    return place, json.loads(said.read_text())
+
+
+def _hash(value: Any) -> str:
+    return canonical_hash(_plain(value))[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from arms import read_regime
+from filelock import FileLock
 
 from lightopd.config import build, merged
 from lightopd.pipelines import DEMO, sft
@@ -25,11 +26,12 @@ def teacher(work: Path, name: str) -> Path:
     folder = work / "models" / name
     seed, addends, with_student = TEACHERS[name]
     last = "student" if with_student else "base"
-    if not (folder / last / "provenance.json").exists():
-        settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
-        settings += [] if with_student else ["--without-student"]
-        command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
-        subprocess.run(command, cwd=MAKER.parent, check=True)
+    with alone_at(folder):
+        if not (folder / last / "provenance.json").exists():
+            settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
+            settings += [] if with_student else ["--without-student"]
+            command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
+            subprocess.run(command, cwd=MAKER.parent, check=True)
     return folder / "teacher"
 
 
@@ -43,5 +45,12 @@ def student(work: Path, regime: str) -> Path:
     )
     own = {"teacher": str(teacher(work, described["teacher"])), "student": str(base)}
     out = work / "students" / regime
-    sft.run(build(SftConfig, merged(described["sft"], own | {"out": str(out)})))
+    with alone_at(out):
+        sft.run(build(SftConfig, merged(described["sft"], own | {"out": str(out)})))
     return out / "student"
+
+
+def alone_at(folder: Path) -> FileLock:
+    """A lock on what is made in a folder; another process waits until it is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_suffix(".lock"))

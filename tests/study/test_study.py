@@ -2,12 +2,15 @@
 
 import importlib.util
 import math
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import page
 import pytest
 from arms import Arm, Cell, combinations, read_arms, read_regime, settings_of
-from cells import QUICK, VALIDATION, cache_of, identity, run_of
+from cells import QUICK, VALIDATION, cache_of, identity, made_once, run_of
 from measures import extrapolated_kl, gradient_gap
 from summary import best_tuning, interval, read_lines
 
@@ -141,10 +144,28 @@ def test_a_cache_that_was_not_made_to_its_end_costs_what_a_whole_one_does(tmp_pa
     place, cost = cache_of(arm, run, tmp_path)
     assert cache_of(arm, run, tmp_path) == (place, cost)
     place.with_suffix(".json").unlink()
-    before = (place / "lightopd.json").stat().st_mtime_ns
+    shutil.rmtree(place / "signals")
     _, again = cache_of(arm, run, tmp_path)
-    assert (place / "lightopd.json").stat().st_mtime_ns > before
+    assert (place / "signals" / "teacher").is_dir()
+    assert again["rollout_seconds"] == cost["rollout_seconds"]
     assert again["gap_nats"] == cost["gap_nats"]
+
+
+def test_two_processes_make_a_folder_once(tmp_path):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def make(place):
+        place.mkdir()
+        begun.set()
+        may_end.wait(10)
+        return {"by": threading.current_thread().name}
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(made_once, tmp_path / "a" / "x", make)
+        begun.wait(10)
+        second = pool.submit(made_once, tmp_path / "a" / "x", make)
+        may_end.set()
+        assert first.result() == second.result()
 
 
 @pytest.fixture
@@ -153,6 +174,7 @@ def study(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "WORK", tmp_path)
     return module
 
 
@@ -168,12 +190,12 @@ def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(s
     assert study.remaining_hours(ARMS, None, None) > 1
 
 
-def test_a_finished_run_is_not_run_again_while_its_settings_stay(study, tmp_path):
+def test_a_finished_run_is_not_run_again_while_its_settings_stay(study):
     arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
     cell = Cell("a", "large_gap", (), (), 0)
 
     def seconds(arm):
-        study.run_cells("a", arm, iter([cell]), math.inf, tmp_path)
+        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
         [line] = read_lines(study.RESULTS, "a")
         assert 0.5 < line["accuracy"] <= 1.0
         return line["seconds"], line["identity"]
@@ -182,3 +204,11 @@ def test_a_finished_run_is_not_run_again_while_its_settings_stay(study, tmp_path
     assert seconds(arm.model_copy(update={"title": "other"})) == first
     changed = arm.model_copy(update={"run": {**QUICK, "eval_prompts": {"count": 32}}})
     assert seconds(changed)[1] != first[1]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(study):
+    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
+    cell = Cell("a", "large_gap", (), (), 0)
+    with study.alone_at(study.place_of_lock(cell)):
+        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
+    assert not read_lines(study.RESULTS, "a")
