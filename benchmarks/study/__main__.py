@@ -81,13 +81,18 @@ def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
 
 
 def keep_line(results: Path, name: str, line: Line) -> None:
-    """Put a line in the place of an older one of its key, or at the end."""
+    """Put a line in the place of an older one, or at the end."""
     path = results / line["regime"] / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(WORK / "results"):
         mine = [one for one in read_lines(results, name) if one["regime"] == line["regime"]]
-        lines = {one["key"]: one for one in (*mine, line)}
+        lines = {slot(one): one for one in (*mine, line)}
         path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
+
+
+def slot(line: Line) -> str:
+    """What a regime has one line of: a measured run at the setting that was chosen last, or a tuning run."""
+    return line["key"] if line["is_tuning"] else json.dumps([line["grid"], line["seed"]])
 
 
 def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, waits: bool) -> None:

@@ -89,7 +89,8 @@ def regimes(lines: Iterable[Line]) -> list[str]:
 def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
     """A table for each regime in which arms of a question were run, and what was not run."""
     if number == 2:
-        yield from maps(lines["map"]) if lines["map"] else ("Not run: `map`.",)
+        for name, arm in arms.items():
+            yield from maps(arm.title, lines[name]) if lines[name] else (f"Not run: `{name}`.",)
         return
     found = [place for name in arms for place in measured(lines[name])]
     missing = []
@@ -202,46 +203,37 @@ COLUMNS: dict[int, tuple[Column, ...]] = {
 }
 
 
-def maps(lines: list[Line]) -> Iterator[str]:
-    """Accuracy of the plain loss over tokens a step, learning rate and steps, with drift beside."""
+def maps(title: str, lines: list[Line]) -> Iterator[str]:
+    """Accuracy of a loss over rollouts a step, learning rate and steps, with drift and KL beside."""
     for regime in regimes(lines):
         places = [(place, own) for place, own in measured(lines) if place[1] == regime]
-        steps = sorted(
-            {
-                point["step"]
-                for _, own in places
-                for line in own
-                for point in line["curve"]
-                if "avg_at_k" in point
-            }
+        points = [point for _, own in places for line in own for point in line["curve"]]
+        steps = sorted({point["step"] for point in points if "avg_at_k" in point})
+        columns = (
+            *((f"step {step:.0f}", at_step(step, "avg_at_k")) for step in steps),
+            KL,
+            ("w", at_step(steps[-1], "w_mean")),
+            ("ESS", at_step(steps[-1], "ess")),
+            ("gap, nats", mean_of("gap_nats", 3)),
         )
-        head = [
-            "rollouts a step",
-            "learning rate",
-            *(f"step {step:.0f}" for step in steps),
-            "w",
-            "ESS",
-            "gap, nats",
-        ]
+        head = ["rollouts a step", "learning rate", *(name for name, _ in columns)]
         rows = [
-            [
-                *(f"{value:g}" for _, value in place[2]),
-                *(at_step(own, step, "avg_at_k") for step in steps),
-                *(at_step(own, steps[-1], name) for name in ("w_mean", "ess")),
-                mean_of("gap_nats", 3)(place, own),
-            ]
+            [*(f"{value:g}" for _, value in place[2]), *(cell(place, own) for _, cell in columns)]
             for place, own in places
         ]
-        yield f"**`{regime}`**"
+        yield f"**{title}, `{regime}`**"
         yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def at_step(lines: list[Line], step: float, name: str) -> str:
-    """One figure of the curves at a step."""
-    values = [
-        point[name] for line in lines for point in line["curve"] if point["step"] == step and name in point
-    ]
-    return shown(interval(values), 3) if values else ""
+def at_step(step: float, name: str) -> Callable[[Place, list[Line]], str]:
+    """A cell with one figure of the curves at a step."""
+
+    def cell(_place: Place, lines: list[Line]) -> str:
+        curves = [point for line in lines for point in line["curve"] if point["step"] == step]
+        values = [point[name] for point in curves if name in point]
+        return shown(interval(values), 3) if values else ""
+
+    return cell
 
 
 def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:

@@ -48,7 +48,7 @@ def test_every_question_has_an_arm_or_says_that_it_has_none():
     assert asked <= set(page.QUESTIONS)
     assert all(arm.seeds >= 5 or arm.kind == "untrained" for arm in ARMS.values())
     for number in set(page.QUESTIONS) - asked:
-        assert list(page.tables(number, {}, {"map": []})) == ["Not run: no arm is there yet."]
+        assert list(page.tables(number, {}, {})) == ["Not run: no arm is there yet."]
 
 
 def test_an_arm_that_is_tuned_like_another_names_one_that_is_tuned():
@@ -212,3 +212,13 @@ def test_a_run_that_another_process_is_at_is_left_to_it(study):
     with study.alone_at(study.place_of_lock(cell)):
         study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
     assert not read_lines(study.RESULTS, "a")
+
+
+def test_a_setting_chosen_anew_takes_the_place_of_the_one_before(study):
+    for rate, seed in ((1e-5, 0), (1e-5, 1), (1e-4, 0)):
+        line = {"key": f"a/r/lr={rate}/seed={seed}", "regime": "r", "grid": {}, "seed": seed}
+        study.keep_line(study.RESULTS, "a", line | {"tuned": {"lr": rate}, "is_tuning": False})
+    assert {(one["seed"], one["tuned"]["lr"]) for one in read_lines(study.RESULTS, "a")} == {
+        (0, 1e-4),
+        (1, 1e-5),
+    }
