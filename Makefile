@@ -82,15 +82,15 @@ types: $(VENV)/.ready
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lightopd
 
 bench: $(VENV)/.ready
-	for file in $(filter-out benchmarks/scoring_vllm.py benchmarks/methods.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out benchmarks/scoring_vllm.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file || exit 1; done
 
 bench-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/python benchmarks/scoring_vllm.py
 
-# About 40 minutes on one core.
+# What is finished is not run again.
 bench-methods: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py --save
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study/methods.py
 	$(BIN)/python docs/generate.py
 
 # Says at the start how long it takes; what is finished is not run again. DEVICE=cuda: the time box of a lent GPU.

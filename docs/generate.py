@@ -3,15 +3,14 @@
 docs/configuration.md lists every setting of every stage; the picture of the rooms in docs/architecture.md
 comes from the source tree and from the order of imports that tests/docs/test_package.py holds; the table in
 docs/methods/README.md comes from the recipes; what was measured of a method, on its page and in
-docs/methods_measured.md, comes from docs/methods/results.json, which benchmarks/methods.py writes. A test
+docs/methods_measured.md, comes from docs/methods/results, which benchmarks/study/methods.py writes. A test
 fails when any is not what this script writes.
 """
 
 import ast
-import json
+import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from lightopd.config import describe
 from lightopd.pipelines import RECIPES
@@ -20,6 +19,9 @@ from lightopd.pipelines.shared.metrics import COLUMNS, FIGURES
 from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+from summary import Line, interval, read_lines  # noqa: E402
+
 BEGIN, END = "<!-- methods: made by docs/generate.py -->\n", "<!-- end of methods -->\n"
 TREE, END_OF_TREE = "<!-- rooms: made by docs/generate.py -->\n", "<!-- end of rooms -->\n"
 FOLDERS = ("schemas", "lightopd", "pipelines", "cli")
@@ -28,9 +30,9 @@ WIDTH = 110
 """Characters of a line of the picture."""
 MEASURED = "## Measured on the tiny task\n"
 """Title of the last section of a method's page; all below it is made here."""
-RESULTS = ROOT / "docs" / "methods" / "results.json"
-
-Line = dict[str, Any]
+RESULTS = ROOT / "docs" / "methods" / "results"
+RATES = (1e-5, 1e-4, 1e-3)
+"""Learning rates of the search, as benchmarks/study/methods.py has them."""
 
 
 def configuration() -> str:
@@ -113,80 +115,91 @@ def metrics() -> str:
 
 def method_pages() -> dict[Path, str]:
     """Every method's page with its measured section replaced, and the page of all of them."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    lines_of: dict[Path, list[Line]] = {}
+    runs = runs_by_recipe()
+    found_of: dict[Path, list[list[Line]]] = {}
     missing_of: dict[Path, list[str]] = {}
     for method in list_methods(RECIPES / "methods"):
-        lines = [line for line in results["results"] if line["recipe"] == method.name]
-        lines_of.setdefault(ROOT / method.page, []).extend(lines)
-        missing_of.setdefault(ROOT / method.page, []).extend([] if lines else [method.name])
-    pages = {
-        page: _page(page, results["settings"], lines, missing_of[page]) for page, lines in lines_of.items()
-    }
-    return pages | {ROOT / "docs" / "methods_measured.md": _all_methods(results)}
+        found = runs.get(method.name, [])
+        found_of.setdefault(ROOT / method.page, []).extend(found)
+        missing_of.setdefault(ROOT / method.page, []).extend([] if found else [method.name])
+    pages = {page: _page(page, found, missing_of[page]) for page, found in found_of.items()}
+    everything = [one for _, found in sorted(runs.items()) for one in found]
+    text = "\n".join([ALL_METHODS.format(settings=SETTINGS), *measured(everything)]) + "\n"
+    return pages | {ROOT / "docs" / "methods_measured.md": text}
 
 
-def _page(page: Path, settings: str, lines: list[Line], missing: list[str]) -> str:
+def runs_by_recipe() -> dict[str, list[list[Line]]]:
+    """The lines of every run that has measured ones, by recipe: those of the search and of the seeds."""
+    found: dict[str, list[list[Line]]] = {}
+    for path in sorted(RESULTS.glob("*/*.jsonl")):
+        lines = read_lines(RESULTS, path.stem)
+        if "recipe" in lines[0] and any(not line["is_tuning"] for line in lines):
+            found.setdefault(lines[0]["recipe"], []).append(lines)
+    return found
+
+
+def _page(page: Path, found: list[list[Line]], missing: list[str]) -> str:
     before, _, _ = page.read_text(encoding="utf-8").partition(MEASURED)
     parts = [before.rstrip("\n"), "", MEASURED]
-    if lines:
-        names = " ".join(dict.fromkeys(line["recipe"] for line in lines))
-        command = f"    python benchmarks/methods.py --only {names}"
-        said = f"Settings: {settings}. [All recipes](../methods_measured.md) says what the columns are."
-        parts += [*measured(lines), "", command, "", said]
+    if found:
+        names = " ".join(dict.fromkeys(lines[0]["recipe"] for lines in found))
+        command = f"    python benchmarks/study/methods.py --only {names}"
+        said = f"Settings: {SETTINGS}. [All recipes](../methods_measured.md) says what the columns are."
+        parts += [*measured(found), "", command, "", said]
     if missing:
-        parts += [""] * bool(lines)
+        parts += [""] * bool(found)
         parts += [f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join(parts) + "\n"
 
 
+SETTINGS = (
+    "running totals; 1,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 50 steps of 128 "
+    "rollouts, cosine schedule, 5 warm-up steps; 2,000 held-out prompts at temperature 1"
+)
 ALL_METHODS = """# Every recipe on the tiny task
 
-`make bench-methods` trains the demo's student with every recipe and writes `methods/results.json`, from which
-this page and the last section of every method's page are made.
+`make bench-methods` trains the demo's student with every recipe and keeps a line of every run in
+`methods/results`, from which this page and the last section of every method's page are made.
 
 Settings: {settings}.
 
-Accuracy is the share of right answers (standard error 0.7 points), KL is KL(student, teacher) in nats per
-token of the student's own answers, both on held-out prompts. One seed. Steps, batch, schedule and learning
-rate are the same for all recipes and tuned for none, so the table does not say which method is best. The
-recipes' own learning rates are for models of billions of parameters.
+Accuracy is the share of right answers, KL is KL(student, teacher) in nats per token of the student's own
+answers, both on held-out prompts: means and 95 % intervals over five seeds, in which prompts, rollouts and
+the order of training differ. Every recipe has the learning rate that was best of three, on 2,000 validation
+prompts with a seed of its own (the columns on the right; standard error 0.7 points, so near ones are a draw).
+Steps, batch and schedule are the same for all recipes, which their papers' are not.
 """
 
 
-def _all_methods(results: Line) -> str:
-    table = measured(results["results"])
-    return "\n".join([ALL_METHODS.format(settings=results["settings"]), *table]) + "\n"
-
-
-def measured(lines: list[Line]) -> list[str]:
+def measured(found: list[list[Line]]) -> list[str]:
     """A table of runs, and under it what stood in for inputs that the task has not."""
-    rates = sorted({line["learning_rate"] for line in lines})
-    runs: dict[tuple[str, str, str], dict[float, Line]] = {}
-    for line in sorted(lines, key=lambda line: str(line["recipe"])):
-        key = (line["recipe"], line["stand_in"], line["changed"])
-        runs.setdefault(key, {})[line["learning_rate"]] = line
-    heads = [f"at {rate:.0e}".replace("e-0", "e-") for rate in rates]
-    columns = [f"{what} {head}" for what in ("accuracy", "KL") for head in heads]
-    before = [_figure(lines[0][key]) for key in ("against", "kl_nats_before") for _ in rates]
+    heads = [f"validation at {rate:.0e}".replace("e-0", "e-") for rate in RATES]
+    columns = ["learning rate", "accuracy", "KL", *heads]
+    [untrained] = read_lines(RESULTS, "untrained")
+    before = ["", f"{untrained['accuracy']:.4f}", f"{untrained['reverse_kl_nats']:.4f}", *([""] * len(heads))]
     table = [_row("recipe", *columns), "|---" * (len(columns) + 1) + "|", _row("before training", *before)]
     notes: dict[str, int] = {}
-    for (recipe, stand_in, changed), found in runs.items():
-        said = (stand_in, changed and f"changed in the recipe: {changed}")
+    for lines in found:
+        said = (lines[0]["stand_in"], lines[0]["changed"] and f"changed in the recipe: {lines[0]['changed']}")
         marks = [str(notes.setdefault(note, len(notes) + 1)) for note in said if note]
-        name = f"`{recipe}`" + (f" ({', '.join(marks)})" if marks else "")
-        table.append(
-            _row(name, *(_figure(found[rate][key]) for key in ("ours", "kl_nats") for rate in rates))
-        )
+        name = f"`{lines[0]['recipe']}`" + (f" ({', '.join(marks)})" if marks else "")
+        table.append(_row(name, *_figures(lines)))
     return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
+
+
+def _figures(lines: list[Line]) -> list[str]:
+    """The chosen rate, accuracy and KL over the seeds, and the search."""
+    own = [line for line in lines if not line["is_tuning"]]
+    [rate] = {line["tuned"]["optimizer.lr"] for line in own}
+    tried = {line["tuned"]["optimizer.lr"]: f"{line['accuracy']:.4f}" for line in lines if line["is_tuning"]}
+    accuracy = str(interval(line["accuracy"] for line in own))
+    kl = str(interval(line["reverse_kl_nats"] for line in own))
+    seeds = "" if len(own) == 5 else f" ({len(own)})"
+    return [f"{rate:g}", accuracy + seeds, kl, *(tried.get(one, "") for one in RATES)]
 
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ After each arm docs/study.md is written anew. Where there is a GPU it is used.
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -24,9 +23,8 @@ import torch
 from arms import TUNING_SEED, Arm, Cell, combinations, read_arms
 from cells import QUICK, identity, measure, run_of
 from filelock import Timeout
-from models import alone_at
 from page import RESULTS, write_page
-from summary import Line, best_tuning, read_lines
+from summary import alone_at, best_tuning, is_done, keep_line, read_lines
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "study"
@@ -80,21 +78,6 @@ def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
             yield arm, Cell(name, "large_gap", next(combinations(arm.grid)), (), 0)
 
 
-def keep_line(results: Path, name: str, line: Line) -> None:
-    """Put a line in the place of an older one, or at the end."""
-    path = results / line["regime"] / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with alone_at(WORK / "results"):
-        mine = [one for one in read_lines(results, name) if one["regime"] == line["regime"]]
-        lines = {slot(one): one for one in (*mine, line)}
-        path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
-
-
-def slot(line: Line) -> str:
-    """What a regime has one line of: a measured run at the setting that was chosen last, or a tuning run."""
-    return line["key"] if line["is_tuning"] else json.dumps([line["grid"], line["seed"]])
-
-
 def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, waits: bool) -> None:
     """Run what is not there yet and no other process runs, until the time is up; `waits` for those others."""
     for cell in cells:
@@ -102,22 +85,17 @@ def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, wai
             return
         run = run_of(arm, cell, WORK)
         with contextlib.suppress(Timeout), alone_at(place_of_lock(cell)).acquire(blocking=waits):
-            if is_done(name, cell, identity(run, arm)):
+            if is_done(RESULTS, {"arm": name, "key": cell.key, "identity": identity(run, arm)}):
                 continue
             started_s = time.monotonic()
             line = measure(arm, cell, run, WORK) | {"seconds": round(time.monotonic() - started_s, 1)}
-            keep_line(RESULTS, name, line)
+            keep_line(RESULTS, line, WORK)
             log.warning("%s: accuracy %.4f, %.0f s", cell.key, line["accuracy"], line["seconds"])
 
 
 def place_of_lock(cell: Cell) -> Path:
     """The file, but for its ending, that who runs a cell holds."""
     return WORK / "locks" / cell.key.replace("/", ":").replace(".", "_")
-
-
-def is_done(name: str, cell: Cell, wanted: str) -> bool:
-    """Whether a cell has its line, at the settings of now."""
-    return any(line["key"] == cell.key and line["identity"] == wanted for line in read_lines(RESULTS, name))
 
 
 def run_arm(name: str, arm: Arm, until_s: float, only: str | None, seeds: int | None) -> None:

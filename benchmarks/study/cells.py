@@ -13,7 +13,7 @@ from typing import Any
 import models
 from arms import Arm, Cell, read_regime, settings_of
 from measures import extrapolated_kl, gradient_gap
-from summary import Line
+from summary import Line, alone_at
 
 from lightopd.config import build, build_run, merged
 from lightopd.lineage.fingerprint import fingerprint_model
@@ -164,7 +164,7 @@ def made_once(place: Path, make: Callable[[Path], Line]) -> tuple[Path, Line]:
     One that was not made to its end is begun again, so that its cost is that of the whole.
     """
     said = place.with_suffix(".json")
-    with models.alone_at(place):
+    with alone_at(place):
         if not said.exists():
             shutil.rmtree(place, ignore_errors=True)
             said.write_text(json.dumps(make(place)))

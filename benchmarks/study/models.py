@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from arms import read_regime
-from filelock import FileLock
+from summary import alone_at
 
 from lightopd.config import build, merged
 from lightopd.pipelines import DEMO, sft
@@ -48,9 +48,3 @@ def student(work: Path, regime: str) -> Path:
     with alone_at(out):
         sft.run(build(SftConfig, merged(described["sft"], own | {"out": str(out)})))
     return out / "student"
-
-
-def alone_at(folder: Path) -> FileLock:
-    """A lock on what is made in a folder; another process waits until it is there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_suffix(".lock"))

@@ -1,4 +1,4 @@
-"""From the lines of the runs to what is said of an arm: chosen settings, means and intervals over seeds."""
+"""The lines of the runs, and what is said of an arm: chosen settings, means and intervals over seeds."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from filelock import FileLock
 from scipy.stats import t as student_t
 
 Line = dict[str, Any]
@@ -30,6 +31,33 @@ def read_lines(results: Path, name: str) -> list[Line]:
     """The finished runs of an arm, in all regimes."""
     files = sorted(results.glob(f"*/{name}.jsonl"))
     return [json.loads(row) for path in files for row in path.read_text().splitlines()]
+
+
+def is_done(results: Path, line: Line) -> bool:
+    """Whether a run has its line, at the settings of now."""
+    found = read_lines(results, line["arm"])
+    return any(one["key"] == line["key"] and one["identity"] == line["identity"] for one in found)
+
+
+def keep_line(results: Path, line: Line, work: Path) -> None:
+    """Put a line in the place of an older one, or at the end; processes that share `work` take turns."""
+    path = results / line["regime"] / f"{line['arm']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone_at(work / "results"):
+        mine = [one for one in read_lines(results, line["arm"]) if one["regime"] == line["regime"]]
+        lines = {slot(one): one for one in (*mine, line)}
+        path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
+
+
+def slot(line: Line) -> str:
+    """What a regime has one line of: a measured run at the setting that was chosen last, or a tuning run."""
+    return line["key"] if line["is_tuning"] else json.dumps([line["grid"], line["seed"]])
+
+
+def alone_at(place: Path) -> FileLock:
+    """A lock on what is made at a place; another process waits until it is there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(place.with_suffix(".lock"))
 
 
 def interval(values: Iterable[float]) -> Interval:

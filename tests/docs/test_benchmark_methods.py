@@ -1,7 +1,5 @@
-"""The runs of benchmarks/methods.py: every recipe has one, with settings that load and known scorers."""
+"""The runs of every recipe on the tiny task: settings that load, known scorers, results of today."""
 
-import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -11,39 +9,43 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from lightopd.objectives.requirements import needs
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "methods.py"
+STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 
 
 @pytest.fixture(scope="module")
 def methods():
-    spec = importlib.util.spec_from_file_location("benchmark_methods", FILE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(STUDY))
+    import methods
+
+    return methods
 
 
-def test_every_recipe_has_a_run_and_no_two_runs_share_a_name(methods):
-    runs = methods.cases()
+@pytest.fixture(scope="module")
+def cases(methods):
+    return methods.cases()
+
+
+def test_every_recipe_has_a_run_and_no_two_runs_share_a_name(methods, cases):
     recipes = {path.stem for path in methods.METHODS.glob("*.yaml")}
-    assert {case.recipe for case in runs} == recipes
-    assert len({case.run for case in runs}) == len(runs)
+    assert {case.recipe for case in cases} == recipes
+    assert len({case.run for case in cases}) == len(cases)
 
 
-def test_the_results_are_those_of_the_runs_that_there_are(methods):
-    results = json.loads(methods.RESULTS.read_text())
-    runs = {
-        (f"{case.run} at {rate:g}", case.stand_in, case.changed)
-        for case in methods.cases()
-        for rate in methods.LEARNING_RATES
-    }
-    assert {(line["name"], line["stand_in"], line["changed"]) for line in results["results"]} <= runs
-    assert results["settings"] == methods.SETTINGS
+def test_the_results_are_those_of_the_runs_and_settings_that_there_are(methods, cases):
+    runs = {case.run: case for case in cases}
+    names = {path.stem for path in methods.RESULTS.glob("*/*.jsonl")} - {"untrained"}
+    assert names <= set(runs)
+    for name in names:
+        for line in methods.read_lines(methods.RESULTS, name):
+            wanted = methods.line_of(runs[name], line["tuned"][methods.RATE], line["seed"])
+            assert wanted.items() <= line.items(), line["key"]
 
 
-def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(methods, tmp_path):
-    for case in methods.cases():
-        config = methods.config_of(case, tmp_path, 3e-5)
-        assert (config.steps, config.batch_sequences, config.optimizer.lr) == (100, 128, 3e-5)
+def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(methods, cases, tmp_path):
+    for case in cases:
+        config = methods.config_of(case, tmp_path / "plain", 1e-4, 3)
+        found = (config.steps, config.batch_sequences, config.optimizer.lr, config.seed)
+        assert found == (50, 128, 1e-4, 3)
         asked = needs(config.objective)
         assert set(asked.signals) <= set(methods.SIGNALS), case.run
         assert {*asked.texts, *asked.chunks, *asked.shown} <= set(methods.TEXTS), case.run
@@ -54,8 +56,10 @@ def test_a_comma_ends_its_total(methods):
 
 
 def test_stand_ins_for_a_hint_and_for_wrong_evidence(methods):
+    import method_cases
+
     def shown(template, prompt):
         return SandboxedEnvironment().from_string(template).render(prompt=prompt, answer="90")
 
-    assert shown(methods.WITH_ANSWER, "12+7+30+41=") == "90;12+7+30+41="
-    assert shown(methods.WITH_WRONG_ADDEND, "12+7+30+50=") == "12+7+30+1="
+    assert shown(method_cases.WITH_ANSWER, "12+7+30+41=") == "90;12+7+30+41="
+    assert shown(method_cases.WITH_WRONG_ADDEND, "12+7+30+50=") == "12+7+30+1="

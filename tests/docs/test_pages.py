@@ -1,9 +1,7 @@
 """Documentation that is made from the code is what the code says; links lead somewhere."""
 
 import importlib.util
-import json
 import re
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -63,17 +61,16 @@ def test_what_the_pages_say_was_measured_is_what_the_results_say():
         assert page.read_text() == text, f"{page.name}: python docs/generate.py"
 
 
-def test_a_recipe_has_results_at_every_learning_rate_or_its_page_says_that_it_has_none():
-    lines = json.loads((ROOT / "docs" / "methods" / "results.json").read_text())["results"]
-    rates = {line["learning_rate"] for line in lines}
+def test_a_recipe_has_results_of_every_seed_or_its_page_says_that_it_has_none():
+    runs = generator().runs_by_recipe()
     recipes = {path.stem for path in (ROOT / "pipelines" / "recipes" / "methods").glob("*.yaml")}
-    measured = {line["recipe"] for line in lines}
-    assert measured <= recipes
-    assert {(line["recipe"], line["learning_rate"]) for line in lines} == set(product(measured, rates)), (
-        "python benchmarks/methods.py --save --only RECIPE"
-    )
+    assert set(runs) <= recipes
+    for name, found in runs.items():
+        for lines in found:
+            seeds = {line["seed"] for line in lines if not line["is_tuning"]}
+            assert seeds == set(range(5)), f"python benchmarks/study/methods.py --only {name}"
     pages = generator().method_pages().values()
-    for name in recipes - measured:
+    for name in recipes - set(runs):
         assert any(f"`{name}`" in text.rpartition("Not measured: ")[2] for text in pages), name
 
 

@@ -216,8 +216,8 @@ def test_a_run_that_another_process_is_at_is_left_to_it(study):
 
 def test_a_setting_chosen_anew_takes_the_place_of_the_one_before(study):
     for rate, seed in ((1e-5, 0), (1e-5, 1), (1e-4, 0)):
-        line = {"key": f"a/r/lr={rate}/seed={seed}", "regime": "r", "grid": {}, "seed": seed}
-        study.keep_line(study.RESULTS, "a", line | {"tuned": {"lr": rate}, "is_tuning": False})
+        line = {"key": f"a/r/lr={rate}/seed={seed}", "arm": "a", "regime": "r", "grid": {}, "seed": seed}
+        study.keep_line(study.RESULTS, line | {"tuned": {"lr": rate}, "is_tuning": False}, study.WORK)
     assert {(one["seed"], one["tuned"]["lr"]) for one in read_lines(study.RESULTS, "a")} == {
         (0, 1e-4),
         (1, 1e-5),
