@@ -8,6 +8,7 @@ fails when any is not what this script writes.
 """
 
 import ast
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -31,6 +32,8 @@ WIDTH = 110
 MEASURED = "## Measured on the tiny task\n"
 """Title of the last section of a method's page; all below it is made here."""
 RESULTS = ROOT / "docs" / "methods" / "results"
+ONE_SEED = ROOT / "docs" / "methods" / "one_seed.json"
+"""What was measured of recipes that have no runs in `RESULTS`: one seed, two learning rates."""
 RATES = (1e-5, 1e-4, 1e-3)
 """Learning rates of the search, as benchmarks/study/methods.py has them."""
 
@@ -115,17 +118,27 @@ def metrics() -> str:
 
 def method_pages() -> dict[Path, str]:
     """Every method's page with its measured section replaced, and the page of all of them."""
-    runs = runs_by_recipe()
-    found_of: dict[Path, list[list[Line]]] = {}
-    missing_of: dict[Path, list[str]] = {}
+    runs, once = runs_by_recipe(), runs_of_one_seed()
+    names_of: dict[Path, list[str]] = {}
     for method in list_methods(RECIPES / "methods"):
-        found = runs.get(method.name, [])
-        found_of.setdefault(ROOT / method.page, []).extend(found)
-        missing_of.setdefault(ROOT / method.page, []).extend([] if found else [method.name])
-    pages = {page: _page(page, found, missing_of[page]) for page, found in found_of.items()}
+        names_of.setdefault(ROOT / method.page, []).append(method.name)
+    pages = {page: _page(page, names, runs, once) for page, names in names_of.items()}
     everything = [one for _, found in sorted(runs.items()) for one in found]
-    text = "\n".join([ALL_METHODS.format(settings=SETTINGS), *measured(everything)]) + "\n"
-    return pages | {ROOT / "docs" / "methods_measured.md": text}
+    parts = [ALL_METHODS.format(settings=SETTINGS), *measured(everything)]
+    parts += (
+        ["", OF_ONE_SEED, *measured_once([line for lines in once.values() for line in lines])] if once else []
+    )
+    return pages | {ROOT / "docs" / "methods_measured.md": "\n".join(parts) + "\n"}
+
+
+def runs_of_one_seed() -> dict[str, list[Line]]:
+    """The lines of the recipes that have no others."""
+    lines = json.loads(ONE_SEED.read_text(encoding="utf-8"))["results"] if ONE_SEED.exists() else []
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["recipe"] not in runs_by_recipe():
+            found.setdefault(line["recipe"], []).append(line)
+    return found
 
 
 def runs_by_recipe() -> dict[str, list[list[Line]]]:
@@ -138,18 +151,22 @@ def runs_by_recipe() -> dict[str, list[list[Line]]]:
     return found
 
 
-def _page(page: Path, found: list[list[Line]], missing: list[str]) -> str:
+def _page(
+    page: Path, names: list[str], runs: dict[str, list[list[Line]]], once: dict[str, list[Line]]
+) -> str:
     before, _, _ = page.read_text(encoding="utf-8").partition(MEASURED)
     parts = [before.rstrip("\n"), "", MEASURED]
-    if found:
-        names = " ".join(dict.fromkeys(lines[0]["recipe"] for lines in found))
-        command = f"    python benchmarks/study/methods.py --only {names}"
+    if found := [one for name in names for one in runs.get(name, [])]:
+        only = " ".join(name for name in names if name in runs)
+        command = f"    python benchmarks/study/methods.py --only {only}"
         said = f"Settings: {SETTINGS}. [All recipes](../methods_measured.md) says what the columns are."
-        parts += [*measured(found), "", command, "", said]
-    if missing:
-        parts += [""] * bool(found)
-        parts += [f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
-    return "\n".join(parts) + "\n"
+        parts += [*measured(found), "", command, "", said, ""]
+    if lines := [line for name in names for line in once.get(name, [])]:
+        said = "One seed; what that means stands with [all recipes](../methods_measured.md)."
+        parts += [*measured_once(lines), "", said, ""]
+    if missing := [f"`{name}`" for name in names if name not in runs and name not in once]:
+        parts += [f"Not measured: {', '.join(missing)}.", ""]
+    return "\n".join(parts)
 
 
 SETTINGS = (
@@ -171,6 +188,38 @@ Steps, batch and schedule are the same for all recipes, which their papers' are 
 """
 
 
+OF_ONE_SEED = """## Recipes that have one seed only
+
+Running totals; 2,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 100 steps of 128
+rollouts, cosine schedule, 5 warm-up steps, seed 0; 2,000 held-out prompts at temperature 1, standard error
+0.7 points. Two learning rates, tuned for none. `python benchmarks/study/methods.py --only NAME` measures one
+with seeds, as above.
+"""
+
+
+def measured_once(lines: list[Line]) -> list[str]:
+    """A table of runs of one seed, and under it what stood in for inputs that the task has not."""
+    rates = sorted({line["learning_rate"] for line in lines})
+    runs: dict[tuple[str, str, str], dict[float, Line]] = {}
+    for line in sorted(lines, key=lambda line: str(line["recipe"])):
+        runs.setdefault((line["recipe"], line["stand_in"], line["changed"]), {})[line["learning_rate"]] = line
+    heads = [f"at {rate:.0e}".replace("e-0", "e-") for rate in rates]
+    columns = [f"{what} {head}" for what in ("accuracy", "KL") for head in heads]
+    table = [_row("recipe", *columns), "|---" * (len(columns) + 1) + "|"]
+    notes: dict[str, int] = {}
+    for (recipe, stand_in, changed), found in runs.items():
+        figures = (f"{found[rate][key]:.4f}" for key in ("ours", "kl_nats") for rate in rates)
+        table.append(_row(_named(recipe, stand_in, changed, notes), *figures))
+    return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
+
+
+def _named(recipe: str, stand_in: str, changed: str, notes: dict[str, int]) -> str:
+    """A recipe with the numbers of its notes, which are added to those of the table."""
+    said = (stand_in, changed and f"changed in the recipe: {changed}")
+    marks = [str(notes.setdefault(note, len(notes) + 1)) for note in said if note]
+    return f"`{recipe}`" + (f" ({', '.join(marks)})" if marks else "")
+
+
 def measured(found: list[list[Line]]) -> list[str]:
     """A table of runs, and under it what stood in for inputs that the task has not."""
     heads = [f"validation at {rate:.0e}".replace("e-0", "e-") for rate in RATES]
@@ -180,9 +229,7 @@ def measured(found: list[list[Line]]) -> list[str]:
     table = [_row("recipe", *columns), "|---" * (len(columns) + 1) + "|", _row("before training", *before)]
     notes: dict[str, int] = {}
     for lines in found:
-        said = (lines[0]["stand_in"], lines[0]["changed"] and f"changed in the recipe: {lines[0]['changed']}")
-        marks = [str(notes.setdefault(note, len(notes) + 1)) for note in said if note]
-        name = f"`{lines[0]['recipe']}`" + (f" ({', '.join(marks)})" if marks else "")
+        name = _named(lines[0]["recipe"], lines[0]["stand_in"], lines[0]["changed"], notes)
         table.append(_row(name, *_figures(lines)))
     return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
 

@@ -28,7 +28,7 @@ from summary import alone_at, best_tuning, is_done, keep_line, read_lines
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "study"
-QUICK_ARMS = ("live", "more_sft", "exopd", "drift_lightning", "scope", "horizon")
+QUICK_ARMS = ("live", "more_sft", "exopd", "drift_lightning", "horizon")
 """One for each way to make a cache, to train and to measure."""
 SECONDS_OF_A_RUN = 50.0
 """Of a run that no other of its arm tells the length of."""
