@@ -259,7 +259,10 @@ def _of_training(report: Report, started_s: float) -> Line:
 
 def curve(metrics: Path) -> list[Line]:
     """At most `CURVE_POINTS` steps of a training, evenly, with the measures of drift and accuracy."""
-    rows = list(csv.DictReader(metrics.read_text().splitlines()))
+    read = csv.DictReader(metrics.read_text().splitlines())
+    rows = [
+        {name: float(row[name]) for name in OF_CURVE if row.get(name, "nan") not in ("", "nan")}
+        for row in read
+    ]
     every = max(1, len(rows) // CURVE_POINTS)
-    kept = [row for place, row in enumerate(rows, 1) if place % every == 0 or row.get("avg_at_k")]
-    return [{name: float(row[name]) for name in OF_CURVE if row.get(name)} for row in kept]
+    return [row for place, row in enumerate(rows, 1) if place % every == 0 or "avg_at_k" in row]

@@ -10,7 +10,7 @@ from lightopd.pipelines.methods import list_methods
 
 METHODS = RECIPES / "methods"
 TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
-PROMPTS_PER_SEED = 1000
+PROMPTS_PER_SEED = 2000
 SAMPLING = {"temperature": 1.0, "max_tokens": 20}
 ANSWERS = Path("sft") / "answers"
 """Of the teacher, in a seed's folder."""
@@ -55,7 +55,7 @@ PRIVILEGED = "the teacher on the plain prompt plays the student that is shown th
 SHOWN = (
     "the student is shown the answer before the prompt (`90;12+7+30+41=`), which it has not learnt to read"
 )
-PAIRS = "2,000 rollouts: an answer of the teacher and one of the student to each prompt"
+PAIRS = "4,000 rollouts: an answer of the teacher and one of the student to each prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ SPECIAL = (
     Case("raft", f"{PAIRS}; {PRIVILEGED}, and its answers are the refined ones", cache="pairs"),
     Case(
         "video_opd",
-        changed="prompts: 500",
+        changed="prompts: 1000",
         settings=lambda folder: {
             "objective": {
                 "select": [
@@ -150,7 +150,7 @@ SPECIAL = (
                         "answers": str(folder / ANSWERS),
                         "min_teacher": 0.5,
                         "sampler": "top",
-                        "prompts": 500,
+                        "prompts": 1000,
                     }
                 ]
             }

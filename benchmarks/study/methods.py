@@ -73,7 +73,7 @@ HELD_OUT = PROMPTS | {"split": "heldout", "count": 2000, "seed": 0}
 SAMPLED = {"engine": {"kind": "hf", "generate_rollouts": 500}, "shard_rollouts": 1000}
 TOP_K = 16
 COMMON = {
-    "steps": 50,
+    "steps": 100,
     "batch_sequences": 128,
     "micro_batch_tokens": 2048,
     "checkpoint_every": 100,

@@ -45,7 +45,7 @@ def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(
     for case in cases:
         config = methods.config_of(case, tmp_path / "plain", 1e-4, 3)
         found = (config.steps, config.batch_sequences, config.optimizer.lr, config.seed)
-        assert found == (50, 128, 1e-4, 3)
+        assert found == (100, 128, 1e-4, 3)
         asked = needs(config.objective)
         assert set(asked.signals) <= set(methods.SIGNALS), case.run
         assert {*asked.texts, *asked.chunks, *asked.shown} <= set(methods.TEXTS), case.run
