@@ -16,8 +16,8 @@ from lightopd.models.load import load_model
 from lightopd.schemas.configs import ModelConfig
 
 NUM_ROLLOUTS = 300
-FEW_ROLLOUTS = 8
-"""Rollouts at whose every position a sampled token's gradient is taken, to find the largest norm."""
+FEW_ROLLOUTS = 32
+"""Rollouts at whose every position the least likely token's gradient is taken, to find the largest norm."""
 
 
 class GradientGap(NamedTuple):
@@ -26,7 +26,7 @@ class GradientGap(NamedTuple):
     gap: float
     """Norm of the difference of both gradients, in nats per unit of the weights."""
     bound: float
-    """G sigma_A sqrt(chi2), G being the largest norm of a sampled token's gradient."""
+    """G sigma_A sqrt(chi2), G being the largest norm of a token's gradient, as far as looked for."""
     gradient: float
     """Norm of the gradient with samples of now."""
     chi2: float
@@ -88,7 +88,7 @@ def gradient_gap(student: Path, teacher: Path, first: Path, cache: Path) -> Grad
     offline_P = _gradient(model, (first_NV.exp() * advantage_NV * now_NV).sum(-1).mean())
     chi2 = (first_NV.exp() * (ratio_NV - 1) ** 2).sum(-1).mean()
     spread = (first_NV.exp() * advantage_NV**2).sum(-1).mean().sqrt()
-    bound = _largest_gradient(model, responses, sampler) * float(spread * chi2.sqrt())
+    bound = _largest_gradient(model, responses) * float(spread * chi2.sqrt())
     return GradientGap(float((live_P - offline_P).norm()), bound, float(live_P.norm()), float(chi2))
 
 
@@ -102,11 +102,9 @@ def _gradient(model: PreTrainedModel, value: Tensor) -> Tensor:
     return torch.cat([one.flatten() for one in found])
 
 
-def _largest_gradient(model: PreTrainedModel, responses: Responses, first: PreTrainedModel) -> float:
+def _largest_gradient(model: PreTrainedModel, responses: Responses) -> float:
+    """The largest norm of a token's gradient at some rollouts' positions, that of their least likely tokens."""
     few = Responses(responses.ids_BT[:FEW_ROLLOUTS], responses.is_response_BT[:FEW_ROLLOUTS])
-    with torch.no_grad():
-        first_NV = logprobs_at(first, few)
     now_NV = logprobs_at(model, few)
-    generator = torch.Generator().manual_seed(0)
-    tokens_N = torch.multinomial(first_NV.exp(), 1, generator=generator)[:, 0]
-    return max(float(_gradient(model, now_NV[place, token]).norm()) for place, token in enumerate(tokens_N))
+    least_N = now_NV.min(-1).values
+    return max(float(_gradient(model, least).norm()) for least in least_N)
