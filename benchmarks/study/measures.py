@@ -103,7 +103,7 @@ def _gradient(model: PreTrainedModel, value: Tensor) -> Tensor:
 
 
 def _largest_gradient(model: PreTrainedModel, responses: Responses) -> float:
-    """The largest norm of a token's gradient at some rollouts' positions, that of their least likely tokens."""
+    """The largest gradient norm at some rollouts' positions: that of their least likely tokens."""
     few = Responses(responses.ids_BT[:FEW_ROLLOUTS], responses.is_response_BT[:FEW_ROLLOUTS])
     now_NV = logprobs_at(model, few)
     least_N = now_NV.min(-1).values
