@@ -124,7 +124,7 @@ def method_pages() -> dict[Path, str]:
         names_of.setdefault(ROOT / method.page, []).append(method.name)
     pages = {page: _page(page, names, runs, once) for page, names in names_of.items()}
     everything = [one for _, found in sorted(runs.items()) for one in found]
-    parts = [ALL_METHODS.format(settings=SETTINGS), *measured(everything)]
+    parts = [ALL_METHODS.format(settings=SETTINGS), *(measured(everything) if everything else ())]
     parts += (
         ["", OF_ONE_SEED, *measured_once([line for lines in once.values() for line in lines])] if once else []
     )

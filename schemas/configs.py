@@ -320,8 +320,7 @@ class TrainConfig(StageConfig, FinetuneConfig):
     out: Path
     """Folder of the run: `student/`, `checkpoints/` and logs are made in it."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """The loss, as parts; the default is reverse KL on the teacher's top-k with the tail (docs/study.md,
-    question 2). The paper's loss: -c methods/lightning_opd."""
+    """The loss, as parts; left out, reverse KL on the top-k. The paper's: -c methods/lightning_opd."""
     staleness: StalenessLimits = StalenessLimits()
     """Limits past which the run says that the cache is stale."""
     continue_from: Path | None = None

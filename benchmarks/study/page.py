@@ -294,9 +294,9 @@ def write_page() -> None:
     """Write the page and its pictures anew."""
     from pictures import write_pictures
 
-    PAGE.write_text(page(), encoding="utf-8")
     arms = read_arms()
     write_pictures(IMAGES, arms, {name: read_lines(RESULTS, name) for name in arms})
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

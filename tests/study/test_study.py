@@ -183,10 +183,8 @@ def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(s
     borrowing = {name: arm for name, arm in ARMS.items() if arm.tuned_like}
     assert borrowing
     assert all(order.index(arm.tuned_like) < order.index(name) for name, arm in borrowing.items())
-    with pytest.raises(
-        SystemExit, match="live takes its settings from lightning, which has none in large_gap"
-    ):
-        list(study.measured_cells("live", ARMS["live"], "large_gap", None))
+    with pytest.raises(SystemExit, match="live_jsd takes its settings from jsd, which has none in large_gap"):
+        list(study.measured_cells("live_jsd", ARMS["live_jsd"], "large_gap", None))
     assert study.remaining_hours(ARMS, None, None) > 1
 
 
