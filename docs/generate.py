@@ -170,8 +170,8 @@ def _page(
 
 
 SETTINGS = (
-    "running totals; 2,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 100 steps of 128 "
-    "rollouts, cosine schedule, 5 warm-up steps; 2,000 held-out prompts at temperature 1"
+    "running totals; 2,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 100 steps of "
+    "128 rollouts, cosine schedule, 5 warm-up steps; 2,000 held-out prompts at temperature 1"
 )
 ALL_METHODS = """# Every recipe on the tiny task
 
