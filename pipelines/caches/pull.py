@@ -47,7 +47,7 @@ def pull(url: str, cache: Path, config: BucketConfig, signals: Sequence[str] | N
             write_atomically(cache / PULLING, f"{reader.url}\n".encode())
         fetched = _fetch_shards(reader, cache, parts)
         for name in there:
-            if PurePosixPath(name).parent.name == HEADS:
+            if str(PurePosixPath(name).parent) == HEADS:
                 _fetch_head(reader, cache, name, there[name])
         _fetch_small(reader, cache, parts, there)
         for part in reversed(parts):

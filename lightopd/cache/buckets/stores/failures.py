@@ -89,6 +89,8 @@ def _hub_reason(error: Exception, config: BucketConfig) -> str:
         status = response.status_code
         known = HUB_REMEDIES.get(response.headers.get("X-Error-Code", "")) or HUB_STATUSES.get(status)
         return known or f"the hub answers {status}; run the same command again: it resumes"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the token has letters that no token has; {TOKEN}"
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set; unset it, or read a cache on this machine"
     return (

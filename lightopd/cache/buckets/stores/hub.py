@@ -60,15 +60,16 @@ class Hub(ObjectReader):
         """Size in bytes of every file, and what changes with its content, by name."""
         folder = f"/{self._folder}" if self._folder else ""
         link: str | None = self._api(f"tree/{self._commit}{quote(folder)}?recursive=true")
-        found, begin = {}, len(folder)
+        found, inside = {}, f"{self._folder}/" if self._folder else ""
         while link is not None:
             came = self._got("list", self.url, link)
             if came.status == ABSENT:
                 break
             with _as_of_a_hub(self.url):
                 for item in json.loads(came.content):
-                    if item["type"] == "file":
-                        found[item["path"][begin:]] = (item["size"], item["oid"])
+                    path = item["path"]
+                    if item["type"] == "file" and path.startswith(inside) and ".." not in path.split("/"):
+                        found[path.removeprefix(inside)] = (item["size"], item["oid"])
             link = came.next_page
         return found
 
@@ -121,7 +122,7 @@ class Hub(ObjectReader):
 
         try:
             return self._again(ask)
-        except (_any_failure(), OSError) as error:
+        except (_any_failure(), OSError, UnicodeEncodeError) as error:  # the last one: of the token
             raise hub_error(error, verb, where, self.config) from error
 
     def _is_passing(self, error: Exception) -> bool:

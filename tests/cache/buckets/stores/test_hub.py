@@ -74,6 +74,14 @@ def test_a_cache_is_pulled_byte_for_byte_and_nothing_is_fetched_twice(hub, light
     assert {*files_of(tmp_path / "third")} == {*files_of(cache), "README.md"}
 
 
+def test_what_is_not_of_the_cache_stays_there(hub, lightopd, cache, tmp_path):
+    files = hub.commits["lab/rollouts", hub.branches["lab/rollouts", "main"]]
+    for name in ("models/heads/x.safetensors", "signals/../signal.json", "../heads/x.safetensors"):
+        files[f"run1/{name}"] = b"{}"
+    assert lightopd("pull", URL, tmp_path / "again")[0] == 0
+    assert files_of(tmp_path / "again") == files_of(cache)
+
+
 @pytest.mark.slow
 def test_training_gives_the_same_losses_to_the_last_bit(hub, world, lightopd, tmp_path, monkeypatch):
     """With room for one shard, by two loader processes."""
@@ -142,6 +150,9 @@ def test_a_private_dataset_asks_for_a_token_which_no_other_host_sees(hub, lighto
     hub.tokens["lab/rollouts"] = "hf_secret"
     code, _, err = lightopd("pull", URL, tmp_path / "again")
     assert (code, "the hub shows no such dataset" in err, "set HF_TOKEN" in err) == (3, True, True)
+    monkeypatch.setenv("HF_TOKEN", "\u201chf_secret\u201d")
+    code, _, err = lightopd("pull", URL, tmp_path / "again")
+    assert (code, "letters that no token has" in err, "hf_secret" in err) == (3, True, False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert lightopd("pull", URL, tmp_path / "again")[0] == 0
     shards = {token for path, token in hub.asked if path.startswith("/cdn/")}
