@@ -110,13 +110,15 @@ class Claims:
                     if self._store.replace_if_unchanged(key, content, own):
                         self._held[key] = own
                         continue
+                    is_finished = self._store.read(key) is None  # all is, and the claims were cleared
                 except (OSError, LightopdError) as error:
                     log.warning("%s: its claim could not be renewed (%s); trying again", key, error)
                     continue
                 del self._held[key]
-                if self._store.read(key) is None:  # everything is finished, and the claims were cleared
-                    continue
-                log.warning("%s: another process took it over; this one gave no sign of life in time", key)
+                if not is_finished:
+                    log.warning(
+                        "%s: another process took it over; this one gave no sign of life in time", key
+                    )
 
     def other_holder(self) -> str | None:
         """Someone else's process that has a claim here and is not known to be gone, in words."""

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from lightopd.cache.claims.claims import Claims
-from lightopd.cache.claims.store import ClaimStore
+from lightopd.cache.claims.store import BucketStore, ClaimStore
 from lightopd.errors import OutputError
 
 EXCLUSIVE = "exclusive"
@@ -17,7 +17,7 @@ EXCLUSIVE = "exclusive"
 
 
 @contextlib.contextmanager
-def exclusively(store: ClaimStore, lease_s: float, where: str) -> Iterator[None]:
+def exclusively(store: BucketStore, lease_s: float, where: str) -> Iterator[None]:
     """Keep all others away from a cache while the block runs.
 
     Takes as long as a lease where claims of another machine lie there.
@@ -41,8 +41,8 @@ def exclusively(store: ClaimStore, lease_s: float, where: str) -> Iterator[None]
                 "share its work"
             )
         yield
-    if store.all_keys() == [EXCLUSIVE]:
-        store.clear()
+        # While it is held: whoever claims the key after this does so with a version that is not listed here.
+        BucketStore(store.bucket, f"{store.folder}/{EXCLUSIVE}").clear()
 
 
 def refuse_exclusive(store: ClaimStore, lease_s: float, where: str) -> None:

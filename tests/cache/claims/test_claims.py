@@ -150,6 +150,24 @@ def test_a_disk_that_fails_for_a_while_does_not_end_a_claim(store, monkeypatch, 
     assert one.holds("part")
 
 
+def test_a_disk_that_fails_when_a_claim_was_lost_ends_no_other_claim(store, monkeypatch, caplog):
+    (one, other), (_, clock) = pair(store)
+    one.take("lost")
+    other.take("lost")
+    clock.now_s += 11
+    assert other.take("lost")
+
+    def failing(key):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read", failing)
+        one.renew()
+    one.renew()
+    assert "could not be renewed" in caplog.text
+    assert "another process took it over" in caplog.text
+
+
 def test_a_living_holder_is_named_and_a_silent_one_is_not(store):
     with Claims(store, 0.4) as claims:
         claims.take("part")

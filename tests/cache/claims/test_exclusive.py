@@ -43,6 +43,19 @@ def test_it_is_refused_where_a_process_makes_any_part(store, bucket):
         pass
 
 
+def test_who_comes_as_it_ends_keeps_its_claims(store, monkeypatch):
+    other, release = Claims(store, LEASE_S), Claims.release
+
+    def release_to_another(claims, key):
+        release(claims, key)
+        other.take(EXCLUSIVE)
+
+    monkeypatch.setattr(Claims, "release", release_to_another)
+    with exclusively(store, LEASE_S, "URL"):
+        pass
+    assert other.holds(EXCLUSIVE)
+
+
 def test_a_claim_that_nobody_renews_stands_in_nobodys_way(store):
     """Of a holder on another machine, which is known to be gone by its silence alone."""
     for other in (refuse_exclusive, lambda *given: exclusively(*given).__enter__()):
