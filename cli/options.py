@@ -27,7 +27,7 @@ Prompts = Annotated[
     str | None, typer.Option("--prompts", help="File, `datasets` folder or hub id of prompts.")
 ]
 Cache = Annotated[str | None, typer.Option("--cache", help="Cache folder.")]
-Rollouts = Annotated[str | None, typer.Option("--rollouts", help="Cache folder to take the rollouts from.")]
+Rollouts = Annotated[str | None, typer.Option("--rollouts", help="Cache to take the rollouts from.")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
 Engine = Annotated[str | None, typer.Option("--engine", help="Engine kind: hf, vllm or server.")]
 Server = Annotated[

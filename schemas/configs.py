@@ -203,7 +203,7 @@ class PrecomputeConfig(StageConfig):
     cache: Path
     """Cache folder that receives the signal."""
     rollouts: Path | None = None
-    """Cache folder to take the rollouts from, when it is another; they are copied and checked."""
+    """Cache to take the rollouts from, a folder or a URL, when it is another; they are copied and checked."""
     teacher: ModelConfig
     """The model that scores; refused unless it is what `role` says."""
     sft_teacher: str | None = None

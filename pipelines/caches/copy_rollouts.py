@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightopd.cache.buckets.mirrors import bring
+from lightopd.cache.buckets.mirrors import when_here
 from lightopd.cache.manifests import rollouts_folder
 from lightopd.cache.shards import marker_path, shard_path, valid_shard
 from lightopd.cache.store import Cache, create_cache, open_cache
@@ -27,9 +27,9 @@ def copy_rollouts(source: Cache, path: Path) -> Cache:
         marker = valid_shard(old, shard, fingerprint)
         if marker is None:
             raise CacheError(f"{shard_path(old, shard)} does not match its checksum; copy or make it again")
-        bring(shard_path(old, shard), marker.sha256)
-        for file in (shard_path, marker_path):
-            write_atomically(file(new, shard), file(old, shard).read_bytes())
+        file = shard_path(old, shard)
+        write_atomically(shard_path(new, shard), when_here(file, marker.sha256, file.read_bytes))
+        write_atomically(marker_path(new, shard), marker_path(old, shard).read_bytes())
         if valid_shard(new, shard, fingerprint) is None:
             raise CacheError(
                 f"{shard_path(new, shard)} does not match its checksum after the copy; copy again"

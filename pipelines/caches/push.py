@@ -1,12 +1,13 @@
 """`lightopd push`: a cache on disk as the same cache in a bucket; what is there already is not sent again."""
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightopd.cache.buckets.layout import RECORD, Part, heads_of, parts_of, rollouts_of, small_files
-from lightopd.cache.buckets.mirrors import bring
+from lightopd.cache.buckets.mirrors import when_here
 from lightopd.cache.buckets.remote import remote_fingerprint
 from lightopd.cache.buckets.stores.at_once import at_once
 from lightopd.cache.buckets.stores.bucket import Bucket
@@ -128,10 +129,10 @@ def _send(bucket: Bucket, cache: Path, part: Part, index: int, there: Mapping[st
     if is_listed and _is_of(bucket.read(part.marker(index)), marker):
         return _Sent(there=1)
     file = cache / shard
-    bring(file, marker.sha256)
-    if file_sha256(file) != marker.sha256:
-        raise CacheError(f"{file} does not have the SHA-256 in its marker; {AGAIN}")
-    bucket.put(shard, file)
+    with when_here(file, marker.sha256, lambda: file.open("rb")) as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() != marker.sha256:
+            raise CacheError(f"{file} does not have the SHA-256 in its marker; {AGAIN}")
+        bucket.put(shard, content)
     bucket.put(part.marker(index), (cache / part.marker(index)).read_bytes())
     return _Sent(shards=1, size_bytes=marker.size_bytes)
 
@@ -158,7 +159,8 @@ def _send_head(bucket: Bucket, cache: Path, name: str, there: Mapping[str, int])
         return
     if file_sha256(file) != file.stem:
         raise CacheError(f"{file} is not the head that its name says; {AGAIN}")
-    bucket.put(name, file)
+    with file.open("rb") as content:
+        bucket.put(name, content)
 
 
 def _finish(bucket: Bucket, cache: Path, part: Part) -> None:

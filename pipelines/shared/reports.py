@@ -34,15 +34,15 @@ class Report:
     """Hash of what the figures follow from; a stage that finds its report under the same one is done."""
 
     def as_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """The report as one JSON object, of folders by their names."""
+        return called(json.dumps(asdict(self), ensure_ascii=False))
 
 
 def save_report(report: Report, folder: Path) -> None:
     """Write `<stage>.report.json` into the folder."""
     if is_main():
         path = folder / f"{report.stage}.report.json"
-        write_atomically(path, called(report.as_json() + "\n").encode(), shared=True)
+        write_atomically(path, (report.as_json() + "\n").encode(), shared=True)
 
 
 def finished_report(stage: str, folder: Path, made_from: str) -> Report | None:

@@ -9,9 +9,11 @@ from bucket_cases import files_of
 from cache_cases import make_cache
 
 from lightopd.cache.buckets.places import place_of
+from lightopd.cache.buckets.stores.bucket import Bucket
 from lightopd.cache.reader import read_columns
 from lightopd.cache.shards import put_shard, read_marker
 from lightopd.cache.store import open_cache
+from lightopd.pipelines.caches.push import push_rollouts
 from lightopd.schemas.cache import ROLLOUTS
 
 
@@ -119,13 +121,31 @@ def test_other_settings_are_refused_and_nothing_at_the_url_is_touched(lightopd, 
     assert {name: content for name, content in after.items() if ".claims/" not in name} == before
 
 
+def test_a_shard_that_gives_room_while_it_is_sent_on_is_sent_whole(lightopd, tmp_path, monkeypatch):
+    """As where another process, or thread, needs the room at that moment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    made, put = make_cache(tmp_path / "made")[0].path, Bucket.put
+    assert lightopd("push", made, url_of(tmp_path / "first"))[0] == 0
+    source = open_cache(Path(url_of(tmp_path / "first")), signals=())
+
+    def gone(bucket, name, content):
+        (source.path / name).unlink()
+        put(bucket, name, content)
+
+    monkeypatch.setattr(Bucket, "put", lambda *given: (gone if "parquet" in given[1] else put)(*given))
+    push_rollouts(source, url_of(tmp_path / "second"))
+    for path in (made / "rollouts").glob("part-*"):
+        assert (tmp_path / "second/rollouts" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_exclusive_leaves_nothing_behind_at_a_url(lightopd, world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     url, bucket = f"file://{tmp_path}/bucket", tmp_path / "bucket"
     lightopd("push", world.cache, url)
     asked = ("--teacher", world.teacher, "--top-k", 4, "--signal", "second", "--exclusive")
-    code, _, err = lightopd("precompute", "--cache", url, *asked)
+    code, out, err = lightopd("precompute", "--cache", url, *asked, "--json")
     assert code == 0, err
+    assert json.loads(out)["out"] == f"{url}/signals/second"
     assert not [path for path in bucket.rglob("*") if path.is_file() and ".claims" in str(path)]
     for path in (world.cache / "signals/teacher").glob("part-*.parquet"):
         assert (bucket / "signals/second" / path.name).exists()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from lightopd.cache.buckets.stores.failures import bucket_error, is_refusal
@@ -104,22 +104,26 @@ class Bucket(ObjectReader):
 
         return self._told("read", self._at(name), lambda: self._again(content))
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Put an object in place whole, or not at all; one that is there is replaced."""
+    def put(self, name: str, content: bytes | BinaryIO) -> None:
+        """Put an object in place whole, or not at all; one that is there is replaced.
+
+        Args:
+            name: of the object.
+            content: its bytes, or an open file, all of which is sent wherever it stands.
+        """
         import obstore
 
         if self._folder is not None:
             _put_file(self._folder / name, content)
             return
-        self._told(
-            "write",
-            self._at(name),
-            lambda: self._again(
-                lambda: obstore.put(
-                    self._store, name, content, chunk_size=PIECE_BYTES, max_concurrency=4, mode="overwrite"
-                )
-            ),
-        )
+        how: dict[str, Any] = {"chunk_size": PIECE_BYTES, "max_concurrency": 4, "mode": "overwrite"}
+
+        def put() -> None:
+            if not isinstance(content, bytes):
+                content.seek(0)
+            obstore.put(self._store, name, content, **how)
+
+        self._told("write", self._at(name), lambda: self._again(put))
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         """Put an object in place whole, unless one of its name is there; whether the content is there now.
@@ -206,9 +210,11 @@ def _is_coming(name: str) -> bool:
     return last.startswith(".") and last.endswith(".tmp")
 
 
-def _put_file(path: Path, content: bytes | Path) -> None:
+def _put_file(path: Path, content: bytes | BinaryIO) -> None:
     """As an object, but flushed to the disk; until then its name tells which process writes it."""
-    whole = content.read_bytes() if isinstance(content, Path) else content
+    if not isinstance(content, bytes):
+        content.seek(0)
+    whole = content if isinstance(content, bytes) else content.read()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path, own_suffix()) as part:
