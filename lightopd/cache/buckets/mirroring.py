@@ -68,22 +68,27 @@ def bring_up_to_date(reader: ObjectReader, folder: Path) -> Objects:
     there = reader.listed()
     objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
     before = _known(folder)
-    small = {name for name in objects if not is_shard(PurePosixPath(name))}
+    small, fetched = {name for name in objects if not is_shard(PurePosixPath(name))}, {}
 
     def fetch(name: str) -> None:
         content = reader.read(name)
         if content is None:
             raise CacheError(f"{reader.url}/{name} was listed and is gone; run the same command again")
         write_atomically(folder / name, content, shared=True)
+        fetched[name] = objects[name]
 
     changed = [name for name in small if before.get(name) != objects[name] or not (folder / name).exists()]
-    for _ in at_once(JOBS, fetch, changed):
-        pass
+    try:
+        for _ in at_once(JOBS, fetch, changed):
+            pass
+    except BaseException:  # the next one to look fetches what is left
+        if fetched:
+            _remember(folder, reader.url, {**_known(folder), **fetched})
+        raise
     for name in [name for name in before if objects.get(name) != before[name] and name not in small]:
         (folder / name).unlink(missing_ok=True)
     if before != objects or not before:
-        told = json_bytes({"url": reader.url, "objects": objects})
-        write_atomically(folder / MIRROR, told, shared=True)
+        _remember(folder, reader.url, objects)
     return there
 
 
@@ -108,6 +113,10 @@ def _known(folder: Path) -> Objects:
         return {name: (size, stamp) for name, (size, stamp) in plain["objects"].items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _remember(folder: Path, url: str, objects: Objects) -> None:
+    write_atomically(folder / MIRROR, json_bytes({"url": url, "objects": objects}), shared=True)
 
 
 def _name(url: str) -> str:

@@ -46,12 +46,17 @@ class Hub(ObjectReader):
     first; `url` names this commit.
 
     Raises:
-        ConfigError: a URL of another form.
+        ConfigError: a URL of another form, or an option of other stores.
         InputError: the hub does not answer, or shows no such dataset or revision.
     """
 
     def __init__(self, url: str, config: BucketConfig | None = None) -> None:
         super().__init__(url, config)
+        if self.config.store:
+            raise ConfigError(
+                f"{url} takes no --set store.{next(iter(self.config.store))}; the hub's own settings are "
+                "HF_TOKEN and HF_ENDPOINT"
+            )
         self._repo, revision, self._folder = _parsed(self.url)
         self._commit = revision if COMMIT.fullmatch(revision) else self._commit_of(revision)
         self.url = "/".join(filter(None, (f"hf://datasets/{self._repo}@{self._commit}", self._folder)))

@@ -8,8 +8,9 @@ import pytest
 from bucket_cases import figures, files_of
 from bucket_servers import Proxy
 from cache_cases import make_cache
-from hub_server import HubServer
+from hub_server import PAGE, HubServer
 
+from lightopd.cache.buckets.mirroring import bring_up_to_date
 from lightopd.cache.buckets.mirrors import mirrors_folder
 from lightopd.cache.buckets.shard_cache import LIMIT
 from lightopd.cache.buckets.stores.hub import Hub, _commits
@@ -188,6 +189,25 @@ def test_nothing_is_written_to_the_hub(hub, world, lightopd, cache):
         assert (code, "send it with `hf upload OWNER/NAME CACHE FOLDER" in err) == (2, True), err
     code, _, err = lightopd("index", URL)
     assert (code, "then `hf upload` it there" in err) == (7, True)
+
+
+def test_what_a_broken_off_look_fetched_is_not_fetched_again(hub, tmp_path):
+    reader, mirror = Hub(URL, BucketConfig(retry_s=0)), tmp_path / "mirror"
+    num_before = len(hub.asked) + len(reader.listed()) // PAGE + 1
+    hub.is_busy, hub.asked = (lambda number: number > num_before), []
+    with pytest.raises(InputError, match="the hub answers 503"):
+        bring_up_to_date(reader, mirror)
+    there = {*files_of(mirror)}
+    hub.is_busy, hub.asked = (lambda number: False), []
+    bring_up_to_date(reader, mirror)
+    again = {path.rpartition("/run1/")[2] for path, _ in hub.asked if "/resolve/" in path}
+    assert there
+    assert again == {*files_of(mirror)} - there
+
+
+def test_an_option_of_other_stores_is_refused(hub, lightopd, tmp_path):
+    code, _, err = lightopd("pull", URL, tmp_path / "c", "--set", "store.region=eu")
+    assert (code, "takes no --set store.region; the hub's own settings are" in err) == (2, True)
 
 
 def test_busy_slow_and_cut_answers_are_lived_through(hub, reach, lightopd, cache, tmp_path):
