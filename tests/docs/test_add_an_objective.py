@@ -40,7 +40,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "absolute_gap", *fil
 def tree(tmp_path: Path) -> Path:
     """The source as a repository has it, importable as `lightopd` from its root."""
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    for folder in (*FOLDERS, "docs", *TESTED):
+    for folder in (*FOLDERS, "docs", "benchmarks/study", *TESTED):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for folder in ("schemas", "pipelines"):
         (tmp_path / "lightopd" / folder).symlink_to(tmp_path / folder)

@@ -22,7 +22,7 @@ TOP_K = 5
 MAX_TOKENS = 12
 TERMS = [
     {"name": "topk", "target": {"kind": "divergence", "divergence": "reverse_kl", "support": "tail"}},
-    {"name": "sampled"},
+    {"name": "sampled", "target": "log_ratio"},
 ]
 
 
