@@ -56,16 +56,22 @@ def _map(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
         return None
     for row in rows:
         row |= {"rollouts a step": row["grid"]["train.batch_sequences"]}
-        row |= {"learning rate": f"{row['grid']['train.optimizer.lr']:g}"}
+        row |= {"where": f"{row['regime']}, learning rate {row['grid']['train.optimizer.lr']:g}"}
         del row["grid"]
+    order = dict.fromkeys(row["where"] for row in rows)
     base = altair.Chart(pandas.DataFrame(rows)).encode(
-        altair.X("rollouts a step:Q", scale=altair.Scale(type="log", base=2)), color="learning rate:N"
+        altair.X("rollouts a step:Q", scale=altair.Scale(type="log", base=2)),
+        color=altair.Color("arm:N", title=None, legend=altair.Legend(labelLimit=400)),
     )
     title = "points over the student"
     line = base.mark_line(point=True).encode(altair.Y("gain:Q", title=title))
     bars = base.mark_rule().encode(altair.Y("low:Q", title=title), y2="high:Q")
-    chart = (line + bars).properties(width=240, height=200)
-    return chart.facet(column=altair.Column("arm:N", title=None), row=altair.Row("regime:N", title=None))
+    chart = (
+        (line + bars)
+        .properties(width=200, height=200)
+        .facet(altair.Facet("where:N", title=None, sort=list(order)), columns=3)
+    )
+    return chart.resolve_scale(y="independent")
 
 
 def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
