@@ -140,10 +140,7 @@ def _fetch_small(
     ]
 
     def fetch(name: str) -> None:
-        content = reader.read(name)
-        if content is None:
-            raise CacheError(f"{reader.url}/{name} was listed and is gone; run the same command again")
-        write_atomically(cache / name, content)
+        reader.fetch(name, there[name], cache / name)
 
     for _ in at_once(reader.config.jobs, fetch, wanted):
         pass

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from lightopd.cache.buckets.mirrors import FOLDER, MIRROR, mirrors_folder
 from lightopd.cache.buckets.shard_cache import HEADS, is_shard
 from lightopd.cache.buckets.stores.at_once import at_once
-from lightopd.cache.buckets.stores.object_reader import ObjectReader
+from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES, ObjectReader
 from lightopd.cache.buckets.stores.opened import opened
 from lightopd.errors import CacheError
 from lightopd.files import json_bytes, looks_like_url, write_atomically
@@ -66,15 +66,14 @@ def bring_up_to_date(reader: ObjectReader, folder: Path) -> Objects:
     """
     call(folder, reader.url)
     there = reader.listed()
-    objects = {name: told for name, told in there.items() if _is_of_a_cache(name)}
+    objects = {
+        name: told for name, told in there.items() if _is_of_a_cache(name) and not _is_beside(name, told[0])
+    }
     before = _known(folder)
     small, fetched = {name for name in objects if not is_shard(PurePosixPath(name))}, {}
 
     def fetch(name: str) -> None:
-        content = reader.read(name)
-        if content is None:
-            raise CacheError(f"{reader.url}/{name} was listed and is gone; run the same command again")
-        write_atomically(folder / name, content, shared=True)
+        reader.fetch(name, objects[name][0], folder / name, shared=True)
         fetched[name] = objects[name]
 
     changed = [name for name in small if before.get(name) != objects[name] or not (folder / name).exists()]
@@ -104,6 +103,11 @@ def _is_of_a_cache(name: str) -> bool:
     if parts[-1].startswith((".", "index.duckdb")) or ".." in parts:
         return False
     return len(parts) == 1 or (parts[0] in PARTS and len(parts) <= 3)
+
+
+def _is_beside(name: str, size_bytes: int) -> bool:
+    """Whether a file at the root of a dataset or bucket is too large for a manifest, config or report."""
+    return "/" not in name and size_bytes > PIECE_BYTES
 
 
 def _known(folder: Path) -> Objects:

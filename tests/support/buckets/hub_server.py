@@ -21,13 +21,15 @@ ROUTES = (
 class HubServer:
     """Datasets by name, with their commits and branches.
 
-    `tokens` says whose token a private dataset asks for, `is_busy` which requests are answered with 503, and
-    `drip_s` how long each byte takes;
-    `asked` has the path and the token of each request.
+    `tokens` says whose token a private dataset asks for, `is_busy` which requests are answered with 503,
+    `drip_s` how long each byte takes, `lists_at` where the next page of a list is said to be, and
+    `is_circular` whether each request is sent back to itself;
+    `asked` has the path and the token of each request, `largest_bytes` is of the largest answer.
     """
 
     def __init__(self):
         self.commits, self.branches, self.tokens, self.asked = {}, {}, {}, []
+        self.lists_at, self.is_circular, self.largest_bytes = "", False, 0
         self.is_busy, self.drip_s, self.lock = (lambda number: False), 0.0, threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.server.hub, self.server.daemon_threads = self, True
@@ -68,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(hub.asked)
         if hub.is_busy(number):
             return self._say(503, b"busy")
+        if hub.is_circular:
+            return self._say(302, b"", {"Location": self.path})
         parts = urlsplit(self.path)
         routes = ((kind, re.fullmatch(route, parts.path)) for kind, route in ROUTES)
         kind, found = next(((kind, found) for kind, found in routes if found), (None, None))
@@ -102,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             for name in inside[start : start + PAGE]
         ]
         page.append({"type": "directory", "path": f"{folder}/rollouts", "size": 0, "oid": "0" * 40})
-        link = f"http://{self.headers['Host']}{urlsplit(self.path).path}?recursive=true&cursor={start + PAGE}"
+        at = self.server.hub.lists_at or f"http://{self.headers['Host']}"
+        link = f"{at}{urlsplit(self.path).path}?recursive=true&cursor={start + PAGE}"
         more = {"Link": f'<{link}>; rel="next"'} if start + PAGE < len(inside) else {}
         return self._say(200, json.dumps(page).encode(), more)
 
@@ -123,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _say(self, status, content, headers=()):
+        self.server.hub.largest_bytes = max(self.server.hub.largest_bytes, len(content))
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
             self.send_header(name, value)

@@ -71,6 +71,12 @@ HUB_STATUSES = {
     404: HUB_REMEDIES["RepoNotFound"],
     429: f"too many requests; {TOKEN}, which raises the limit, or run the same command later: it resumes",
 }
+HUB_FINAL = {
+    "UnsupportedProtocol": "its address is none that begins with https:// or http://; look at HF_ENDPOINT",
+    "InvalidURL": "its address is none; look at HF_ENDPOINT",
+    "TooManyRedirects": "it sends from one address to another without end; look at HF_ENDPOINT",
+}
+"""By the name of an exception of what no second try changes."""
 
 
 def is_no_object(response: Any) -> bool:
@@ -91,7 +97,10 @@ def _hub_reason(error: Exception, config: BucketConfig) -> str:
         return known or f"the hub answers {status}; run the same command again: it resumes"
     if isinstance(error, UnicodeEncodeError):
         return f"the token has letters that no token has; {TOKEN}"
-    if type(error).__name__ == "OfflineModeIsEnabled":
+    name = type(error).__name__
+    if name in HUB_FINAL:
+        return HUB_FINAL[name]
+    if name == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set; unset it, or read a cache on this machine"
     return (
         f"the hub does not answer (tried again for {config.retry_s:g} s); look at HF_ENDPOINT and the "

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
+from importlib import import_module
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from lightopd.cache.buckets.stores.failures import hub_error, is_no_object
+from lightopd.cache.buckets.stores.failures import HUB_FINAL, hub_error, is_no_object
 from lightopd.cache.buckets.stores.object_reader import ObjectReader
 from lightopd.errors import ConfigError, InputError
 from lightopd.schemas.stores.buckets import BucketConfig
@@ -75,7 +76,7 @@ class Hub(ObjectReader):
                     path = item["path"]
                     if item["type"] == "file" and path.startswith(inside) and ".." not in path.split("/"):
                         found[path.removeprefix(inside)] = (item["size"], item["oid"])
-            link = came.next_page
+                link = self._next_page(link, came.next_page) if came.next_page else None
         return found
 
     def read(self, name: str) -> bytes | None:
@@ -111,6 +112,17 @@ class Hub(ObjectReader):
         with _as_of_a_hub(self.url):
             return str(json.loads(came.content)["sha"])
 
+    def _next_page(self, link: str, named: str) -> str:
+        """Where a list goes on, which the token is sent to."""
+        page = urljoin(link, named)
+        scheme, host, _ = origin = _origin(page)
+        if origin != _origin(hub_endpoint()):
+            raise InputError(
+                f"cannot list {self.url}: {hub_endpoint()} names {scheme}://{host} for the rest of the list, "
+                "which the token is not for; look at HF_ENDPOINT"
+            )
+        return page
+
     def _api(self, path: str) -> str:
         return f"{hub_endpoint()}/api/datasets/{self._repo}/{path}"
 
@@ -127,13 +139,15 @@ class Hub(ObjectReader):
 
         try:
             return self._again(ask)
-        except (_any_failure(), OSError, UnicodeEncodeError) as error:  # the last one: of the token
+        except _failures() as error:
             raise hub_error(error, verb, where, self.config) from error
 
     def _is_passing(self, error: Exception) -> bool:
         """Whether the hub was busy or broken, or a connection to it."""
         status = getattr(getattr(error, "response", None), "status_code", None)
-        return status in PASSING if status else isinstance(error, (_any_failure(), TimeoutError))
+        if status:
+            return status in PASSING
+        return isinstance(error, (_any_failure(), TimeoutError)) and type(error).__name__ not in HUB_FINAL
 
 
 def hub_endpoint() -> str:
@@ -152,6 +166,12 @@ def _as_of_a_hub(where: str) -> Iterator[None]:
         raise InputError(
             f"cannot read {where}: {hub_endpoint()} does not answer as the hub does; look at HF_ENDPOINT"
         ) from error
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port of an address."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _parsed(url: str) -> tuple[str, str, str]:
@@ -188,6 +208,13 @@ def _answer(link: str, headers: Mapping[str, str], timeout_s: float) -> _Came:
                 raise TimeoutError(f"more than {timeout_s:g} s")
         next_page = response.links.get("next", {}).get("url")
         return _Came(response.status_code, b"".join(chunks), next_page)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a request ends with that got no answer; the last one is of the token."""
+    root = _any_failure()
+    library = import_module(root.__module__.partition(".")[0])
+    return root, library.InvalidURL, OSError, UnicodeEncodeError
 
 
 def _any_failure() -> type[Exception]:

@@ -1,12 +1,14 @@
 """What a URL is read through, whatever answers there: objects whole or in pieces, tried again, checked."""
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lightopd.files import output_error, replaced_file
+from lightopd.errors import CacheError
+from lightopd.files import output_error, own_suffix, replaced_file, write_atomically
 from lightopd.schemas.stores.buckets import BucketConfig
 
 PIECE_BYTES = 16 * 1024 * 1024
@@ -72,6 +74,29 @@ class ObjectReader(ABC):
                 check(part)
         except OSError as error:
             raise output_error(error, path, size_bytes) from error
+
+    def fetch(self, name: str, size_bytes: int, path: Path, *, shared: bool = False) -> None:
+        """An object that nothing is known of but its size as a file: in one request, or in pieces.
+
+        Args:
+            name: of the object.
+            size_bytes: of the object, as it was listed.
+            path: of the file.
+            shared: others may write the same file at the same moment; the last one stays.
+
+        Raises:
+            CacheError: it is gone.
+            InputError: the object cannot be read.
+            OutputError: the file cannot be written.
+        """
+        if size_bytes > PIECE_BYTES:
+            suffix = f"{own_suffix()}.{threading.get_ident()}" if shared else ""
+            self.download(name, size_bytes, path, lambda part: None, suffix)
+            return
+        content = self.read(name)
+        if content is None:
+            raise CacheError(f"{self._at(name)} was listed and is gone; run the same command again")
+        write_atomically(path, content, shared=shared)
 
     @abstractmethod
     def _is_passing(self, error: Exception) -> bool:

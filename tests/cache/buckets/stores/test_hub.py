@@ -14,6 +14,7 @@ from lightopd.cache.buckets.mirroring import bring_up_to_date
 from lightopd.cache.buckets.mirrors import mirrors_folder
 from lightopd.cache.buckets.shard_cache import LIMIT
 from lightopd.cache.buckets.stores.hub import Hub, _commits
+from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES
 from lightopd.cache.index import make_views
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.sql.fence import ReadOnlyFolder
@@ -205,6 +206,28 @@ def test_what_a_broken_off_look_fetched_is_not_fetched_again(hub, tmp_path):
     assert again == {*files_of(mirror)} - there
 
 
+def test_a_list_that_goes_on_elsewhere_is_not_followed_with_the_token(hub, lightopd, tmp_path, monkeypatch):
+    hub.tokens["lab/rollouts"] = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.lists_at = f"http://localhost:{hub.port}"
+    code, _, err = lightopd("pull", URL, tmp_path / "again")
+    assert (code, len(err.strip().splitlines())) == (3, 1), err
+    assert "names http://localhost for the rest of the list, which the token is not for" in err
+    assert not [path for path, _ in hub.asked if "cursor=" in path]
+
+
+def test_large_files_beside_the_shards_come_in_pieces(hub, lightopd, cache, tmp_path):
+    files = hub.commits["lab/rollouts", hub.branches["lab/rollouts", "main"]]
+    large = bytes(PIECE_BYTES) + b"end"
+    files["run1/model.bin"] = files["run1/signals/teacher/contexts.parquet"] = large
+    assert lightopd("pull", URL, tmp_path / "again")[0] == 0
+    assert (tmp_path / "again/model.bin").read_bytes() == large
+    bring_up_to_date(Hub(URL), mirror := tmp_path / "mirror")
+    assert (mirror / "signals/teacher/contexts.parquet").read_bytes() == large
+    assert not (mirror / "model.bin").exists()
+    assert hub.largest_bytes == PIECE_BYTES
+
+
 def test_an_option_of_other_stores_is_refused(hub, lightopd, tmp_path):
     code, _, err = lightopd("pull", URL, tmp_path / "c", "--set", "store.region=eu")
     assert (code, "takes no --set store.region; the hub's own settings are" in err) == (2, True)
@@ -240,6 +263,22 @@ def test_a_hub_that_never_answers_or_byte_by_byte_or_is_busy_ends_the_command_in
     code, _, err = lightopd("pull", URL, tmp_path / "c", *limits)
     assert (code, "the hub answers 503" in err) == (3, True)
     assert time.monotonic() - started_s < 20
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("hub.example", "its address is none that begins with https:// or http://; look at HF_ENDPOINT"),
+        ("http://hub.example:port", "its address is none; look at HF_ENDPOINT"),
+        ("", "it sends from one address to another without end; look at HF_ENDPOINT"),
+    ],
+)
+def test_what_no_second_try_changes_is_not_tried_again(hub, reach, lightopd, tmp_path, endpoint, message):
+    hub.is_circular, started_s = not endpoint, time.monotonic()
+    reach(endpoint or hub.endpoint)
+    code, _, err = lightopd("pull", URL, tmp_path / "c", "--set", "retry_s=20")
+    assert (code, len(err.strip().splitlines()), message in err) == (3, 1, True), err
+    assert time.monotonic() - started_s < 10
 
 
 def test_a_flipped_byte_is_refused(hub, lightopd, cache, tmp_path):
