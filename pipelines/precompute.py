@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from lightopd.cache.buckets.mirroring import at_commit
 from lightopd.cache.buckets.places import at_its_place
 from lightopd.cache.contexts import (
     Contexts,
@@ -80,6 +81,8 @@ def run(
     """
     end_with_starter()
     started_s = time.monotonic()
+    if config.rollouts:
+        config = config.model_copy(update={"rollouts": at_commit(config.rollouts)})
     asked, config = config, at_its_place(config)[0]
     source = open_cache(config.rollouts or config.cache, signals=())
     manifest, contexts = _manifest(config, source)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightopd.cache.buckets.mirroring import folder_of
+from lightopd.cache.buckets.mirroring import at_commit, folder_of
 from lightopd.cache.manifests import orphaned_signals, signal_names
 from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
@@ -47,6 +47,7 @@ def run(config: TrainConfig, *, dry_run: bool = False) -> Report:
         LineageError, CacheError, TrainingError, OutputError: see their messages; checkpoints stay.
     """
     started_s = time.monotonic()
+    config = config.model_copy(update={"cache": at_commit(config.cache)})
     cache = open_cache(config.cache, signals=_signals_there(config))
     student = fingerprint_model(config.student)
     overrides = cache.manifest.overrides + _checked(config, cache, student)

@@ -41,6 +41,17 @@ def folder_of(path: Path) -> Path:
     return path if url is None else _mirrored(url)
 
 
+def at_commit(path: Path) -> Path:
+    """The path of a cache; for one on the Hugging Face hub, the URL of the commit that is read.
+
+    Raises:
+        ConfigError: it is no such URL.
+        InputError: the hub cannot be read.
+    """
+    url = looks_like_url(path)
+    return Path(opened(url).url) if url is not None and url.startswith("hf:") else path
+
+
 def mirror_folder(url: str) -> Path:
     """Folder that stands for a URL."""
     return mirrors_folder() / _name(url) / FOLDER

@@ -5,7 +5,9 @@ the session; time limits and repeats are our own, as its lists wait for ever and
 """
 
 import json
+import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +29,9 @@ PASSING = (408, 429, 500, 502, 503, 504)
 """Statuses of what may pass by itself."""
 PART, ABSENT = 206, 404
 
-_commits: dict[tuple[str, str, str], str] = {}
-"""By endpoint, dataset and revision."""
+COMMITS = "LIGHTOPD_HUB_COMMITS"
+"""Environment variable, for the processes that this one starts: commits by endpoint, dataset and revision."""
+_guard = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,8 @@ class _Came:
 class Hub(ObjectReader):
     """The files below a URL `hf://datasets/OWNER/NAME[@REVISION][/folder]`, by their names relative to it.
 
-    A revision is looked up once in a process, so that whoever opens a cache again sees the commit that it saw
-    first; `url` names this commit.
+    A revision is looked up once by a process and those that it starts, so that whoever opens a cache again
+    sees the commit that was seen first; `url` names this commit.
 
     Raises:
         ConfigError: a URL of another form, or an option of other stores.
@@ -103,9 +106,13 @@ class Hub(ObjectReader):
         return content
 
     def _commit_of(self, revision: str) -> str:
-        """The commit that a branch, a tag or a reference stood for when this process first asked."""
-        key = (hub_endpoint(), self._repo, revision)
-        return _commits.get(key) or _commits.setdefault(key, self._look_up(revision))
+        """The commit that a branch, a tag or a reference stood for when it was first asked for."""
+        key = f"{hub_endpoint()} {self._repo} {revision}"
+        commit = _known_commits().get(key) or self._look_up(revision)
+        with _guard:
+            known = {key: commit, **_known_commits()}
+            os.environ[COMMITS] = json.dumps(known)
+        return known[key]
 
     def _look_up(self, revision: str) -> str:
         came = self._got("read", self.url, self._api(f"revision/{quote(revision, safe='')}"))
@@ -155,6 +162,11 @@ def hub_endpoint() -> str:
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
+
+
+def _known_commits() -> dict[str, str]:
+    """What this process looked up, and what those that started it did."""
+    return dict(json.loads(os.environ.get(COMMITS, "{}")))
 
 
 @contextmanager

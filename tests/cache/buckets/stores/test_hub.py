@@ -1,5 +1,7 @@
 """A cache in a dataset on the Hugging Face hub, which is a small one on loopback."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hub_server import PAGE, HubServer
 from lightopd.cache.buckets.mirroring import bring_up_to_date
 from lightopd.cache.buckets.mirrors import mirrors_folder
 from lightopd.cache.buckets.shard_cache import LIMIT
-from lightopd.cache.buckets.stores.hub import Hub, _commits
+from lightopd.cache.buckets.stores.hub import COMMITS, Hub
 from lightopd.cache.buckets.stores.object_reader import PIECE_BYTES
 from lightopd.cache.index import make_views
 from lightopd.cache.reader import read_shard_columns
@@ -47,6 +49,8 @@ def reach(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv(COMMITS, "{}")
     return reach
 
 
@@ -89,7 +93,7 @@ def test_training_gives_the_same_losses_to_the_last_bit(hub, world, lightopd, tm
     """With room for one shard, by two loader processes."""
     largest = max(path.stat().st_size for path in world.cache.rglob("part-*.parquet"))
     monkeypatch.setenv(LIMIT, str(largest))
-    hub.commit("lab/world", world.cache)
+    commit = hub.commit("lab/world", world.cache)
     for cache, out in ((world.cache, "local"), ("hf://datasets/lab/world", "away")):
         asked = ("--cache", cache, "--student", world.sft / "student", "--out", tmp_path / out, "--steps", 3)
         sets = ("batch_sequences=6", "shuffle_gib=0.000001", f"loader_workers={2 if out == 'away' else 0}")
@@ -100,30 +104,40 @@ def test_training_gives_the_same_losses_to_the_last_bit(hub, world, lightopd, tm
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+    assert f"cache: hf://datasets/lab/world@{commit}\n" in (tmp_path / "away/train.yaml").read_text()
 
 
 def test_rollouts_there_are_scored_into_a_folder_and_into_a_bucket(hub, world, lightopd, tmp_path):
-    hub.commit("lab/world", world.cache)
+    commit = f"hf://datasets/lab/world@{hub.commit('lab/world', world.cache)}"
     for cache, folder in ((tmp_path / "made", "made"), (f"file://{tmp_path}/bucket", "bucket")):
         asked = ("--rollouts", "hf://datasets/lab/world", "--cache", cache, "--teacher", world.teacher)
         code, _, err = lightopd("precompute", *asked, "--top-k", 4)
         assert code == 0, err
+        assert f"rollouts: {commit}\n" in (tmp_path / folder / "signals/teacher/precompute.yaml").read_text()
         for part in ("rollouts", "signals/teacher"):
             for path in (world.cache / part).glob("part-*"):
                 assert (tmp_path / folder / part / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_branch_that_moves_changes_nothing_for_who_reads_it(hub, cache, tmp_path):
+def test_a_branch_that_moves_changes_nothing_for_who_reads_it(hub, cache, tmp_path, monkeypatch):
     opened, before = open_cache(Path(URL)), hub.branches["lab/rollouts", "main"]
     wanted = read_shard_columns(open_cache(cache), 1).rollout_ids
     other = make_cache(tmp_path / "other", {"second": {}}, lengths=((4, 4), (2, 6)))[0].path
     hub.commit("lab/rollouts", other, "run1")
     assert list(open_cache(Path(URL)).signals) == ["teacher"]
     assert read_shard_columns(opened, 1).rollout_ids == wanted
-    _commits.clear()  # as another process begins
+    monkeypatch.setenv(COMMITS, "{}")  # as another command begins
     assert list(open_cache(Path(URL)).signals) == ["second"]
     named = URL.replace("/run1", f"@{before}/run1")
     assert read_shard_columns(open_cache(Path(named)), 1).rollout_ids == wanted
+
+
+def test_a_process_reads_the_commit_of_the_one_that_started_it(hub, cache):
+    seen = Hub(URL).url
+    assert hub.commit("lab/rollouts", cache, "run1") not in seen
+    asked = f"from lightopd.cache.buckets.stores.hub import Hub; print(Hub({URL!r}).url)"
+    done = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True)
+    assert done.stdout.strip() == seen, done.stderr
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_reference(hub, cache):
