@@ -21,6 +21,7 @@ from lightopd.schemas.run import STAGES, RunConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+from method_cases import LEARNING_RATES, SETTINGS  # noqa: E402
 from summary import Line, interval, read_lines  # noqa: E402
 
 BEGIN, END = "<!-- methods: made by docs/generate.py -->\n", "<!-- end of methods -->\n"
@@ -34,8 +35,6 @@ MEASURED = "## Measured on the tiny task\n"
 RESULTS = ROOT / "docs" / "methods" / "results"
 ONE_SEED = ROOT / "docs" / "methods" / "one_seed.json"
 """What was measured of recipes that have no runs in `RESULTS`: one seed, two learning rates."""
-RATES = (1e-5, 1e-4, 1e-3)
-"""Learning rates of the search, as benchmarks/study/methods.py has them."""
 
 
 def configuration() -> str:
@@ -169,10 +168,6 @@ def _page(
     return "\n".join(parts)
 
 
-SETTINGS = (
-    "running totals; 2,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 100 steps of "
-    "128 rollouts, cosine schedule, 5 warm-up steps; 2,000 held-out prompts at temperature 1"
-)
 ALL_METHODS = """# Every recipe on the tiny task
 
 `make bench-methods` trains the demo's student with every recipe and keeps a line of every run in
@@ -222,7 +217,7 @@ def _named(recipe: str, stand_in: str, changed: str, notes: dict[str, int]) -> s
 
 def measured(found: list[list[Line]]) -> list[str]:
     """A table of runs, and under it what stood in for inputs that the task has not."""
-    heads = [f"validation at {rate:.0e}".replace("e-0", "e-") for rate in RATES]
+    heads = [f"validation at {rate:.0e}".replace("e-0", "e-") for rate in LEARNING_RATES]
     columns = ["learning rate", "accuracy", "KL", *heads]
     [untrained] = read_lines(RESULTS, "untrained")
     before = ["", f"{untrained['accuracy']:.4f}", f"{untrained['reverse_kl_nats']:.4f}", *([""] * len(heads))]
@@ -242,7 +237,7 @@ def _figures(lines: list[Line]) -> list[str]:
     accuracy = str(interval(line["accuracy"] for line in own))
     kl = str(interval(line["reverse_kl_nats"] for line in own))
     seeds = "" if len(own) == 5 else f" ({len(own)})"
-    return [f"{rate:g}", accuracy + seeds, kl, *(tried.get(one, "") for one in RATES)]
+    return [f"{rate:g}", accuracy + seeds, kl, *(tried.get(one, "") for one in LEARNING_RATES)]
 
 
 def _row(*cells: str) -> str:

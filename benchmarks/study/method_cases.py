@@ -11,6 +11,17 @@ from lightopd.pipelines.methods import list_methods
 METHODS = RECIPES / "methods"
 TEACHER, STUDENT = DEMO / "teacher", DEMO / "student"
 PROMPTS_PER_SEED = 2000
+ROLLOUTS_PER_PROMPT = 4
+TOP_K = 16
+STEPS = 100
+BATCH = 128
+LEARNING_RATES = (1e-5, 1e-4, 1e-3)
+SETTINGS = (
+    f"running totals; {PROMPTS_PER_SEED:,} prompts with {ROLLOUTS_PER_PROMPT} rollouts of the student each, "
+    f"top-{TOP_K} of 32 tokens; {STEPS} steps of {BATCH} rollouts, cosine schedule, 5 warm-up steps; "
+    "2,000 held-out prompts at temperature 1"
+)
+"""The task in words, for the pages."""
 SAMPLING = {"temperature": 1.0, "max_tokens": 20}
 ANSWERS = Path("sft") / "answers"
 """Of the teacher, in a seed's folder."""

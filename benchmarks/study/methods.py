@@ -29,13 +29,18 @@ from cells import VALIDATION
 from filelock import Timeout
 from method_cases import (
     ANSWERS,
+    BATCH,
+    LEARNING_RATES,
     METHODS,
     PROMPTS_PER_SEED,
+    ROLLOUTS_PER_PROMPT,
     SAMPLING,
     SIGNALS,
+    STEPS,
     STUDENT,
     TEACHER,
     TEXTS,
+    TOP_K,
     Case,
     cases,
 )
@@ -66,15 +71,13 @@ WORK = ROOT / "runs" / "methods"
 RESULTS = ROOT / "docs" / "methods" / "results"
 TASK = "tiny"
 RATE = "optimizer.lr"
-LEARNING_RATES = (1e-5, 1e-4, 1e-3)
 SEEDS = 5
 PROMPTS = {"kind": "running_totals", "render": "plain"}
 HELD_OUT = PROMPTS | {"split": "heldout", "count": 2000, "seed": 0}
 SAMPLED = {"engine": {"kind": "hf", "generate_rollouts": 500}, "shard_rollouts": 1000}
-TOP_K = 16
 COMMON = {
-    "steps": 100,
-    "batch_sequences": 128,
+    "steps": STEPS,
+    "batch_sequences": BATCH,
     "micro_batch_tokens": 2048,
     "checkpoint_every": 100,
     "optimizer": {"schedule": "cosine", "warmup_steps": 5},
@@ -96,7 +99,12 @@ def plain_cache(seed: int) -> Path:
     """The student's rollouts on the training prompts, each total a turn."""
     cache = folder_of(seed) / "plain"
     settings = {"prompts": training_prompts(seed), "student": str(STUDENT), "cache": cache}
-    rollout.run(build(RolloutConfig, settings | {"sampling": SAMPLING | {"n": 4, "seed": seed}} | SAMPLED))
+    rollout.run(
+        build(
+            RolloutConfig,
+            settings | {"sampling": SAMPLING | {"n": ROLLOUTS_PER_PROMPT, "seed": seed}} | SAMPLED,
+        )
+    )
     if not signal_names(cache):
         mark_turns(cache)
     return cache

@@ -264,7 +264,8 @@ def test_a_logger_without_its_package_is_refused(train, monkeypatch):
 def test_a_sampler_with_more_outputs_than_the_student_is_fine_where_it_used_none_of_them(
     train, make_cache, tmp_path
 ):
-    train(cache=make_cache(tmp_path / "wide", vocabulary_size=100), steps=1)
+    result = train(cache=make_cache(tmp_path / "wide", vocabulary_size=100), steps=1)
+    assert result.steps == 1
 
 
 def test_ids_that_the_student_does_not_have_are_refused(train, make_cache, tmp_path):

@@ -58,6 +58,9 @@ def test_who_comes_as_it_ends_keeps_its_claims(store, monkeypatch):
 
 def test_a_claim_that_nobody_renews_stands_in_nobodys_way(store):
     """Of a holder on another machine, which is known to be gone by its silence alone."""
-    for other in (refuse_exclusive, lambda *given: exclusively(*given).__enter__()):
-        Claims(store, LEASE_S).take(EXCLUSIVE)
-        other(store, LEASE_S, "URL")
+    gone = Claims(store, LEASE_S)
+    gone.take(EXCLUSIVE)
+    refuse_exclusive(store, LEASE_S, "URL")
+    gone.take(EXCLUSIVE)
+    with exclusively(store, LEASE_S, "URL"):
+        assert not gone.holds(EXCLUSIVE)

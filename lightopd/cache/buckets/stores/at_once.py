@@ -14,6 +14,5 @@ def at_once(jobs: int, do: Callable[[Item], Result], items: Iterable[Item]) -> I
         try:
             for future in as_completed([executor.submit(do, item) for item in items]):
                 yield future.result()
-        except BaseException:
+        finally:
             executor.shutdown(wait=False, cancel_futures=True)
-            raise
