@@ -57,7 +57,7 @@ def content(folder):
 
 
 def made(journal):
-    """Shards that each process made, by its own last record."""
+    """Shards that each process made, by its own last record; who came when all was made has none."""
     records = [json.loads(line) for line in journal.read_text().splitlines()]
     return {record["pid"]: record["made"] for record in records}
 
@@ -81,7 +81,7 @@ def test_four_rollouts_at_once_make_the_cache_of_one(start, world, alone, tmp_pa
         assert code == 0, err
     assert content(cache) == wanted
     shares = made(cache / "journal.jsonl")
-    assert len(shares) == 4
+    assert len(shares) > 1, "one process made all of it"
     assert sum(shares.values()) == NUM_SHARDS
     assert not (cache / ".lightopd.claims").exists()
 
@@ -94,7 +94,7 @@ def test_three_teachers_at_once_make_the_signal_of_one(start, world, alone, tmp_
         assert code == 0, err
     assert content(cache) == content(alone)
     shares = made(cache / "signals/teacher/journal.jsonl")
-    assert len(shares) == 3
+    assert len(shares) > 1, "one process made all of it"
     assert sum(shares.values()) == NUM_SHARDS
     code, err = start("verify", cache).wait()
     assert code == 0, err
