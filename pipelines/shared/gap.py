@@ -113,10 +113,10 @@ def verdict(gap: Gap | None, sampling: SamplingConfig | None) -> str:
     if gap.nats <= SMALL_NATS:
         return (
             f"{gap} is small: any recipe can be used with {SMALL_BATCH_TOKENS:,} response tokens a step or "
-            f"more; with fewer, prefer -c methods/recommended_topk_reverse_kl"
+            f"more; with fewer, keep the default objective, reverse KL on the top-k"
         )
     if gap.nats <= LARGE_NATS:
-        return f"{gap} is moderate: prefer -c methods/recommended_topk_reverse_kl over sampled-token losses"
+        return f"{gap} is moderate: keep the default objective, reverse KL on the top-k"
     return (
         f"{gap} is large: fine-tune the student longer on this teacher's answers first; sampled-token losses "
         f"are likely to make it worse"
