@@ -29,8 +29,9 @@ class Arm(StrictModel):
     """Numbers of the questions that it helps to answer."""
     regimes: tuple[str, ...] = ("small_gap",)
     """Regimes in which it is run."""
-    kind: Literal["offline", "rounds", "sft", "trl", "untrained"] = "offline"
-    """`rounds` samples again; `sft` goes on with the teacher's answers to its prompts; `trl` is a peer."""
+    kind: Literal["offline", "rounds", "sft", "trl", "teacher", "untrained"] = "offline"
+    """`rounds` samples again; `sft` goes on with the teacher's answers to its prompts; `trl` is a peer;
+    `teacher` and `untrained` train nothing."""
     method: str | None = None
     """A shipped recipe whose objective is taken."""
     scorer: Literal["teacher", "other_teacher"] = "teacher"
@@ -49,6 +50,11 @@ class Arm(StrictModel):
     """Measures of the trained student beside accuracy and KL."""
     seeds: int = Field(5, ge=1)
     """Seeds that are measured."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether what is evaluated is a model of its own."""
+        return self.kind not in ("teacher", "untrained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,11 @@ def read_arms(only: Iterable[str] = ()) -> dict[str, Arm]:
 
 
 def read_regime(name: str) -> dict[str, Any]:
-    """A regime: `run`, a run file, and `sft`, how its student was fine-tuned."""
+    """A regime: its models; `run`, a run file; `sft`, how its student was fine-tuned.
+
+    `validation` is laid over the held-out prompts for runs that choose a setting, `seed_step` is how far the
+    prompts of two seeds lie apart, `texts` how many answers are kept to be read.
+    """
     return read_yaml(str(STUDY / "regimes" / f"{name}.yaml"))
 
 
@@ -96,11 +106,13 @@ def combinations(grid: Grid) -> Iterator[tuple[tuple[str, JsonValue], ...]]:
 
 def settings_of(arm: Arm, cell: Cell) -> dict[str, Any]:
     """The run file of a cell, but for the models and the folders."""
-    settings = merged(read_regime(cell.regime)["run"], _method(arm.method))
+    regime = read_regime(cell.regime)
+    settings = merged(regime["run"], _method(arm.method))
     settings = merged(settings, arm.run)
     for name, value in (*cell.grid, *cell.tuned):
         settings = merged(settings, _nested(name, value))
-    seeds = [f"prompts.seed={cell.seed}", f"rollout.sampling.seed={cell.seed}", f"train.seed={cell.seed}"]
+    prompts_seed = cell.seed * regime.get("seed_step", 1)
+    seeds = [f"prompts.seed={prompts_seed}", f"rollout.sampling.seed={cell.seed}", f"train.seed={cell.seed}"]
     for one in seeds:
         settings = merged(settings, parse_set(one))
     return settings

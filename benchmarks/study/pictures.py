@@ -39,9 +39,7 @@ def _gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dic
     """Points of accuracy over the student before distillation, of every arm that trains, by regime."""
     before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
     for name, arm in arms.items():
-        for place, own in (
-            measured(lines[name]) if question in arm.questions and arm.kind != "untrained" else ()
-        ):
+        for place, own in measured(lines[name]) if question in arm.questions and arm.trains else ():
             found = interval(100 * (line["accuracy"] - before[place[1]]) for line in own)
             half = found.half_width if found.seeds > 1 else 0.0
             low, high = found.mean - half, found.mean + half

@@ -40,13 +40,14 @@ def test_every_run_of_an_arm_is_a_run_file(name):
             for tuned in combinations(arm.tune):
                 settings = settings_of(arm, Cell(name, regime, grid, tuned, 3))
                 run = build_run(settings | {"out": "X", "teacher": str(TEACHER), "student": str(STUDENT)})
-                assert run.rollout["sampling"]["seed"] == run.train["seed"] == run.prompts.seed == 3
+                assert run.rollout["sampling"]["seed"] == run.train["seed"] == 3
+                assert run.prompts.seed == 3 * read_regime(regime).get("seed_step", 1)
 
 
 def test_every_question_has_an_arm_or_says_that_it_has_none():
     asked = {number for arm in ARMS.values() for number in arm.questions}
     assert asked <= set(page.QUESTIONS)
-    assert all(arm.seeds >= 5 or arm.kind == "untrained" for arm in ARMS.values())
+    assert all(arm.seeds >= 5 or not arm.trains for arm in ARMS.values())
     assert set(page.QUESTIONS) - asked == {9}, "its methods are measured with all others"
     assert set(page.ON_ONE_CACHE) <= {path.stem for path in (RECIPES / "methods").glob("*.yaml")}
 
@@ -220,3 +221,12 @@ def test_a_setting_chosen_anew_takes_the_place_of_the_one_before(study):
         (0, 1e-4),
         (1, 1e-5),
     }
+
+
+def test_a_model_s_text_stands_on_the_page_as_it_is():
+    assert page.in_a_cell("a|b <i>`x`\n") == "a&#124;b &lt;i&gt;\\`x\\`"
+    answers = [{"prompt_text": "1 + 1?", "response_text": "2\nyes"}]
+    lines = {"teacher": [{"regime": "smollm2", "texts": answers}], "untrained": [{"regime": "large_gap"}]}
+    (shown,) = page.texts({name: ARMS[name] for name in lines}, lines)
+    assert shown.splitlines()[0] == "| `smollm2`, greedily | 1 + 1? |"
+    assert shown.splitlines()[2:] == ["| the teacher itself | 2<br>yes |"]
