@@ -2,6 +2,7 @@
 
     python benchmarks/study/methods.py                  # all recipes that have no results yet
     python benchmarks/study/methods.py --only opsd      # one recipe, and the caches that are missing
+    python benchmarks/study/methods.py --seeds 3 --minutes 60
 
 A run is one line of docs/methods/results/tiny/NAME.jsonl, from which docs/generate.py makes the pages; what
 is finished is not run again, and several of these commands, given at once, share the runs. Seeds decide the
@@ -237,14 +238,14 @@ def run_one(case: Case, rate: float, seed: int, *, waits: bool) -> None:
         log.warning("%s: accuracy %.4f", line["key"], line["accuracy"])
 
 
-def run_case(case: Case, until_s: float) -> None:
+def run_case(case: Case, until_s: float, seeds: int) -> None:
     """The runs that choose the learning rate, all of them, and then those that measure."""
     for waits in (False, True):
         for rate in LEARNING_RATES:
             if time.monotonic() < until_s:
                 run_one(case, rate, TUNING_SEED, waits=waits)
     chosen = best_tuning(read_lines(RESULTS, case.run), (case.run, TASK, ()))
-    for seed in range(SEEDS):
+    for seed in range(min(seeds, SEEDS)):
         if chosen and time.monotonic() < until_s:
             run_one(case, chosen[RATE], seed, waits=False)
 
@@ -263,6 +264,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these recipes alone")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of a recipe")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,7 +275,7 @@ def main() -> None:
     run_untrained()
     for case in cases():
         if options.only is None or case.recipe in options.only:
-            run_case(case, until_s)
+            run_case(case, until_s, options.seeds)
 
 
 if __name__ == "__main__":
