@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from arms import TUNING_SEED, Arm, Cell, combinations, read_arms
+from arms import TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
 from cells import QUICK, identity, measure, run_of
 from filelock import Timeout
 from page import RESULTS, write_page
@@ -59,7 +59,7 @@ def measured_cells(name: str, arm: Arm, only: str | None, seeds: int | None) -> 
     for regime in regimes_of(arm, only):
         for grid in combinations(arm.grid):
             place = (arm.tuned_like, regime, ()) if arm.tuned_like else (name, regime, grid)
-            chosen = best_tuning(lines, place)
+            chosen = best_tuning(lines, place, read_regime(regime).get("lowest"))
             if chosen is None and arm.tuned_like:
                 sys.exit(f"{name} takes its settings from {arm.tuned_like}, which has none in {regime} yet")
             for seed in range(min(arm.seeds, seeds or arm.seeds)):

@@ -93,7 +93,8 @@ def read_regime(name: str) -> dict[str, Any]:
     """A regime: its models; `run`, a run file; `sft`, how its student was fine-tuned.
 
     `validation` is laid over the held-out prompts for runs that choose a setting, `seed_step` is how far the
-    prompts of two seeds lie apart, `texts` how many answers are kept to be read.
+    prompts of two seeds lie apart, `texts` how many answers are kept to be read, `lowest` the figure that a
+    setting is chosen by where that is not the highest accuracy.
     """
     return read_yaml(str(STUDY / "regimes" / f"{name}.yaml"))
 

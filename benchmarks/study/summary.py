@@ -83,7 +83,14 @@ def measured(lines: Iterable[Line]) -> Iterator[tuple[Place, list[Line]]]:
     yield from found.items()
 
 
-def best_tuning(lines: Iterable[Line], place: Place) -> dict[str, Any] | None:
-    """The tuned settings of the highest validation accuracy, the first of equals; None where none ran."""
+def best_tuning(lines: Iterable[Line], place: Place, lowest: str | None = None) -> dict[str, Any] | None:
+    """The tuned settings of the best run on the validation prompts, the first of equals; None where none ran.
+
+    Args:
+        lines: of the arm.
+        place: where it searched.
+        lowest: the figure whose lowest is the best; None takes the highest accuracy.
+    """
     tried = [line for line in lines if line["is_tuning"] and place_of(line) == place]
-    return max(tried, key=lambda line: line["accuracy"])["tuned"] if tried else None
+    worth = (lambda line: -line[lowest]) if lowest else (lambda line: line["accuracy"])
+    return max(tried, key=worth)["tuned"] if tried else None

@@ -88,10 +88,12 @@ def test_the_best_setting_is_that_of_the_highest_validation_accuracy():
             "is_tuning": tuning,
             "tuned": {"lr": lr},
             "accuracy": accuracy,
+            "kl": accuracy,
         }
         for lr, accuracy, tuning in ((1, 0.5, True), (2, 0.7, True), (3, 0.7, True), (4, 0.9, False))
     ]
     assert best_tuning(lines, ("a", "r", ())) == {"lr": 2}
+    assert best_tuning(lines, ("a", "r", ()), lowest="kl") == {"lr": 1}
     assert best_tuning(lines, ("b", "r", ())) is None
 
 
