@@ -156,13 +156,18 @@ class SharedShards:
                 is_there = index not in damaged and marker_path(self.folder, index).exists()
                 if not is_there and not self._claims.take(self._key(index)):
                     continue
-                del left[index]
                 if is_there or (self._is_finished(index, fingerprint) and fits(index)):
+                    del left[index]
                     self._claims.release(self._key(index))
                     told(index)
                     continue
+                if index in damaged and not self._claims.holds(self._key(index)):
+                    self._claims.release(self._key(index))  # the look took longer than the lease
+                    continue
+                del left[index]
                 is_idle = False
-                self._clear(index)
+                if index in damaged:
+                    self._clear(index)
                 yield index
             if left and is_idle:
                 with doing(f"{self.kind}: waiting for {len(left)} shards that other processes make"):
