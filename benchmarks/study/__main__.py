@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import models
 import torch
 from arms import TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
 from cells import QUICK, identity, measure, run_of
@@ -49,8 +50,17 @@ def tuning_cells(name: str, arm: Arm, only: str | None) -> Iterator[Cell]:
                     yield Cell(name, regime, grid, tuned, TUNING_SEED)
 
 
-def measured_cells(name: str, arm: Arm, only: str | None, seeds: int | None) -> Iterator[Cell]:
+def measured_cells(
+    name: str, arm: Arm, only: str | None, seeds: int | None, *, counts: bool = False
+) -> Iterator[Cell]:
     """The runs that measure, at the settings that were chosen.
+
+    Args:
+        name: of the arm.
+        arm: the arm.
+        only: a regime.
+        seeds: at most so many.
+        counts: yield the runs whose settings are not chosen yet too, without settings.
 
     Raises:
         SystemExit: the arm takes its settings from one that has not searched yet.
@@ -60,15 +70,15 @@ def measured_cells(name: str, arm: Arm, only: str | None, seeds: int | None) -> 
         for grid in combinations(arm.grid):
             place = (arm.tuned_like, regime, ()) if arm.tuned_like else (name, regime, grid)
             chosen = best_tuning(lines, place, read_regime(regime).get("lowest"))
-            if chosen is None and arm.tuned_like:
+            if chosen is None and arm.tuned_like and not counts:
                 sys.exit(f"{name} takes its settings from {arm.tuned_like}, which has none in {regime} yet")
             for seed in range(min(arm.seeds, seeds or arm.seeds)):
                 yield Cell(name, regime, grid, tuple((chosen or {}).items()), seed)
 
 
 def searching_first(arms: dict[str, Arm]) -> list[tuple[str, Arm]]:
-    """The arms in their order, those last that take their settings from another."""
-    return sorted(arms.items(), key=lambda named: named[1].tuned_like is not None)
+    """The arms in their order: what the others are compared with, those that search, those that borrow."""
+    return sorted(arms.items(), key=lambda named: (named[1].trains, named[1].tuned_like is not None))
 
 
 def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
@@ -80,9 +90,7 @@ def quick_cells(arms: dict[str, Arm]) -> Iterator[tuple[Arm, Cell]]:
 
 def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, waits: bool) -> None:
     """Run what is not there yet and no other process runs, until the time is up; `waits` for those others."""
-    for cell in cells:
-        if time.monotonic() > until_s:
-            return
+    while time.monotonic() < until_s and (cell := next(cells, None)) is not None:
         run = run_of(arm, cell, WORK)
         with contextlib.suppress(Timeout), alone_at(place_of_lock(cell)).acquire(blocking=waits):
             if is_done(RESULTS, {"arm": name, "key": cell.key, "identity": identity(run, arm)}):
@@ -114,17 +122,32 @@ def run_quick(arms: dict[str, Arm]) -> None:
 
 
 def remaining_hours(arms: dict[str, Arm], only: str | None, seeds: int | None) -> float:
-    """Hours of the runs that have no line, by what the arm's others took."""
+    """Hours of the runs that have no line at the settings of now, by what the arm's others took.
+
+    A run whose models are not there yet is one of them, so that none is made to count.
+    """
     seconds = 0.0
     for name, arm in arms.items():
         lines = read_lines(RESULTS, name)
         keys = {line["key"] for line in lines}
-        tuning = sum(cell.key not in keys for cell in tuning_cells(name, arm, only))
-        places = len(regimes_of(arm, only)) * len(list(combinations(arm.grid)))
-        measured = sum(not line["is_tuning"] and line["regime"] in regimes_of(arm, only) for line in lines)
         each_s = sum(line["seconds"] for line in lines) / len(lines) if lines else SECONDS_OF_A_RUN
-        seconds += each_s * (tuning + max(0, places * min(arm.seeds, seeds or arm.seeds) - measured))
+        cells = (*tuning_cells(name, arm, only), *measured_cells(name, arm, only, seeds, counts=True))
+        seconds += each_s * sum(cell.key not in keys or not is_kept(arm, cell) for cell in cells)
     return seconds / 3600
+
+
+def is_kept(arm: Arm, cell: Cell) -> bool:
+    """Whether a run has its line, at the settings of now and with models that are there."""
+    if models.missing(WORK, cell.regime, arm.scorer):
+        return False
+    found = identity(run_of(arm, cell, WORK), arm)
+    return is_done(RESULTS, {"arm": cell.arm, "key": cell.key, "identity": found})
+
+
+def missing_models(arms: dict[str, Arm], only: str | None) -> list[str]:
+    """The models that are made first, each once."""
+    needed = {(regime, arm.scorer) for arm in arms.values() for regime in regimes_of(arm, only)}
+    return sorted({name for one in needed for name in models.missing(WORK, *one)})
 
 
 def main() -> None:
@@ -143,6 +166,8 @@ def main() -> None:
         return
     (WORK / "locks").mkdir(parents=True, exist_ok=True)
     log.warning("about %.1f hours of one thread to go", remaining_hours(arms, asked.regime, asked.seeds))
+    if missing := missing_models(arms, asked.regime):
+        log.warning("made first, in time that is not counted: %s", ", ".join(missing))
     until_s = time.monotonic() + 60 * asked.minutes
     for name, arm in searching_first(arms):
         run_arm(name, arm, until_s, asked.regime, asked.seeds)

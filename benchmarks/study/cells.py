@@ -17,6 +17,7 @@ from summary import Line, alone_at
 
 from lightopd.cache.index import query
 from lightopd.config import build, build_run, merged
+from lightopd.files import write_atomically
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, rounds, sft, train
 from lightopd.pipelines.shared.reports import Report
@@ -177,7 +178,7 @@ def made_once(place: Path, make: Callable[[Path], Line]) -> tuple[Path, Line]:
     with alone_at(place):
         if not said.exists():
             shutil.rmtree(place, ignore_errors=True)
-            said.write_text(json.dumps(make(place)))
+            write_atomically(said, json.dumps(make(place)).encode())
     return place, json.loads(said.read_text())
 
 

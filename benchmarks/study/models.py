@@ -33,9 +33,24 @@ def teacher(work: Path, name: str) -> Path:
     return folder / "teacher"
 
 
+def missing(work: Path, regime: str, scorer: str) -> list[str]:
+    """What is made before the first run of a regime with a scorer, in words; nothing is made to tell."""
+    described = read_regime(regime)
+    names = {described["teacher"], described[scorer], described.get("base", SHIPPED)} - {SHIPPED}
+    found = [f"teacher {name}" for name in sorted(names) if not _last_made(work / "models" / name).exists()]
+    has_student = "sft" not in described or (work / "students" / regime / "student").exists()
+    return found if has_student else [*found, f"student of {regime}"]
+
+
+def _last_made(folder: Path) -> Path:
+    """What lies in a teacher's folder once all in it is made."""
+    if folder.name == REAL:
+        return folder / "base"
+    return folder / ("student" if TEACHERS[folder.name][2] else "base") / "provenance.json"
+
+
 def _make(folder: Path, seed: int, addends: int, with_student: bool) -> None:
-    last = "student" if with_student else "base"
-    if not (folder / last / "provenance.json").exists():
+    if not _last_made(folder).exists():
         settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
         settings += [] if with_student else ["--without-student"]
         command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
@@ -43,7 +58,7 @@ def _make(folder: Path, seed: int, addends: int, with_student: bool) -> None:
 
 
 def _make_real(folder: Path) -> None:
-    if not (folder / "base").exists():
+    if not _last_made(folder).exists():
         shutil.rmtree(folder / "teacher", ignore_errors=True)
         convert_gguf(find_smollm2(), folder / "teacher")
         half_depth_student(folder / "teacher", folder / "base")

@@ -13,6 +13,8 @@ import yaml
 from arms import Arm, read_arms, read_regime
 from summary import Interval, Line, Place, interval, measured, read_lines
 
+from lightopd.files import write_atomically
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "study" / "results"
 ANSWERS = ROOT / "docs" / "study" / "answers.yaml"
@@ -55,23 +57,23 @@ QUESTIONS = {
 }
 
 
-def page() -> str:
+def page(results: Path = RESULTS, images: Path = IMAGES) -> str:
     """The whole page."""
     answers = yaml.safe_load(ANSWERS.read_text())
     arms = read_arms()
-    lines = {name: read_lines(RESULTS, name) for name in arms}
+    lines = {name: read_lines(results, name) for name in arms}
     parts = [answers["title"], *setting(lines), *answers_first(answers)]
     for number, title in QUESTIONS.items():
         own = {name: arm for name, arm in arms.items() if number in arm.questions}
-        parts += [f"## {number}. {title}", answers["questions"][number], *picture(number)]
+        parts += [f"## {number}. {title}", answers["questions"][number], *picture(number, images)]
         parts += tables(number, own, lines)
     return "\n\n".join([*parts, answers["limits"], *searches(arms, lines)]).replace("\n\n\n", "\n\n") + "\n"
 
 
-def picture(number: int) -> Iterator[str]:
+def picture(number: int, images: Path) -> Iterator[str]:
     """The picture of a question, where there is one."""
     name = f"study-{PICTURES.get(number)}.svg"
-    if (IMAGES / name).exists():
+    if (images / name).exists():
         yield f"![{QUESTIONS[number]}](images/{name})"
 
 
@@ -315,13 +317,13 @@ def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str
     yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def write_page() -> None:
-    """Write the page and its pictures anew."""
+def write_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> None:
+    """Write the page and its pictures anew; other processes may do so at the same moment."""
     from pictures import write_pictures
 
     arms = read_arms()
-    write_pictures(IMAGES, arms, {name: read_lines(RESULTS, name) for name in arms})
-    PAGE.write_text(page(), encoding="utf-8")
+    write_pictures(docs / IMAGES.name, arms, {name: read_lines(results, name) for name in arms})
+    write_atomically(docs / PAGE.name, page(results, docs / IMAGES.name).encode(), shared=True)
 
 
 if __name__ == "__main__":

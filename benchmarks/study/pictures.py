@@ -1,6 +1,10 @@
-"""The study's pictures, as SVG files from the results; needs the extra `report`."""
+"""The study's pictures, as SVG files from the results; needs the extra `report`.
 
-from collections.abc import Iterator
+Each ends with the hash of the rows that it was drawn from.
+"""
+
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +13,47 @@ import pandas
 from arms import Arm
 from summary import Line, interval, measured
 
+from lightopd.files import write_atomically
+from lightopd.schemas.base import canonical_hash
+
 Lines = dict[str, list[Line]]
+Rows = list[dict[str, Any]]
 ACCURACY = altair.Scale(zero=False)
 
 
 def write_pictures(folder: Path, arms: dict[str, Arm], lines: Lines) -> None:
     """Write `study-arms.svg`, `study-map.svg` and `study-drift.svg`, those that have results."""
-    drawn = {"arms": _arms(arms, lines), "map": _map(arms, lines), "drift": _drift(arms, lines)}
-    for name, chart in drawn.items():
-        if chart is not None:
-            chart.properties(background="white").save(str(folder / f"study-{name}.svg"))
+    for name, rows in drawn_rows(arms, lines).items():
+        if rows:
+            drawn = io.StringIO()
+            CHARTS[name](rows).properties(background="white").save(drawn, format="svg")
+            signed = f"{drawn.getvalue().rstrip()}\n{signature(rows)}\n"
+            write_atomically(folder / f"study-{name}.svg", signed.encode(), shared=True)
 
 
-def _arms(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
+def drawn_rows(arms: dict[str, Arm], lines: Lines) -> dict[str, Rows]:
+    """What each picture shows; none where it has no results."""
+    return {
+        "arms": list(gains(arms, lines, question=1)),
+        "map": [row for row in gains(arms, lines, question=2) if row["grid"]],
+        "drift": list(_drifts(arms, lines)),
+    }
+
+
+def signature(rows: Rows) -> str:
+    """The SVG comment that tells by which rows a picture was drawn.
+
+    Numbers count to six digits, since the last ones of an interval are the library's.
+    """
+    rounded = [
+        {name: f"{one:.6g}" if isinstance(one, float) else one for name, one in row.items()} for row in rows
+    ]
+    return f"<!-- rows: {canonical_hash(rounded)} -->"
+
+
+def _arms(rows: Rows) -> altair.FacetChart:
     """What the arms of the first question gain, with 95 % intervals, the best of the first regime on top."""
-    rows = sorted(_gains(arms, lines, question=1), key=lambda row: (row["regime"], -row["gain"]))
-    if not rows:
-        return None
+    rows = sorted(rows, key=lambda row: (row["regime"], -row["gain"]))
     order = list(dict.fromkeys(row["arm"] for row in rows))
     labels = altair.Axis(labelLimit=400)
     shown = pandas.DataFrame(rows).drop(columns="grid")
@@ -35,11 +63,16 @@ def _arms(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
     return (bars + points).properties(width=300).facet(column=altair.Column("regime:N", title=None))
 
 
-def _gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict[str, Any]]:
-    """Points of accuracy over the student before distillation, of every arm that trains, by regime."""
+def gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict[str, Any]]:
+    """Points of accuracy over the student before distillation, of every arm that trains, by regime.
+
+    A regime whose student was not measured has none.
+    """
     before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
     for name, arm in arms.items():
         for place, own in measured(lines[name]) if question in arm.questions and arm.trains else ():
+            if place[1] not in before:
+                continue
             found = interval(100 * (line["accuracy"] - before[place[1]]) for line in own)
             half = found.half_width if found.seeds > 1 else 0.0
             low, high = found.mean - half, found.mean + half
@@ -47,17 +80,12 @@ def _gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dic
             yield row | {"gain": found.mean, "low": low, "high": high}
 
 
-def _map(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
+def _map(rows: Rows) -> altair.FacetChart:
     """Points of accuracy over the student before, by rollouts a step, for both losses of the map."""
-    rows = [row for row in _gains(arms, lines, question=2) if row["grid"]]
-    if not rows:
-        return None
-    for row in rows:
-        row |= {"rollouts a step": row["grid"]["train.batch_sequences"]}
-        row |= {"where": f"{row['regime']}, learning rate {row['grid']['train.optimizer.lr']:g}"}
-        del row["grid"]
-    order = dict.fromkeys(row["where"] for row in rows)
-    base = altair.Chart(pandas.DataFrame(rows)).encode(
+    shown = pandas.DataFrame(rows).drop(columns="grid")
+    shown["rollouts a step"] = [row["grid"]["train.batch_sequences"] for row in rows]
+    shown["where"] = [f"{row['regime']}, learning rate {row['grid']['train.optimizer.lr']:g}" for row in rows]
+    base = altair.Chart(shown).encode(
         altair.X("rollouts a step:Q", scale=altair.Scale(type="log", base=2)),
         color=altair.Color("arm:N", title=None, legend=altair.Legend(labelLimit=400)),
     )
@@ -67,14 +95,14 @@ def _map(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
     chart = (
         (line + bars)
         .properties(width=200, height=200)
-        .facet(altair.Facet("where:N", title=None, sort=list(order)), columns=3)
+        .facet(altair.Facet("where:N", title=None, sort=list(shown["where"].unique())), columns=3)
     )
     return chart.resolve_scale(y="independent")
 
 
-def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
-    """w, ESS and the log-ratio along the training of the arms of the first question."""
-    rows = [
+def _drifts(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
+    """Measures of drift at every kept step of the arms of the first question, seed by seed."""
+    yield from (
         {"arm": arm.title, "step": point["step"], "measure": name, "value": point[name]}
         for which, arm in arms.items()
         if arm.kind == "offline" and 1 in arm.questions
@@ -84,9 +112,11 @@ def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
         for point in line["curve"]
         for name in ("w_mean", "ess", "log_ratio")
         if name in point
-    ]
-    if not rows:
-        return None
+    )
+
+
+def _drift(rows: Rows) -> altair.FacetChart:
+    """w, ESS and the log-ratio along the training of the arms of the first question."""
     chart = altair.Chart(pandas.DataFrame(rows)).mark_line()
     chart = chart.encode(
         x="step:Q",
@@ -95,3 +125,7 @@ def _drift(arms: dict[str, Arm], lines: Lines) -> altair.FacetChart | None:
     )
     facets = chart.properties(width=180, height=160).facet(altair.Facet("measure:N", title=None))
     return facets.resolve_scale(y="independent")
+
+
+CHARTS: dict[str, Callable[[Rows], altair.FacetChart]] = {"arms": _arms, "map": _map, "drift": _drift}
+"""How each picture is drawn from its rows."""

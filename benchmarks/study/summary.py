@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 from scipy.stats import t as student_t
 
+from lightopd.files import write_atomically
+
 Line = dict[str, Any]
 Place = tuple[str, str, tuple[tuple[str, Any], ...]]
 """Arm, regime and combination of the grid."""
@@ -42,11 +44,10 @@ def is_done(results: Path, line: Line) -> bool:
 def keep_line(results: Path, line: Line, work: Path) -> None:
     """Put a line in the place of an older one, or at the end; processes that share `work` take turns."""
     path = results / line["regime"] / f"{line['arm']}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with alone_at(work / "results"):
         mine = [one for one in read_lines(results, line["arm"]) if one["regime"] == line["regime"]]
         lines = {slot(one): one for one in (*mine, line)}
-        path.write_text("".join(json.dumps(one) + "\n" for one in lines.values()), encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(one) + "\n" for one in lines.values()).encode())
 
 
 def slot(line: Line) -> str:

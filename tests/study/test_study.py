@@ -1,15 +1,13 @@
 """The study: its arms are whole, its statistics and measures right, and its page is what the results say."""
 
-import importlib.util
 import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import page
 import pytest
-from arms import Arm, Cell, combinations, read_arms, read_regime, settings_of
+from arms import Cell, combinations, read_arms, read_regime, settings_of
 from cells import QUICK, VALIDATION, cache_of, identity, made_once, run_of
 from measures import extrapolated_kl, gradient_gap
 from summary import best_tuning, interval, read_lines
@@ -169,60 +167,6 @@ def test_two_processes_make_a_folder_once(tmp_path):
         second = pool.submit(made_once, tmp_path / "a" / "x", make)
         may_end.set()
         assert first.result() == second.result()
-
-
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("study_command", Path(page.__file__).parent / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "WORK", tmp_path)
-    return module
-
-
-def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(study):
-    order = [name for name, _ in study.searching_first(ARMS)]
-    borrowing = {name: arm for name, arm in ARMS.items() if arm.tuned_like}
-    assert borrowing
-    assert all(order.index(arm.tuned_like) < order.index(name) for name, arm in borrowing.items())
-    with pytest.raises(SystemExit, match="live_jsd takes its settings from jsd, which has none in large_gap"):
-        list(study.measured_cells("live_jsd", ARMS["live_jsd"], "large_gap", None))
-    assert study.remaining_hours(ARMS, None, None) > 1
-
-
-def test_a_finished_run_is_not_run_again_while_its_settings_stay(study):
-    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
-    cell = Cell("a", "large_gap", (), (), 0)
-
-    def seconds(arm):
-        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
-        [line] = read_lines(study.RESULTS, "a")
-        assert 0.5 < line["accuracy"] <= 1.0
-        return line["seconds"], line["identity"]
-
-    first = seconds(arm)
-    assert seconds(arm.model_copy(update={"title": "other"})) == first
-    changed = arm.model_copy(update={"run": {**QUICK, "eval_prompts": {"count": 32}}})
-    assert seconds(changed)[1] != first[1]
-
-
-def test_a_run_that_another_process_is_at_is_left_to_it(study):
-    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
-    cell = Cell("a", "large_gap", (), (), 0)
-    with study.alone_at(study.place_of_lock(cell)):
-        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
-    assert not read_lines(study.RESULTS, "a")
-
-
-def test_a_setting_chosen_anew_takes_the_place_of_the_one_before(study):
-    for rate, seed in ((1e-5, 0), (1e-5, 1), (1e-4, 0)):
-        line = {"key": f"a/r/lr={rate}/seed={seed}", "arm": "a", "regime": "r", "grid": {}, "seed": seed}
-        study.keep_line(study.RESULTS, line | {"tuned": {"lr": rate}, "is_tuning": False}, study.WORK)
-    assert {(one["seed"], one["tuned"]["lr"]) for one in read_lines(study.RESULTS, "a")} == {
-        (0, 1e-4),
-        (1, 1e-5),
-    }
 
 
 def test_a_model_s_text_stands_on_the_page_as_it_is():

@@ -1,0 +1,90 @@
+"""The study's command: which runs it makes, in which order, and what it says of them."""
+
+import math
+
+import pytest
+from arms import Arm, Cell, read_arms
+from cells import QUICK
+from summary import read_lines
+
+ARMS = read_arms()
+
+
+def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(study):
+    order = [name for name, _ in study.searching_first(ARMS)]
+    borrowing = {name: arm for name, arm in ARMS.items() if arm.tuned_like}
+    assert borrowing
+    assert all(order.index(arm.tuned_like) < order.index(name) for name, arm in borrowing.items())
+    with pytest.raises(SystemExit, match="live_jsd takes its settings from jsd, which has none in large_gap"):
+        list(study.measured_cells("live_jsd", ARMS["live_jsd"], "large_gap", None))
+    assert study.remaining_hours(ARMS, None, None) > 1
+
+
+def test_a_finished_run_is_not_run_again_while_its_settings_stay(study):
+    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
+    cell = Cell("a", "large_gap", (), (), 0)
+
+    def seconds(arm):
+        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
+        [line] = read_lines(study.RESULTS, "a")
+        assert 0.5 < line["accuracy"] <= 1.0
+        return line["seconds"], line["identity"]
+
+    first = seconds(arm)
+    assert seconds(arm.model_copy(update={"title": "other"})) == first
+    changed = arm.model_copy(update={"run": {**QUICK, "eval_prompts": {"count": 32}}})
+    assert seconds(changed)[1] != first[1]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(study):
+    arm = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK))
+    cell = Cell("a", "large_gap", (), (), 0)
+    with study.alone_at(study.place_of_lock(cell)):
+        study.run_cells("a", arm, iter([cell]), math.inf, waits=False)
+    assert not read_lines(study.RESULTS, "a")
+
+
+def test_a_setting_chosen_anew_takes_the_place_of_the_one_before(study):
+    for rate, seed in ((1e-5, 0), (1e-5, 1), (1e-4, 0)):
+        line = {"key": f"a/r/lr={rate}/seed={seed}", "arm": "a", "regime": "r", "grid": {}, "seed": seed}
+        study.keep_line(study.RESULTS, line | {"tuned": {"lr": rate}, "is_tuning": False}, study.WORK)
+    assert {(one["seed"], one["tuned"]["lr"]) for one in read_lines(study.RESULTS, "a")} == {
+        (0, 1e-4),
+        (1, 1e-5),
+    }
+
+
+def test_what_others_are_compared_with_is_measured_first(study):
+    order = [arm.trains for _, arm in study.searching_first(ARMS)]
+    assert order == sorted(order)
+
+
+def test_a_command_whose_time_is_up_takes_no_other_run(study):
+    study.run_arm("live_jsd", ARMS["live_jsd"], -math.inf, "large_gap", None)
+
+
+UNTRAINED = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK), seeds=1)
+
+
+def test_hours_to_go_are_those_of_the_runs_without_a_line_at_the_settings_of_now(study):
+    study.run_arm("a", UNTRAINED, math.inf, None, None)
+    assert study.remaining_hours({"a": UNTRAINED}, None, None) == 0.0
+    changed = UNTRAINED.model_copy(update={"run": {**QUICK, "eval_prompts": {"count": 32}}})
+    [line] = read_lines(study.RESULTS, "a")
+    assert study.remaining_hours({"a": changed}, None, None) == line["seconds"] / 3600
+
+
+def test_models_are_not_made_to_count_the_runs_that_need_them(study, tmp_path):
+    arm = UNTRAINED.model_copy(update={"regimes": ("small_gap",)})
+    line = {"key": "a/small_gap/seed=0", "identity": "", "arm": "a", "regime": "small_gap", "seed": 0}
+    line |= {"grid": {}, "tuned": {}, "is_tuning": False, "seconds": 36.0}
+    study.keep_line(study.RESULTS, line, tmp_path)
+    assert study.remaining_hours({"a": arm}, None, None) == pytest.approx(0.01)
+    assert study.missing_models({"a": arm}, None) == ["student of small_gap"]
+    crossing = {"cross_lightning": ARMS["cross_lightning"]}
+    assert study.missing_models(crossing, None) == ["teacher other"]
+    assert study.missing_models({"live": ARMS["live"]}, "long_answers") == [
+        "student of long_answers",
+        "teacher eight",
+    ]
+    assert not (tmp_path / "models").exists()

@@ -1,0 +1,63 @@
+"""What the study writes survives a crash, and is drawn from runs that are only partly there."""
+
+import page
+import pytest
+from arms import read_arms
+from cells import made_once
+from pictures import drawn_rows, signature, write_pictures
+from recording_disk import RecordingDisk
+from summary import keep_line, read_lines
+
+ARMS = read_arms()
+
+
+def line_of(arm, regime="large_gap", seed=0, **figures):
+    """A measured run's line."""
+    place = {"arm": arm, "regime": regime, "seed": seed, "grid": {}, "tuned": {}, "is_tuning": False}
+    return {"key": f"{arm}/{regime}/seed={seed}", "identity": "", **place, "accuracy": 0.5, **figures}
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return RecordingDisk().install(monkeypatch)
+
+
+def test_a_line_is_there_whole_or_not_at_all(tmp_path, disk):
+    keep_line(tmp_path, line_of("live"), tmp_path)
+    disk.check_survives(tmp_path / "large_gap" / "live.jsonl")
+    assert read_lines(tmp_path, "live") == [line_of("live")]
+
+
+def test_what_a_cache_cost_is_there_whole_or_not_at_all(tmp_path, disk):
+    made_once(tmp_path / "cache", lambda place: place.mkdir() or {"score_seconds": 1.0})
+    disk.check_survives(tmp_path / "cache.json")
+
+
+def test_a_regime_whose_student_was_not_measured_is_left_out_of_the_pictures(tmp_path):
+    lines = {name: [] for name in ARMS}
+    lines["live"] = [line_of("live", regime) for regime in ("large_gap", "small_gap")]
+    lines["untrained"] = [line_of("untrained", "small_gap")]
+    write_pictures(tmp_path, ARMS, lines)
+    drawn = (tmp_path / "study-arms.svg").read_text()
+    assert "small_gap" in drawn
+    assert "large_gap" not in drawn
+
+
+def test_the_page_of_no_results_is_there_whole_or_not_at_all(tmp_path, disk):
+    page.write_page(tmp_path / "results", tmp_path)
+    disk.check_survives(tmp_path / "study.md")
+    assert "Not run: in `large_gap`" in (tmp_path / "study.md").read_text()
+
+
+def test_the_pictures_are_drawn_from_the_results():
+    rows = drawn_rows(ARMS, {name: read_lines(page.RESULTS, name) for name in ARMS})
+    drawn = {path.name: path.read_text().splitlines()[-1] for path in page.IMAGES.glob("study-*.svg")}
+    assert drawn == {f"study-{name}.svg": signature(own) for name, own in rows.items() if own}, (
+        "python benchmarks/study/page.py draws them"
+    )
+
+
+def test_a_picture_s_signature_changes_with_a_figure_and_not_with_its_last_digit():
+    row = {"arm": "a", "gain": 0.5, "grid": {"train.steps": 5}}
+    assert signature([row]) != signature([row | {"gain": 0.51}])
+    assert signature([row]) == signature([row | {"gain": 0.5 + 1e-12}])
