@@ -60,4 +60,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each family's config class checks values in its own way
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{folder}/config.json cannot be used: {reason}") from error
+        raise InputError(
+            f"{folder}/config.json cannot be used ({reason}); correct it, or copy it again from where the "
+            "model was made"
+        ) from error

@@ -145,7 +145,8 @@ def _read_model(model: ModelConfig, tensors: Mapping[str, Tensor] | None) -> Pre
     except Exception as error:  # a family's own code, on values that its config let pass, fails in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the model in {folder} cannot be loaded ({type(error).__name__}: {reason})"
+            f"the model in {folder} cannot be loaded ({type(error).__name__}: {reason}); copy it again from "
+            "where it was made, or name another model"
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -68,7 +68,10 @@ def _read(model: ModelConfig, folder: ModelFolder, name: str) -> Any:
         return loaded
     except Exception as error:  # the libraries raise what a damaged file makes them raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"the tokenizer in {folder.path} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"the tokenizer in {folder.path} cannot be loaded ({reason}); copy its files again from where "
+            "the model was made"
+        ) from error
 
 
 def _difference(tokenizer: Any, folder: Path) -> str | None:

@@ -50,7 +50,8 @@ def drop_signal(cache: Path, name: str, *, is_sure: bool) -> int:
     folder, aside = signal_folder(cache, name), cache / DROPPED
     begun = [path for path in aside.glob("*") if path.name.rpartition(".")[0] == name]
     if name not in names and not begun:
-        raise CacheError(f"{cache} has no signal {name!r} (there: {', '.join(names) or 'none'})")
+        there = f"name one of {', '.join(names)}" if names else "it has none, and there is nothing to drop"
+        raise CacheError(f"{cache} has no signal {name!r}; {there}")
     for other in sorted({*signal_names(cache)} - {name}):
         support = open_cache(cache, signals=[other], incomplete=True).signals[other].manifest.support
         if support is not None and support.get("signal") == name:

@@ -73,7 +73,10 @@ async def served_model(pool: ServerPool, engine: ServerEngine) -> Card:
     cards = await asyncio.gather(*(_card(pool, url, engine.model) for url in pool.urls))
     for url, card in zip(pool.urls, cards, strict=True):
         if card != cards[0]:
-            raise EngineError(f"the servers differ: {pool.urls[0]} has {cards[0]}, {url} has {card}")
+            raise EngineError(
+                f"the servers differ: {pool.urls[0]} has {cards[0]}, {url} has {card}; start all with one "
+                "vLLM, model and settings, or leave the odd one out of engine.urls"
+            )
     return cards[0]
 
 
@@ -151,7 +154,8 @@ def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
     if card.max_model_len > context_length + 1:
         raise EngineError(
             f"the server's {card.name} has a context of {card.max_model_len} tokens, {model.path} has "
-            f"{context_length}: it serves another model, or another setting of its positions"
+            f"{context_length}: it serves another model, or another setting of its positions; start it with "
+            "this model and its own settings, or correct engine.urls"
         )
     if model.adapter is not None or not _lies_here(card.root):
         log.warning("%s: whether its weights are those of %s cannot be seen from here", card.name, model.path)
@@ -160,11 +164,13 @@ def _check_card(card: Card, model: ModelConfig, context_length: int) -> None:
         found = fingerprint_model(ModelConfig(path=card.root))
     except InputError as error:
         raise EngineError(
-            f"the server's {card.name} lies in {card.root}, which cannot be read: {error}"
+            f"the server's {card.name} lies in {card.root}, which cannot be read ({error}); mend that "
+            f"folder, or start the server with {model.path}"
         ) from error
     if found.identity != fingerprint_model(model).identity:
         raise EngineError(
-            f"the server's {card.name} lies in {card.root} and is another model than {model.path}"
+            f"the server's {card.name} lies in {card.root} and is another model than {model.path}; start it "
+            "with this one, or correct engine.urls"
         )
 
 
