@@ -1,5 +1,8 @@
 """Replicas behind one address, and servers beside each other, that do not compute the same."""
 
+import re
+import shutil
+
 import pytest
 from engine_cases import CONTEXT, VOCABULARY, random_sequences, tiny_model
 from fake_engine import FakeEngine
@@ -74,3 +77,18 @@ def test_of_two_servers_with_other_weights_both_numbers_are_told(ask):
 def test_nothing_is_requested_where_no_response_is_to_be_scored(ask):
     (server,) = ask({}, sequences=random_sequences(1, [(4, 0)]))
     assert not server.bodies
+
+
+def test_precompute_refuses_a_server_with_an_odd_replica_and_leaves_no_signal(lightopd, world, tmp_path):
+    cache = shutil.copytree(world.cache, tmp_path / "cache")
+    shutil.rmtree(cache / "signals")
+    server = FakeServer(FakeEngine(vocabulary_size=24, context_length=64), tokenizer(), odd_replica=0.4)
+    try:
+        asked = ["precompute", "--cache", cache, "--teacher", world.teacher, "--top-k", 4]
+        code, _, err = lightopd(*asked, "--server", server.url)
+    finally:
+        server.stop()
+    assert code == 6, err
+    assert re.search(rf"do not agree .*{server.url}: [56] of {COPIES} answers, up to 0\.4 nats", err), err
+    assert "limit max_noise_nats 0.05" in err
+    assert not (cache / "signals").exists()

@@ -12,7 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cache_cases import make_cache
 
+from lightopd.cache.claims.claims import Claims
+from lightopd.cache.claims.store import FolderStore
 from lightopd.cache.store import content_id, open_cache
 from lightopd.cache.verify import verify
 from lightopd.config import load_stage
@@ -184,8 +187,38 @@ def test_a_signal_is_dropped_only_when_that_is_said_and_the_index_follows(lighto
     assert (code, "bytes are freed" in out) == (0, True)
     assert verify(tmp_path / "a") == []
     assert lightopd("sql", tmp_path / "a", "select count(*) as n from signals")[1].split()[-1] == "0"
-    assert lightopd("cache", "drop-signal", tmp_path / "a", "teacher", "--yes")[0] == 5
+    code, _, err = lightopd("cache", "drop-signal", tmp_path / "a", "teacher", "--yes")
+    assert (code, "has no signal 'teacher'; it has none, and there is nothing to drop" in err) == (5, True)
     assert not list((tmp_path / "a").glob(".lightopd.dropped"))
+
+
+def test_nothing_is_deleted_while_another_process_makes_shards(lightopd, tmp_path):
+    make_cache(tmp_path)
+    with Claims(FolderStore(tmp_path / ".lightopd.claims", "signals/second"), 2.0) as other:
+        other.take("part-00000")
+        before = shards_of(tmp_path)
+        for words in (["drop-signal", tmp_path, "teacher", "--yes"], ["gc", tmp_path, "--yes"]):
+            code, _, err = lightopd("cache", *words)
+            assert (code, f"{other.holder.name} is writing here; wait for it or stop it" in err) == (
+                7,
+                True,
+            ), err
+        assert other.holds("part-00000")
+    assert shards_of(tmp_path) == before
+    assert lightopd("cache", "gc", tmp_path, "--yes")[0] == 0
+
+
+def test_a_signal_that_another_was_scored_over_is_dropped_after_it(lightopd, tmp_path):
+    make_cache(tmp_path, signals={"student": {}, "teacher": {"support": {"signal": "student"}}})
+    before = shards_of(tmp_path)
+    code, _, err = lightopd("cache", "drop-signal", tmp_path, "student", "--yes")
+    told = "signal 'teacher' was scored over the entries of 'student'; drop 'teacher' first"
+    assert (code, told in err) == (5, True), err
+    assert shards_of(tmp_path) == before
+    code, _, err = lightopd("cache", "drop-signal", tmp_path, "third", "--yes")
+    assert (code, "has no signal 'third'; name one of student, teacher" in err) == (5, True), err
+    for name in ("teacher", "student"):
+        assert lightopd("cache", "drop-signal", tmp_path, name, "--yes")[0] == 0
 
 
 def test_leftovers_are_listed_then_deleted_and_nothing_else_is(lightopd, made, tmp_path):
