@@ -285,13 +285,18 @@ def test_a_terminal_is_told_what_is_under_way_when_nothing_else_is_said(monkeypa
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with never_silent("rollout", silence_s=0.05):
         with doing("rollout: sampling shard 2 of 3"):
-            time.sleep(0.3)
-        time.sleep(0.2)
-    said = [record.getMessage() for record in caplog.records]
-    assert "rollout: sampling shard 2 of 3, 0:00:00" in said
-    assert said[-1] == "rollout: working, 0:00:00"
+            wait_until_said(caplog, r"rollout: sampling shard 2 of 3, \d:\d\d:\d\d")
+        wait_until_said(caplog, r"rollout: working, \d:\d\d:\d\d")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     caplog.clear()
     with never_silent("rollout", silence_s=0.01):
         time.sleep(0.1)
     assert not caplog.records
+
+
+def wait_until_said(caplog, pattern):
+    """Wait until the last line is such a one."""
+    end_s = time.monotonic() + 60
+    while not (caplog.messages and re.fullmatch(pattern, caplog.messages[-1])):
+        assert time.monotonic() < end_s, caplog.messages
+        time.sleep(0.01)

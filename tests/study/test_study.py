@@ -9,6 +9,7 @@ import page
 import pytest
 from arms import Cell, combinations, read_arms, read_regime, settings_of
 from cells import QUICK, VALIDATION, cache_of, identity, made_once, run_of
+from crowd import until
 from measures import extrapolated_kl, gradient_gap
 from summary import best_tuning, interval, read_lines
 
@@ -152,19 +153,21 @@ def test_a_cache_that_was_not_made_to_its_end_costs_what_a_whole_one_does(tmp_pa
     assert again["gap_nats"] == cost["gap_nats"]
 
 
-def test_two_processes_make_a_folder_once(tmp_path):
+def test_two_processes_make_a_folder_once(tmp_path, caplog):
+    caplog.set_level("DEBUG", "filelock")  # which says when it waits
     begun, may_end = threading.Event(), threading.Event()
 
     def make(place):
         place.mkdir()
         begun.set()
-        may_end.wait(10)
+        may_end.wait(60)
         return {"by": threading.current_thread().name}
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(made_once, tmp_path / "a" / "x", make)
-        begun.wait(10)
+        begun.wait(60)
         second = pool.submit(made_once, tmp_path / "a" / "x", make)
+        until(lambda: "not acquired" in caplog.text, 60)
         may_end.set()
         assert first.result() == second.result()
 

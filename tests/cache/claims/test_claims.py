@@ -169,11 +169,11 @@ def test_a_disk_that_fails_when_a_claim_was_lost_ends_no_other_claim(store, monk
 
 
 def test_a_living_holder_is_named_and_a_silent_one_is_not(store):
-    with Claims(store, 0.4) as claims:
+    with Claims(store, 4.0) as claims:
         claims.take("part")
-        assert "process " in Claims(store, 0.4).living_holder()
+        assert "process " in Claims(store, 4.0).living_holder()
         assert claims.other_holder() is None
-        assert "process " in Claims(store, 0.4).other_holder()
+        assert "process " in Claims(store, 4.0).other_holder()
     silent = Claims(store, 0.4)
     silent.take("part")
     assert Claims(store, 0.4).living_holder() is None

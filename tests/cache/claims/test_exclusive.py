@@ -9,6 +9,8 @@ from lightopd.cache.claims.store import BucketStore
 from lightopd.errors import OutputError
 
 LEASE_S = 0.4
+PATIENT_S = 4.0
+"""Of a lease whose holder is seen to live on a busy machine too."""
 
 
 @pytest.fixture
@@ -23,22 +25,22 @@ def store(bucket):
 
 
 def test_one_that_shares_and_another_exclusive_one_are_refused_while_it_works(store):
-    with exclusively(store, LEASE_S, "URL"):
+    with exclusively(store, PATIENT_S, "URL"):
         for other in (refuse_exclusive, lambda *given: exclusively(*given).__enter__()):
             with pytest.raises(OutputError, match=r"URL: process \d+ on .* is writing here"):
-                other(store, LEASE_S, "URL")
+                other(store, PATIENT_S, "URL")
     refuse_exclusive(store, LEASE_S, "URL")
     assert store.bucket.sizes() == {}
 
 
 def test_it_is_refused_where_a_process_makes_any_part(store, bucket):
-    with Claims(BucketStore(bucket, ".claims/signals/teacher"), LEASE_S) as claims:
+    with Claims(BucketStore(bucket, ".claims/signals/teacher"), PATIENT_S) as claims:
         claims.take("part-00001")
         assert store.all_keys() == ["signals/teacher/part-00001"]
         told = pytest.raises(OutputError, match="leave out --exclusive to share its work")
-        with told, exclusively(store, LEASE_S, "URL"):
+        with told, exclusively(store, PATIENT_S, "URL"):
             pass
-        refuse_exclusive(store, LEASE_S, "URL")
+        refuse_exclusive(store, PATIENT_S, "URL")
     with exclusively(store, LEASE_S, "URL"):
         pass
 
