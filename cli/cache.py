@@ -195,8 +195,12 @@ def export(
     """
     from lightopd.cache.formats.dataset import export_dataset
     from lightopd.cache.store import open_cache
+    from lightopd.pipelines.maintenance.remade import made_beside
 
-    paths = [str(path) for path in export_dataset(open_cache(cache), out)]
+    opened = open_cache(cache)
+    with made_beside(out) as folder:
+        files = [path.relative_to(folder) for path in export_dataset(opened, folder)]
+    paths = [str(out / file) for file in files]
     say(json.dumps({"files": paths}) if as_json else "\n".join(paths))
 
 

@@ -14,7 +14,7 @@ from lightopd.cache.index import query
 from lightopd.cache.reader import read_shard_columns
 from lightopd.cache.store import open_cache
 from lightopd.cache.verify import verify
-from lightopd.errors import InputError, OutputError
+from lightopd.errors import InputError
 
 PROMPTS = ["<user>1+1", "<user>2+2", "<user>1+1", "<user>3"]
 RESPONSES = [[5, 6, 7], [], [8], [9, 10]]
@@ -222,10 +222,3 @@ def test_an_exported_dataset_has_plain_types_and_a_card_that_names_its_files(tmp
     assert card.startswith("---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n")
     assert "5 rollouts, 30 response tokens" in card
     assert "`teacher_topk_ids`" in card
-
-
-def test_an_export_never_mixes_into_a_folder_that_holds_something(tmp_path):
-    cache, _, _ = make_cache(tmp_path / "c")
-    export_dataset(cache, tmp_path / "d")
-    with pytest.raises(OutputError, match="not an empty folder"):
-        export_dataset(cache, tmp_path / "d")

@@ -180,6 +180,25 @@ def test_export_and_import_round_off(lightopd, world, tmp_path):
     assert pq.read_table(tmp_path / "dataset" / "data").num_rows == 24
 
 
+def test_an_export_never_mixes_into_a_folder_that_holds_something(lightopd, world, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "notes.txt").write_text("mine")
+    code, _, err = lightopd("export", world.cache, tmp_path / "dataset")
+    assert code == 7
+    assert "is there already, and is not replaced" in err
+    assert [path.name for path in tmp_path.rglob("*")] == ["dataset", "notes.txt"]
+
+
+def test_an_export_that_fails_leaves_no_part_of_a_dataset(lightopd, world, tmp_path):
+    cache = shutil.copytree(world.cache, tmp_path / "cache")
+    last = sorted(cache.glob("rollouts/part-*.parquet"))[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    code, _, err = lightopd("export", cache, tmp_path / "dataset")
+    assert code == 5
+    assert str(last) in err
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(lightopd, world, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = ["--cache", world.cache, "--student", world.sft / "student", "--out", tmp_path / "file" / "x"]

@@ -3,7 +3,7 @@
     python -P tests/torture --rounds 200 --seed 0
 
 A round takes a stage, a fault and a moment; the command runs on tiny models, is hurt, and is given again.
-What it made must then have the bytes of an undisturbed run. `--from N` goes on at round N in the same
+What it made must then have the bytes of an undisturbed run. `--from N` resumes at round N in the same
 `--folder`.
 """
 
@@ -111,7 +111,7 @@ def play(torture, options: argparse.Namespace, stages: list[str]) -> bool:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     print(summary(rows))
     if number < options.rounds:
-        print(f"\nstopped before round {number}; go on with --from {number}")
+        print(f"\nstopped before round {number}; resume with --from {number}")
     return any(row["findings"] for row in rows)
 
 

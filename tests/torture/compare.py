@@ -3,18 +3,25 @@
 import csv
 import hashlib
 import io
+import re
 from pathlib import Path
 
 OF_THE_MOMENT = ("*.report.json", "journal.jsonl", "index.duckdb")
 """Files that hold times, or what a life did and another found done: they must be there, and no more."""
+ASIDE = re.compile(r"\.lightopd\.bad/\d+/")
+"""Where a repair moves what is bad: one that was hurt, and the next, have a numbered folder each."""
 CLOCK_COLUMNS = ("seconds", "tokens_per_second")
 """Columns of a metrics.csv that tell how long a step took; every other number is compared as written."""
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
-    """Digest and size of each file below a folder, of what is no matter of the moment."""
+    """Digest and size of each file below a folder, of what is no matter of the moment.
+
+    An index that a repair moved aside is left out: a hurt one leaves it stale, the next one makes it anew.
+    """
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
+    named = {ASIDE.sub(".lightopd.bad/", str(path.relative_to(folder))): path for path in files}
+    return {name: _digest(path) for name, path in named.items() if not name.endswith(".bad/index.duckdb")}
 
 
 def _digest(path: Path) -> tuple[str, int]:

@@ -62,6 +62,19 @@ def _split(inputs: Path, out: Path) -> list[str]:
     return ["cache", "split", f"{inputs / 'cache'}", "--parts", "2", "--out", f"{out}"]
 
 
+def _rewrite(inputs: Path, work: Path) -> list[str]:
+    given = ["--model", f"{inputs / 'teacher'}", "--prompts", f"{inputs / 'prompts.jsonl'}"]
+    text = ["--template", "{{ prompt }}{{ response }}", "--name", "refined", "--gives", "rollouts"]
+    out = ["--out", f"{work / 'refined'}", "--set", "sampling.max_tokens=6"]
+    return ["rewrite", "--cache", f"{work / 'cache'}", *given, *text, *out]
+
+
+def _eval(inputs: Path, out: Path) -> list[str]:
+    models = ["--model", f"{inputs / 'sft/student'}", "--teacher", f"{inputs / 'teacher'}"]
+    short = ["--set", "sampling.max_tokens=4", "--set", "shard_rollouts=2"]
+    return ["eval", *models, "--prompts", f"{inputs / 'prompts.jsonl'}", "--out", f"{out}", *short]
+
+
 def _run_file(inputs: Path, path: Path, out: Path, **changes: object) -> None:
     prompts = str(inputs / "prompts.jsonl")
     plain = {
@@ -86,11 +99,22 @@ def _whole_cache(inputs: Path, work: Path) -> None:
     shutil.copytree(inputs / "cache", work / "cache")
 
 
+def _damaged_cache(inputs: Path, work: Path) -> None:
+    """A cache in which a shard of rollouts, and another of the signal, have a flipped byte."""
+    _whole_cache(inputs, work)
+    for name in ("rollouts/part-00001.parquet", "signals/teacher/part-00002.parquet"):
+        content = bytearray((work / "cache" / name).read_bytes())
+        content[200] ^= 1
+        (work / "cache" / name).write_bytes(content)
+
+
 STAGES = {
     "sft": Stage(lambda inputs, work: _sft(inputs, work / "sft")),
     "rollout": Stage(lambda inputs, work: [*_rollout(inputs, work / "cache"), *SHORT]),
+    "rewrite": Stage(_rewrite, _rows_only),
     "precompute": Stage(lambda inputs, work: _precompute(inputs, work / "cache"), _rows_only),
     "train": Stage(lambda inputs, work: _train(inputs, work / "train")),
+    "eval": Stage(lambda inputs, work: _eval(inputs, work / "eval")),
     "run": Stage(lambda inputs, _: ["run", "-c", f"{inputs / 'run.json'}"]),
     "rounds": Stage(lambda inputs, _: ["run", "-c", f"{inputs / 'rounds.json'}"]),
     "join": Stage(
@@ -103,6 +127,11 @@ STAGES = {
             "--set", "shard_rollouts=3",
         ]
     ),
+    "export": Stage(
+        lambda inputs, work: ["export", f"{inputs / 'cache'}", f"{work / 'dataset'}"],
+        says_when_done="is there already, and is not replaced",
+    ),
+    "repair": Stage(lambda inputs, work: ["verify", f"{work / 'cache'}", "--repair"], _damaged_cache),
     "index": Stage(lambda inputs, work: ["index", f"{work / 'cache'}"], _whole_cache),
     "copy": Stage(
         lambda inputs, work: [

@@ -13,7 +13,6 @@ from lightopd.cache.shards import shard_path
 from lightopd.cache.signals.horizon import in_words
 from lightopd.cache.store import Cache, Signal
 from lightopd.cache.tables import flat_column
-from lightopd.errors import OutputError
 from lightopd.files import write_atomically
 from lightopd.schemas.cache import ROLLOUTS, SIGNALS, list_of
 
@@ -41,12 +40,14 @@ def export_dataset(cache: Cache, out: Path) -> list[Path]:
     token), `<signal>_topk_ids` and `<signal>_topk_logprobs` (a list per token), up to the signal's horizon.
     `datasets` loads it by `load_dataset("parquet", data_files="OUT/data/*.parquet")`, or by the folder.
 
+    Args:
+        cache: opened with the signals that go along.
+        out: folder with nothing of a dataset in it; a stop leaves a part of one.
+
     Raises:
-        OutputError: `out` is not empty, or cannot be written.
+        OutputError: `out` cannot be written.
         CacheError: a shard is damaged.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is not an empty folder; name another one")
     files, seen = [], set[str]()
     for index in cache.shards:
         sink = pa.BufferOutputStream()
