@@ -14,7 +14,7 @@ LOCAL := $(shell [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null
 # A machine with a GPU has its own vLLM: pip install '.[vllm]'
 VLLM := $(if $(LOCAL),$(VENV)/.vllm)
 
-.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-ray test-all lint types bench bench-vllm bench-methods study study-quick clean
+.PHONY: demo demo-smollm2 vllm-cpu torture test test-gpu test-vllm test-browser test-ray test-all lint types bench bench-vllm bench-gpu bench-methods study study-quick clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +87,10 @@ bench: $(VENV)/.ready
 
 bench-vllm: $(VENV)/.ready $(VLLM)
 	$(BIN)/python benchmarks/scoring_vllm.py
+
+# On a machine with a GPU.
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu.py
 
 # What is finished is not run again.
 bench-methods: $(VENV)/.ready

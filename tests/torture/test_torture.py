@@ -9,7 +9,8 @@ import pytest
 
 HERE = Path(__file__).parent
 CHEAP = (
-    "rollout,rewrite,precompute,train,eval,join,import,export,repair,index,copy,push,pull,merge,split,drop-signal"
+    "rollout,rewrite,precompute,train,eval,join,import,export,repair,index,copy,"
+    "push,pull,merge,split,drop-signal"
 )
 """Stages of the short form; the long form has sft, run and rounds too, which take several times as long."""
 
