@@ -97,9 +97,10 @@ bench-methods: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study/methods.py
 	$(BIN)/python docs/generate.py
 
-# Says at the start how long it takes; what is finished is not run again. DEVICE=cuda: the time box of a lent GPU.
+# Says at the start how long it takes; what is finished is not run again. DEVICE=cuda: on the GPU, and since a
+# GPU is shared, no run begins after eight minutes; given again, it goes on.
 study: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study $(if $(filter cuda,$(DEVICE)),--minutes 8)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study $(if $(DEVICE),--device $(DEVICE)) $(if $(filter cuda,$(DEVICE)),--minutes 8)
 
 study-quick: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study --quick

@@ -185,10 +185,8 @@ Steps, batch and schedule are the same for all recipes, which their papers' are 
 
 OF_ONE_SEED = """## Recipes that have one seed only
 
-Running totals; 2,000 prompts with 4 rollouts of the student each, top-16 of 32 tokens; 100 steps of 128
-rollouts, cosine schedule, 5 warm-up steps, seed 0; 2,000 held-out prompts at temperature 1, standard error
-0.7 points. Two learning rates, tuned for none. `python benchmarks/study/methods.py --only NAME` measures one
-with seeds, as above.
+The settings are those above, seed 0, standard error 0.7 points; two learning rates, tuned for none.
+`python benchmarks/study/methods.py --only NAME` measures one with seeds, as above.
 """
 
 

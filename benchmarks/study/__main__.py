@@ -2,17 +2,19 @@
 
     python benchmarks/study                      # all that is missing
     python benchmarks/study --only live lightning --seeds 2 --minutes 60
-    python benchmarks/study --quick              # some arms of every kind, tiny, nothing kept
+    python benchmarks/study --quick              # every kind of arm but TRL's, tiny, nothing kept
+    python benchmarks/study --device cuda        # on the GPU
 
 A finished run is one line of docs/study/results/REGIME/ARM.jsonl and is not run again while its settings and
 models are the same. Several of these commands, given at once, share the runs. Runs that choose a setting have
 seed 1000 and other prompts than those that measure.
-After each arm docs/study.md is written anew. Where there is a GPU it is used.
+After each arm docs/study.md is written anew. Runs on a GPU take the place of those on the CPU.
 """
 
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -22,15 +24,17 @@ from pathlib import Path
 import models
 import torch
 from arms import TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
-from cells import QUICK, identity, measure, run_of
+from cells import QUICK, current_device, identity, measure, run_of
 from filelock import Timeout
 from page import RESULTS, write_page
-from summary import alone_at, best_tuning, is_done, keep_line, read_lines
+from summary import Line, alone_at, best_tuning, is_done, keep_line, read_lines
+
+from lightopd.schemas.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "study"
-QUICK_ARMS = ("live", "more_sft", "exopd", "drift_lightning", "horizon")
-"""One for each way to make a cache, to train and to measure."""
+QUICK_ARMS = ("untrained", "teacher", "live", "more_sft", "exopd", "drift_lightning", "horizon")
+"""Every kind but TRL's, which needs an environment of its own, and every measure."""
 SECONDS_OF_A_RUN = 50.0
 """Of a run that no other of its arm tells the length of."""
 log = logging.getLogger("study")
@@ -93,12 +97,23 @@ def run_cells(name: str, arm: Arm, cells: Iterator[Cell], until_s: float, *, wai
     while time.monotonic() < until_s and (cell := next(cells, None)) is not None:
         run = run_of(arm, cell, WORK)
         with contextlib.suppress(Timeout), alone_at(place_of_lock(cell)).acquire(blocking=waits):
-            if is_done(RESULTS, {"arm": name, "key": cell.key, "identity": identity(run, arm)}):
+            if is_done(RESULTS, named(arm, cell, run)):
                 continue
-            started_s = time.monotonic()
-            line = measure(arm, cell, run, WORK) | {"seconds": round(time.monotonic() - started_s, 1)}
+            line = timed(arm, cell, run, WORK)
             keep_line(RESULTS, line, WORK)
             log.warning("%s: accuracy %.4f, %.0f s", cell.key, line["accuracy"], line["seconds"])
+
+
+def named(arm: Arm, cell: Cell, run: RunConfig) -> Line:
+    """What tells whether a line is that of a run."""
+    return {"arm": cell.arm, "key": cell.key, "identity": identity(run, arm, current_device())}
+
+
+def timed(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
+    """The line of a run, with its seconds on the clock."""
+    started_s = time.monotonic()
+    line = measure(arm, cell, run, work)
+    return line | {"seconds": round(time.monotonic() - started_s, 1)}
 
 
 def place_of_lock(cell: Cell) -> Path:
@@ -114,11 +129,15 @@ def run_arm(name: str, arm: Arm, until_s: float, only: str | None, seeds: int | 
 
 
 def run_quick(arms: dict[str, Arm]) -> None:
-    """Run every arm small, in a folder that is deleted."""
-    with tempfile.TemporaryDirectory() as work:
+    """Run every arm small and write the page of them, in a folder that is deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
         for arm, cell in quick_cells(arms):
-            line = measure(arm, cell, run_of(arm, cell, Path(work), QUICK), Path(work))
+            line = timed(arm, cell, run_of(arm, cell, work, QUICK), work)
+            keep_line(work / "results", line, work)
             log.warning("%s: accuracy %.4f, which says nothing at this size", cell.key, line["accuracy"])
+        write_page(work / "results", work / "docs")
+        log.warning("the page and its pictures can be written from these")
 
 
 def remaining_hours(arms: dict[str, Arm], only: str | None, seeds: int | None) -> float:
@@ -140,8 +159,7 @@ def is_kept(arm: Arm, cell: Cell) -> bool:
     """Whether a run has its line, at the settings of now and with models that are there."""
     if models.missing(WORK, cell.regime, arm.scorer):
         return False
-    found = identity(run_of(arm, cell, WORK), arm)
-    return is_done(RESULTS, {"arm": cell.arm, "key": cell.key, "identity": found})
+    return is_done(RESULTS, named(arm, cell, run_of(arm, cell, WORK)))
 
 
 def missing_models(arms: dict[str, Arm], only: str | None) -> list[str]:
@@ -150,14 +168,30 @@ def missing_models(arms: dict[str, Arm], only: str | None) -> list[str]:
     return sorted({name for one in needed for name in models.missing(WORK, *one)})
 
 
+def choose_device(name: str) -> None:
+    """See that engines and trainings, which take a GPU where torch sees one, run on the device asked for.
+
+    Raises:
+        SystemExit: a GPU was asked for, and there is none.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        sys.exit("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM")
     parser.add_argument("--regime", help="this one alone")
     parser.add_argument("--seeds", type=int, help="at most so many of an arm")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after these")
-    parser.add_argument("--quick", action="store_true", help="some arms of every kind, tiny, nothing kept")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="arms of every kind but TRL's, tiny, nothing kept"
+    )
     asked = parser.parse_args()
+    choose_device(asked.device)
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     arms = read_arms(asked.only or (QUICK_ARMS if asked.quick else ()))

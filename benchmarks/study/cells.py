@@ -1,7 +1,10 @@
 """One run of the study, from the stages that users run: cache, training, evaluation, its figures."""
 
 import csv
+import importlib.metadata
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import models
+import torch
 from arms import Arm, Cell, read_regime, settings_of
 from measures import extrapolated_kl, gradient_gap
 from summary import Line, alone_at
 
+import lightopd
 from lightopd.cache.index import query
 from lightopd.config import build, build_run, merged
 from lightopd.files import write_atomically
@@ -77,12 +82,39 @@ def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunCon
     return build_run(merged(settings, own))
 
 
-def identity(run: RunConfig, arm: Arm) -> str:
-    """Hash of what decides a cell's figures: settings and models, but no folder and no title."""
+def current_device() -> str:
+    """Where engines and trainings run in this process: on the GPU where torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provenance() -> Line:
+    """What kind of machine runs here, with which versions; no name of a machine and no folder."""
+    machine = {"architecture": platform.machine(), "processor": _processor(), "num_cpus": os.cpu_count()}
+    if current_device() == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    versions = {"lightopd": lightopd.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"device": current_device(), "machine": machine, "versions": versions}
+
+
+def _processor() -> str:
+    """The processor's model as Linux names it, or what Python knows of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def identity(run: RunConfig, arm: Arm, device: str) -> str:
+    """Hash of what decides a cell's figures: settings, models, and a device that is not the CPU."""
     settings = run.model_dump(mode="json", exclude={"out", "teacher", "student"})
     settings["train"].pop("micro_batch_tokens", None)  # decides the rounding and no more
     weights = [fingerprint_model(ModelConfig(path=one.path)).identity for one in (run.teacher, run.student)]
-    return canonical_hash([arm.kind, arm.signals, settings, weights])
+    return canonical_hash([arm.kind, arm.signals, settings, weights, *_but_cpu(device)])
+
+
+def _but_cpu(device: str) -> list[str]:
+    return [] if device == "cpu" else [device]
 
 
 def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
@@ -92,12 +124,13 @@ def measure(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
     trained = TRAININGS[arm.kind](arm, run, work)
     line = {
         "key": cell.key,
-        "identity": identity(run, arm),
+        "identity": identity(run, arm, current_device()),
         **{"arm": cell.arm, "regime": cell.regime, "seed": cell.seed},
         **{"grid": dict(cell.grid), "tuned": dict(cell.tuned), "is_tuning": cell.is_tuning},
         **trained,
         **evaluated(run, trained_model(arm, run), is_tuning=cell.is_tuning, num_texts=num_texts),
         **(measured_besides(arm, cell, run, work) if not cell.is_tuning else {}),
+        **provenance(),
     }
     shutil.rmtree(run.out, ignore_errors=True)
     return line
@@ -147,7 +180,7 @@ def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
     """A cell's cache, shared by all that sample and score alike, and what it cost when it was made."""
     sampling, scoring = run.settings("rollout"), run.settings("precompute")
     named = {name: value for name, value in scoring.items() if name != "cache"}
-    sampled = sampling | {"cache": ""}
+    sampled, device = sampling | {"cache": ""}, _but_cpu(current_device())
 
     def sample(place: Path) -> Line:
         begun_s = time.process_time()
@@ -155,7 +188,7 @@ def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
         return {"rollout_seconds": round(time.process_time() - begun_s, 2)}
 
     def score(place: Path) -> Line:
-        rollouts, cost = made_once(work / "rollouts" / _hash([sampled]), sample)
+        rollouts, cost = made_once(work / "rollouts" / _hash([sampled, *device]), sample)
         shutil.copytree(rollouts, place)
         begun_s = time.process_time()
         figures = precompute.run(build(PrecomputeConfig, scoring | {"cache": place})).figures
@@ -166,7 +199,7 @@ def cache_of(arm: Arm, run: RunConfig, work: Path) -> tuple[Path, Line]:
             precompute.run(build(PrecomputeConfig, beside))
         return found
 
-    return made_once(work / "caches" / _hash([sampled, named, arm.signals]), score)
+    return made_once(work / "caches" / _hash([sampled, named, arm.signals, *device]), score)
 
 
 def made_once(place: Path, make: Callable[[Path], Line]) -> tuple[Path, Line]:

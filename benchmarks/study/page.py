@@ -4,6 +4,7 @@ python benchmarks/study/page.py        needs the extra `report` for the pictures
 """
 
 import html
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
@@ -99,7 +100,30 @@ def setting(lines: dict[str, list[Line]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     ran = f"{len(found):,} runs, {hours:.1f} hours on the clock, those that chose a setting included."
-    return ["## Setting", "\n".join([*head, *rows]), ran]
+    return ["## Setting", "\n".join([*head, *rows]), ran, *machines(found)]
+
+
+def machines(lines: list[Line]) -> Iterator[str]:
+    """How many runs were made on which kind of machine and with which versions, where they recorded it."""
+    known = Counter(
+        (machine_in_words(line), ", ".join(f"{name} {one}" for name, one in line["versions"].items()))
+        for line in lines
+        if "machine" in line
+    )
+    if known:
+        rows = [
+            f"| {count} | {machine} | {versions} |" for (machine, versions), count in sorted(known.items())
+        ]
+        yield "\n".join(["| runs | machine | versions |", "|---|---|---|", *rows])
+    if earlier := len(lines) - known.total():
+        yield f"{earlier} earlier runs recorded neither machine nor versions."
+
+
+def machine_in_words(line: Line) -> str:
+    """The kind of machine of a run, its device last."""
+    machine = line["machine"]
+    device = f"on the GPU, {machine['gpu']}" if "gpu" in machine else f"on the {line['device'].upper()}"
+    return f"{machine['processor']} ({machine['architecture']}), {machine['num_cpus']} CPUs, {device}"
 
 
 def regimes(lines: Iterable[Line]) -> list[str]:
@@ -111,7 +135,7 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
     """A table for each regime in which arms of a question were run, and what was not run."""
     if number == 2:
         for name, arm in arms.items():
-            yield from maps(arm.title, lines[name]) if lines[name] else (f"Not run: `{name}`.",)
+            yield from maps(name, arm, lines[name]) if lines[name] else (f"Not run: `{name}`.",)
         return
     if number == 9:
         yield from on_one_cache()
@@ -125,6 +149,7 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         if here:
             yield f"**`{regime}`**"
             yield table(COLUMNS[number], best_first(here) if number in RANKED else here, arms)
+            yield made_by(regime, [place[0] for place, _ in here], arms)
         ran = {place[0] for place, _ in here}
         names = [f"`{name}`" for name, arm in arms.items() if regime in arm.regimes and name not in ran]
         missing += [f"in `{regime}` {', '.join(names)}"] if names else []
@@ -134,6 +159,12 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         yield f"Not run: {'; '.join(missing)}."
     if not arms:
         yield "Not run: no arm is there yet."
+
+
+def made_by(regime: str, names: Iterable[str], arms: dict[str, Arm]) -> str:
+    """The command that makes the runs of a table, those that it takes settings from included."""
+    needed = dict.fromkeys(one for name in names for one in (arms[name].tuned_like, name) if one)
+    return f"Made by `python benchmarks/study --regime {regime} --only {' '.join(needed)}`."
 
 
 def texts(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
@@ -242,7 +273,13 @@ COLUMNS: dict[int, tuple[Column, ...]] = {
         ("bound of Theorem 3.5", over_seeds("bound", 1)),
     ),
     7: (RATE, ACCURACY, KL, ("KL to the teacher scaled", over_seeds("extrapolated_kl_nats", 3))),
-    8: (RATE, ACCURACY, KL, ("bytes a token", mean_of("bytes_per_token", 1))),
+    8: (
+        RATE,
+        ACCURACY,
+        KL,
+        ("bytes a token", mean_of("bytes_per_token", 1)),
+        ("seconds to score", mean_of("score_seconds", 1)),
+    ),
     9: (RATE, ACCURACY, KL),
 }
 
@@ -253,12 +290,14 @@ def on_one_cache() -> Iterator[str]:
     titles = {place[0]: Arm(title=place[0], questions=(9,)) for place, _ in places}
     if places:
         yield table(COLUMNS[9], best_first(places), titles)
+        only = " ".join(name for name in ON_ONE_CACHE if name in titles)
+        yield f"Made by `python benchmarks/study/methods.py --only {only}`."
     missing = [f"`{name}`" for name in ON_ONE_CACHE if name not in titles]
     if missing:
         yield f"Not run: {', '.join(missing)}."
 
 
-def maps(title: str, lines: list[Line]) -> Iterator[str]:
+def maps(name: str, arm: Arm, lines: list[Line]) -> Iterator[str]:
     """Accuracy of a loss over rollouts a step, learning rate and steps, with drift and KL beside."""
     for regime in regimes(lines):
         places = [(place, own) for place, own in measured(lines) if place[1] == regime]
@@ -276,8 +315,9 @@ def maps(title: str, lines: list[Line]) -> Iterator[str]:
             [*(f"{value:g}" for _, value in place[2]), *(cell(place, own) for _, cell in columns)]
             for place, own in places
         ]
-        yield f"**{title}, `{regime}`**"
+        yield f"**{arm.title}, `{regime}`**"
         yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+        yield made_by(regime, [name], {name: arm})
 
 
 def at_step(step: float, name: str) -> Callable[[Place, list[Line]], str]:

@@ -1,10 +1,14 @@
 """What the study writes survives a crash, and is drawn from runs that are only partly there."""
 
+import re
+from pathlib import Path
+from statistics import mean
+
 import page
 import pytest
 from arms import read_arms
 from cells import made_once
-from pictures import drawn_rows, signature, write_pictures
+from pictures import drawn_rows, gains, signature, write_pictures
 from recording_disk import RecordingDisk
 from summary import keep_line, read_lines
 
@@ -61,3 +65,33 @@ def test_a_picture_s_signature_changes_with_a_figure_and_not_with_its_last_digit
     row = {"arm": "a", "gain": 0.5, "grid": {"train.steps": 5}}
     assert signature([row]) != signature([row | {"gain": 0.51}])
     assert signature([row]) == signature([row | {"gain": 0.5 + 1e-12}])
+
+
+def test_the_readme_s_figures_are_those_of_the_results():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    said = readme.partition("## With which loss it works")[2].partition("\n## ")[0]
+    lines = {name: read_lines(page.RESULTS, name) for name in ARMS}
+    found = {row["arm"]: row for row in gains(ARMS, lines, question=1) if row["regime"] == "large_gap"}
+    of = {name: found[ARMS[name].title] for name in ARMS if ARMS[name].title in found}
+
+    gaining = ("reverse_kl", "live_reverse_kl", "trl", "passes_reverse_kl")
+    wanted = [f"{of[name]['gain']:+.1f} ± {of[name]['high'] - of[name]['gain']:.1f}" for name in gaining]
+    assert re.findall(r"[+-][\d.]+ ± [\d.]+", said) == wanted
+    assert of["lightning"]["low"] <= 0
+    assert of["live"]["low"] <= 0
+
+    own = {name: [line for line in lines[name] if line["regime"] == "large_gap"] for name in lines}
+    seconds = [
+        mean_seconds(own["reverse_kl"], "rollout_seconds") + mean_seconds(own["reverse_kl"], "score_seconds")
+    ]
+    seconds += [mean_seconds(own[name], "train_seconds") for name in ("reverse_kl", "trl")]
+    assert re.findall(r"(\d+) s\b", said) == [f"{one:.0f}" for one in seconds]
+    bytes_per_token = [
+        line["bytes_per_token"] for line in own["top_k"] if line["grid"] == {"precompute.top_k": 1}
+    ]
+    assert re.findall(r"(\d+) bytes a token", said) == [f"{mean(bytes_per_token):.0f}"]
+
+
+def mean_seconds(lines, part):
+    """Of the measured runs."""
+    return mean(line[part] for line in lines if not line["is_tuning"])

@@ -137,7 +137,9 @@ def test_the_results_on_shipped_models_are_of_the_settings_of_today(tmp_path):
             chosen = (tuple(line[kind].items()) for kind in ("grid", "tuned"))
             cell = Cell(name, line["regime"], *chosen, line["seed"])
             if cell.regime == "large_gap":
-                assert line["identity"] == identity(run_of(arm, cell, tmp_path), arm), cell.key
+                assert line["identity"] == identity(
+                    run_of(arm, cell, tmp_path), arm, line.get("device", "cpu")
+                )
 
 
 def test_a_cache_that_was_not_made_to_its_end_costs_what_a_whole_one_does(tmp_path):
