@@ -25,10 +25,10 @@ from lightopd.errors import OutputError
 from lightopd.files import json_bytes, write_atomically
 from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.pipelines import evaluate, precompute, rollout, train
-from lightopd.pipelines.chains.equal_rounds import planned_round, rounds_of
-from lightopd.pipelines.chains.kept_engines import KeptEngines
-from lightopd.pipelines.chains.one_round import Round
-from lightopd.pipelines.chains.phases import phases_of
+from lightopd.pipelines.multi_round.equal_rounds import planned_round, rounds_of
+from lightopd.pipelines.multi_round.kept_engines import KeptEngines
+from lightopd.pipelines.multi_round.one_round import Round
+from lightopd.pipelines.multi_round.phases import phases_of
 from lightopd.pipelines.sampling.sample import LoadEngine
 from lightopd.pipelines.shared.reports import Report, finished_report, save_report
 from lightopd.schemas.base import canonical_hash

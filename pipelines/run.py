@@ -59,9 +59,9 @@ def run(
         save_config(config, "run", config.out, only_first=True)
         reports = {}
         for name, stage, settings in config.pipeline():
-            if config.is_chain and stage in ("precompute", "train"):
+            if config.is_multi_round and stage in ("precompute", "train"):
                 continue  # rounds and phases take them together with rollout
-            if config.is_chain and stage == "rollout":
+            if config.is_multi_round and stage == "rollout":
                 repeated = rounds.run(config, told=told)
                 reports[repeated.stage] = repeated
                 told(repeated)
@@ -90,7 +90,7 @@ def variants(config: RunConfig, assignment: str) -> dict[str, RunConfig]:
             f"--sweep {assignment!r} is no setting of train with several values, such as "
             "--sweep train.optimizer.lr=1e-5,3e-5"
         )
-    if config.is_chain:
+    if config.is_multi_round:
         raise ConfigError(
             "a sweep trains on one cache, rounds and phases make new ones; leave one of them out"
         )
@@ -164,7 +164,7 @@ def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
     steps = {name: (stage, settings) for name, stage, settings in config.pipeline()}
     ready = []
     for name, (stage, settings) in steps.items():
-        if config.is_chain and stage in ("precompute", "train"):
+        if config.is_multi_round and stage in ("precompute", "train"):
             continue
         needed = NEEDS.get(name)
         if needed not in steps or _is_finished(needed, steps[needed][1]):
@@ -172,7 +172,7 @@ def _plan(config: RunConfig, told: Callable[[Report], None]) -> Report:
             ready.append(name)
         else:
             told(Report(name, _folder_of(name, settings), {}, notes=(f"dry run: waits for {needed}",)))
-        if config.is_chain and stage == "rollout":
+        if config.is_multi_round and stage == "rollout":
             told(rounds.plan(config))
     note = f"dry run: nothing was written; {len(ready)} steps can start now: {', '.join(ready)}"
     return Report("run", str(config.out), {"steps": len(steps)}, notes=(note,))

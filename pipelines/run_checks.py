@@ -15,7 +15,7 @@ from lightopd.lineage.fingerprint import fingerprint_model, model_folder, read_s
 from lightopd.models.limits import model_limits
 from lightopd.objectives.preparation.serving import CacheFacts, missing
 from lightopd.objectives.requirements import needs
-from lightopd.pipelines.chains.phases import phase_folder
+from lightopd.pipelines.multi_round.phases import phase_folder
 from lightopd.pipelines.shared.preflight import (
     check_dense_answers,
     check_head_holds,

@@ -1,13 +1,16 @@
-"""What runs a model, and how it draws: transformers or vLLM in this process, or a vLLM server elsewhere."""
+"""A model, what runs it and how it draws: transformers or vLLM in this process, or a vLLM server."""
 
+import json
 import re
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lightopd.schemas.base import StrictModel
 
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_STOP_BYTES = 1000
 """Longest text that ends a response: it is looked for at every token."""
 MIN_SHAPE_TOKENS = 256
@@ -32,6 +35,52 @@ def _as_horizon(value: Any) -> int | float:
 
 Horizon = Annotated[int | float, BeforeValidator(_as_horizon)]
 """How far into each response a signal goes: so many tokens, or a share of its tokens."""
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter's folder names: a folder, or a hub repository id.
+
+    Raises:
+        ValueError: it names none, or a folder that is not there.
+    """
+    remedy = "give the base model as the path and this folder as adapter"
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name its base model; {remedy}")
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ValueError(f"the base of adapter {adapter} is {base}, and there is no such folder; {remedy}")
+    return base
+
+
+class ModelConfig(StrictModel):
+    """A causal language model: a folder, or a hub repository where one can be reached."""
+
+    path: str = Field(min_length=1)
+    """Folder of a Hugging Face model or of a PEFT adapter that names its base, or a hub repository id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub repository; a folder has none."""
+    adapter: Path | None = None
+    """Folder of a PEFT adapter that is applied on top of the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format the weights are run in; `auto` keeps the one they are stored in."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of transformers; `auto` is `sdpa`, or `eager` for models that `sdpa` does not have whole."""
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings along; leave off for models you did not read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_plain_string_is_a_path(cls, value: Any) -> Any:
+        given = {"path": str(value)} if isinstance(value, str | Path) else value
+        if not isinstance(given, dict) or given.get("adapter") is not None:
+            return given
+        folder = Path(str(given.get("path", ""))).expanduser()
+        if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").exists():
+            return given
+        return {**given, "path": base_of(folder), "adapter": folder}
 
 
 class HfEngine(StrictModel):

@@ -95,7 +95,7 @@ class RunConfig(StageConfig):
     def _rounds_train_in_this_process(self) -> "RunConfig":
         trainings = [self.train, *(phase.train for phase in self.phases)]
         one_device = all((own.get("devices", 1), own.get("nodes", 1)) == (1, 1) for own in trainings)
-        if self.is_chain and not one_device:
+        if self.is_multi_round and not one_device:
             raise ValueError(
                 "rounds and phases train on one device, in the process that samples and scores; take devices "
                 "and nodes out of train, or leave rounds and phases out and run the stages one by one"
@@ -125,7 +125,7 @@ class RunConfig(StageConfig):
     @model_validator(mode="after")
     def _privacy_is_of_one_training(self) -> "RunConfig":
         trainings = (self.train, *(phase.train for phase in self.phases))
-        if self.is_chain and any(own.get("privacy") for own in trainings):
+        if self.is_multi_round and any(own.get("privacy") for own in trainings):
             raise ValueError(
                 "privacy spent in several trainings on the same prompts adds up, which nothing counts; take "
                 "privacy out of train, or leave rounds and phases out"
@@ -144,7 +144,7 @@ class RunConfig(StageConfig):
         return self
 
     @property
-    def is_chain(self) -> bool:
+    def is_multi_round(self) -> bool:
         """Whether rollout, precompute and train are run more than once, by rounds or phases."""
         return bool(self.rounds or self.phases)
 
@@ -158,7 +158,7 @@ class RunConfig(StageConfig):
         steps += [("rollout", "rollout"), ("precompute", "precompute")]
         steps += [("eval_teacher", "eval"), ("eval_before", "eval")] if self.eval_prompts else []
         steps += [("train", "train")]
-        steps += [("eval_after", "eval")] if self.eval_prompts and not self.is_chain else []
+        steps += [("eval_after", "eval")] if self.eval_prompts and not self.is_multi_round else []
         return [(name, stage, self.settings(name)) for name, stage in steps]
 
     def settings(self, name: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ ROOMS = [
     "pipelines.sampling",
     "pipelines.caches",
     "pipelines.maintenance",
-    "pipelines.chains",
+    "pipelines.multi_round",
     "pipelines.stages",
     "pipelines.demos",
     "cli",

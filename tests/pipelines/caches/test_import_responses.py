@@ -101,7 +101,7 @@ def test_a_trajectory_trains_on_the_assistants_tokens_alone(world, tmp_path):
     assert tokenizer.decode(skipped.response_ids[skipped.loss_mask], skip_special_tokens=True) == "9"
 
 
-def test_the_students_logprobs_are_stored_and_the_chain_goes_on(world, tmp_path):
+def test_the_students_logprobs_are_stored_and_the_pipeline_continues(world, tmp_path):
     rows = [{"prompt": f"{i}+2=", "response": str(i + 2), "answer": str(i + 2)} for i in range(4)]
     made = imported(world, tmp_path, *rows)
     assert all(np.isfinite(row.logprobs).all() and (row.logprobs <= 0).all() for row in made)

@@ -72,7 +72,7 @@ def test_a_node_must_know_where_the_others_are(environment):
 
 
 def command(world, out, *more, **settings):
-    """The words of `lightopd train` on the small chain."""
+    """The words of `lightopd train` on the small run."""
     chosen = {"batch_sequences": 6, "checkpoint_every": 1, "optimizer.eps": 1e-3, "optimizer.lr": 1e-4}
     sets = [word for key, value in {**chosen, **settings}.items() for word in ("--set", f"{key}={value}")]
     return ["train", "--cache", world.cache, "--student", world.sft / "student", "--out", out, *more, *sets]

@@ -148,11 +148,11 @@ def test_settings_under_which_the_bound_would_not_hold_are_refused_where_they_ar
         build(TrainConfig, {"cache": "c", "student": "s", "out": "o", **settings})
 
 
-@pytest.mark.parametrize("chain", [{"rounds": {"steps": 2}}, {"phases": [{"name": "one"}]}])
-def test_privacy_over_several_trainings_is_refused_since_nothing_adds_it_up(chain):
+@pytest.mark.parametrize("several", [{"rounds": {"steps": 2}}, {"phases": [{"name": "one"}]}])
+def test_privacy_over_several_trainings_is_refused_since_nothing_adds_it_up(several):
     plain = {"out": "o", "teacher": "t", "student": "s", "prompts": "p", "train": {"privacy": PRIVATE}}
     with pytest.raises(ConfigError, match="privacy spent in several trainings"):
-        build_run(plain | chain)
+        build_run(plain | several)
 
 
 def test_without_opacus_the_extra_is_named(train, single, monkeypatch):

@@ -15,8 +15,8 @@ from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
 from lightopd.pipelines import evaluate, rollout, rounds, train
 from lightopd.pipelines import run as pipeline
-from lightopd.pipelines.chains.equal_rounds import planned_round
-from lightopd.pipelines.chains.kept_engines import KeptEngines
+from lightopd.pipelines.multi_round.equal_rounds import planned_round
+from lightopd.pipelines.multi_round.kept_engines import KeptEngines
 from lightopd.prompts.load import load_prompts
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.configs import FilePrompts, OptimizerConfig, TrainConfig

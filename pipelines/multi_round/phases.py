@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightopd.config import build, of_phase
-from lightopd.pipelines.chains.one_round import Round, trained
+from lightopd.pipelines.multi_round.one_round import Round, trained
 from lightopd.schemas.configs import EvalConfig, ModelConfig, PrecomputeConfig, RolloutConfig, TrainConfig
 from lightopd.schemas.run import RunConfig
 

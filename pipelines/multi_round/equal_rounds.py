@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightopd.config import build, merged
-from lightopd.pipelines.chains.one_round import Round, trained
+from lightopd.pipelines.multi_round.one_round import Round, trained
 from lightopd.pipelines.shared.reports import Report
 from lightopd.schemas.configs import EvalConfig, PrecomputeConfig, RolloutConfig, TrainConfig
 from lightopd.schemas.run import RoundsConfig, RunConfig

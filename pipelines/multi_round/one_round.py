@@ -1,4 +1,4 @@
-"""One link of a chain: a student's rollouts, a teacher's scores, the training that makes the next student."""
+"""One round: a student's rollouts, a teacher's scores, the training that makes the next student."""
 
 from dataclasses import dataclass
 from pathlib import Path
