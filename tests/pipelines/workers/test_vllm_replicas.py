@@ -88,6 +88,6 @@ def test_a_killed_replica_with_vllm_costs_one_shard_and_takes_its_engine_with_it
     assert any("killed (SIGKILL)" in note for note in json.loads(out)["notes"])
     finished = len([name for name in before if name.endswith(".json")])
     (other,) = made_by(folder / "journal.jsonl").keys() - {killed}
-    assert made_by(folder / "journal.jsonl")[other] == NUM_SHARDS - finished
+    assert NUM_SHARDS - finished <= made_by(folder / "journal.jsonl")[other] <= NUM_SHARDS
     assert shards_of(folder) == shards_of(alone / "signals/teacher")
     until(lambda: all(map(is_gone, engines)))

@@ -3,24 +3,32 @@
 A fork starts in no time, so that the commands truly work side by side on a tiny model.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from lightopd.cache.claims.store import FolderStore
+from lightopd.processes import start_of
 
 SERVER = """
-import os, signal, sys
+import itertools, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import transformers, lightopd.pipelines.rollout, lightopd.pipelines.precompute, lightopd.engines.hf.engine
 from transformers import Qwen3ForCausalLM
 from lightopd.cli.main import main
+from lightopd.pipelines.workers.shared_shards import SharedShards
+claimed, numbers = SharedShards.claimed, itertools.count()
+def claimed_with_a_sleep(at, *arguments):
+    for index in claimed(*arguments):
+        if next(numbers) == at:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield index
 for line in sys.stdin:
     kind, *words = line.rstrip("\\n").split("\\0")
     if kind == "wait":
@@ -33,7 +41,9 @@ for line in sys.stdin:
         os.environ |= {"XDG_CACHE_HOME": words[1]} if words[1] else {}
         os.dup2(os.open(words[0] + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(os.open(words[0] + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.argv = ["lightopd", *words[2:]]
+        if words[2]:
+            SharedShards.claimed = lambda *arguments: claimed_with_a_sleep(int(words[2]), *arguments)
+        sys.argv = ["lightopd", *words[3:]]
         code = 1
         try:
             main()
@@ -56,6 +66,11 @@ class Command:
         """Send the process a signal."""
         os.kill(self.pid, number)
 
+    def wait_asleep(self):
+        """Wait until it has stopped itself."""
+        until(lambda: is_asleep(self.pid) or is_gone(self.pid))
+        assert not is_gone(self.pid), Path(f"{self._said}.err").read_text()
+
     def wait(self):
         """The exit code, and what it said on stderr."""
         if self._code is None:
@@ -74,20 +89,22 @@ def ask(server, *words):
     return server.stdout.readline()
 
 
-@contextmanager
+@contextlib.contextmanager
 def crowd(folder):
     """A function that starts `lightopd` with the given arguments and returns its `Command` at once.
 
-    `user` is the folder of the command's own user cache, as if it were on another machine.
+    `user` is the folder of the command's own user cache, as if it were on another machine. With `sleeps_at`
+    the command stops itself when it has claimed so many shards and one more.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as server:
         commands = []
 
-        def start(*arguments, user=""):
+        def start(*arguments, user="", sleeps_at=""):
             said = folder / f"said-{len(commands)}"
-            commands.append(Command(server, said, int(ask(server, "start", said, user, *arguments))))
+            pid = int(ask(server, "start", said, user, sleeps_at, *arguments))
+            commands.append(Command(server, said, pid))
             return commands[-1]
 
         yield start
@@ -99,7 +116,7 @@ def crowd(folder):
         server.stdin.close()
 
 
-def until(condition, timeout_s=60.0):
+def until(condition, timeout_s=300.0):
     """Wait for something to become true."""
     end_s = time.monotonic() + timeout_s
     while not condition():
@@ -125,13 +142,27 @@ def shards_of(folder):
 
 def children_of(pid):
     """Processes that a process started."""
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(each) for started in threads for each in started.read_text().split()]
+    return [int(child) for told in _told_of_threads(pid, "children") for child in told.split()]
 
 
 def is_gone(pid):
     """Whether a process has ended, asked for or not."""
-    return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    return start_of(pid) is None
+
+
+def is_asleep(pid):
+    """Whether a signal has stopped every thread of a process."""
+    stats = _told_of_threads(pid, "stat")
+    return bool(stats) and all(stat.rpartition(")")[2].split()[:1] == ["T"] for stat in stats)
+
+
+def _told_of_threads(pid, name):
+    told = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it, or one of its threads, has ended
+        for file in Path(f"/proc/{pid}/task").glob(f"*/{name}"):
+            told.append("")
+            told[-1] = file.read_text()
+    return told
 
 
 def stopped_in_the_middle(cache, kind, timeout_s=300.0):
@@ -139,17 +170,21 @@ def stopped_in_the_middle(cache, kind, timeout_s=300.0):
     store, found = FolderStore(cache / ".lightopd.claims", kind), []
 
     def is_caught():
-        for key in store.all_keys():
-            content = store.read(key) if key.startswith("part-") else None
-            if content is None:
-                continue
-            pid = json.loads(content)["pid"]
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.05)
-            if store.read(key) == content:
-                found.append(pid)
-                return True
-            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # claims or process are gone
+            for key in store.all_keys():
+                content = store.read(key) if key.startswith("part-") else None
+                if content is not None and sleeps_with(key, content):
+                    found.append(json.loads(content)["pid"])
+                    return True
+        return False
+
+    def sleeps_with(key, content):
+        pid = json.loads(content)["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: is_asleep(pid) or is_gone(pid))
+        if store.read(key) == content and not (cache / kind / f"{key}.json").exists():
+            return True
+        os.kill(pid, signal.SIGCONT)
         return False
 
     until(is_caught, timeout_s)
