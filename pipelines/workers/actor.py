@@ -28,8 +28,8 @@ class Job:
     """Of lightopd, where the command was given."""
     folder: Path
     """That the command was given in: paths of the config start there."""
-    token: Path
-    """A file in the cache, there as long as the command runs."""
+    token: Path | None
+    """A file in the cache, there as long as the command runs; None for a cache at a URL."""
     host: str
     """That the command was given on, for people."""
 
@@ -105,7 +105,7 @@ def refusal(job: Job) -> str:
             f"node {host} has lightopd {__version__}, and {job.host}, where the command was given, "
             f"{job.version}; install one version on all"
         )
-    if not job.token.exists():
+    if job.token is not None and not job.token.exists():
         return (
             f"node {host} does not see {job.token.parent.parent} as {job.host} does; put the cache on a "
             "folder that all nodes share under one path"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lightopd.cache.buckets.places import place_of
 from lightopd.pipelines.shared.reports import Report, save_report
 from lightopd.pipelines.workers.ray_actors import run_actors
 from lightopd.pipelines.workers.replicas import run_replicas
@@ -28,5 +29,10 @@ def run_crowd(
         return None
     run = run_actors if sharing.execution == "ray" else run_replicas
     report = run(stage, config, folder, num_shards)
+    place = place_of(config.cache)
+    if place is not None:
+        place.look()  # else what a replica sent would be taken for newer than what is saved now
     save_report(report, config.cache if stage == "rollout" else folder)
+    if place is not None:
+        place.send()
     return report

@@ -93,7 +93,7 @@ def _wait(ray: Any, seats: list[_Seat], progress: JointProgress, needs: dict[str
         is_whole = any(seat.outcome and not seat.outcome.code for seat in seats)
         now_s = time.monotonic()
         if not waiting or (is_whole and all(now_s - seat.heard_s > SETTLE_S for seat in waiting.values())):
-            progress.tell()
+            progress.tell(is_last=True)
             return
         if not is_told and now_s - started_s > PLACING_S:
             is_told = True

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightopd.cache.buckets.places import place_of
 from lightopd.errors import ConfigError
 from lightopd.pipelines.workers.shared_shards import CLAIMS
 
@@ -80,8 +81,14 @@ def _refuse_address(address: str) -> None:
 
 
 @contextlib.contextmanager
-def seen_by_all(cache: Path) -> Iterator[Path]:
-    """A file in the cache folder, there within the block: a node that does not see it has another folder."""
+def seen_by_all(cache: Path) -> Iterator[Path | None]:
+    """A file in the cache folder, there within the block: a node that does not see it has another folder.
+
+    None for a cache at a URL, which each node reaches by itself.
+    """
+    if place_of(cache) is not None:
+        yield None
+        return
     token = cache.absolute() / CLAIMS / f"ray-{uuid.uuid4().hex}"
     token.parent.mkdir(parents=True, exist_ok=True)
     token.write_bytes(b"")

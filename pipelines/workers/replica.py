@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightopd import errors
+from lightopd.cache.buckets.places import place_of
 from lightopd.errors import EngineError, LightopdError
 from lightopd.pipelines.shared.progress import StageProgress
 from lightopd.pipelines.shared.reports import Report, report_of
@@ -25,6 +27,8 @@ from lightopd.under_way import doing
 REPLICA = "LIGHTOPD_REPLICA"
 """Set in a replica: the pipe that closes when the process that started it ends."""
 POLL_S = 0.2
+LOOK_S = 5.0
+"""Seconds between two looks at what is at a cache's URL."""
 GRACE_S = 20.0
 """Seconds that a replica has to let go of its claim and its engine when it is stopped."""
 _COMMAND = "from lightopd.cli.main import main; main()"
@@ -123,10 +127,14 @@ class JointProgress:
 
     def __init__(self, stage: str, folder: Path, num_shards: int) -> None:
         self._stage, self._folder, self._total = stage, folder, num_shards
+        self._place, self._looked_s = place_of(folder), time.monotonic()
         self._progress = StageProgress(stage, None, "shards", num_shards, self._there())
 
-    def tell(self) -> None:
-        """Tell of the shards that have come since."""
+    def tell(self, *, is_last: bool = False) -> None:
+        """Tell of the shards that have come since; a URL is looked at now and then, and at last."""
+        if self._place is not None and (is_last or time.monotonic() - self._looked_s > LOOK_S):
+            self._place.look()
+            self._looked_s = time.monotonic()
         for _ in range(self._there() - self._progress.done):
             self._progress.advance(is_own=False)
 

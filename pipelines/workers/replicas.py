@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lightopd.cache.buckets.places import place_of
 from lightopd.config import as_yaml
 from lightopd.errors import ConfigError
 from lightopd.pipelines.shared.reports import Report
@@ -54,9 +55,11 @@ def run_replicas(
 
 
 def one_replica_of(config: RolloutConfig | PrecomputeConfig) -> RolloutConfig | PrecomputeConfig:
-    """The config that each of the replicas runs with."""
-    alone = {"replicas": 1, "execution": "local"}
-    return config.model_copy(update={"sharing": config.sharing.model_copy(update=alone)})
+    """The config that each of the replicas runs with; a URL in it is no machine's mirror."""
+    sharing = config.sharing.model_copy(update={"replicas": 1, "execution": "local"})
+    place = place_of(config.cache)
+    cache = config.cache if place is None else Path(place.url)
+    return config.model_copy(update={"sharing": sharing, "cache": cache})
 
 
 @contextlib.contextmanager

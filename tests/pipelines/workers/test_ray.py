@@ -19,6 +19,7 @@ from lightopd.pipelines.workers.ray_actors import _lost
 pytestmark = pytest.mark.ray
 
 PAGE = Path(__file__).parents[3] / "docs" / "scale.md"
+NUM_SHARDS = 12
 LEAST = {"object_store_memory": 80 * 1024 * 1024, "include_log_monitor": False}
 
 
@@ -86,6 +87,19 @@ def without_signal(cache, path):
     return path
 
 
+def finished(cache):
+    """When each shard of the signal was finished, by its marker."""
+    markers = sorted((cache / "signals/teacher").glob("part-*.json"))
+    return {path.name: path.stat().st_mtime_ns for path in markers}
+
+
+def made_by_others(cache, killed):
+    """Shards that the processes beside a killed one made, by the last line of each in the journal."""
+    lines = (cache / "signals/teacher/journal.jsonl").read_text().splitlines()
+    made = {record["pid"]: record["made"] for record in map(json.loads, lines)}
+    return sum(count for pid, count in made.items() if pid != killed)
+
+
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -122,12 +136,32 @@ def test_two_actors_make_the_cache_of_one_process(start, world, tmp_path):
     assert not (cache / ".lightopd.claims").exists()
 
 
+def test_two_actors_make_a_cache_at_a_url_each_in_the_mirror_of_its_node(start, world, alone, tmp_path):
+    """By the command of docs/scale.md; of a file system's URL, and from a machine with another user cache."""
+    line = re.search(r"<!-- test: ray at a url -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    url, bucket, user = f"file://{tmp_path}/bucket", tmp_path / "bucket", tmp_path / "user"
+    shutil.copytree(without_signal(alone, tmp_path / "cache"), bucket)
+    paths = {"TEACHER": world.teacher, "s3://caches/run1": url, "second": "teacher"}
+    _, stage, *words = (str(paths.get(word, word)) for word in shlex.split(line))
+    code, err = start(stage, *words, user=user).wait()
+    assert code == 0, err
+    assert err.count(f"{stage}: 12/12 shards") == 1
+    signal_there = bucket / "signals/teacher"
+    assert shards_of(signal_there) == shards_of(alone / "signals/teacher")
+    assert json.loads((signal_there / "precompute.report.json").read_text())["figures"]["replicas"] == 2
+    assert f"cache: {url}\n" in (signal_there / "precompute.yaml").read_text()
+    assert not list(user.rglob("signals/teacher/journal.jsonl")), (
+        "the actors worked in the mirror of the command's machine"
+    )
+    assert not [path for path in (bucket / ".lightopd.claims").rglob("*") if path.is_file()]
+
+
 def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
     process = start(*scoring(world, cache, *by_actors(1)))
-    replica = stopped_in_the_middle(cache, "signals/teacher")
-    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
-    actor, there = parent_of(replica), shards_of(cache / "signals/teacher")
+    replica = stopped_in_the_middle(cache, "signals/teacher", is_first=False)
+    actor, there = parent_of(replica), finished(cache)
+    assert 0 < len(there) < NUM_SHARDS
     os.kill(actor, signal.SIGKILL)
     until(lambda: is_gone(actor), 300)
     if not is_gone(replica):
@@ -136,9 +170,9 @@ def test_a_killed_actor_is_started_again_and_costs_one_shard(start, world, alone
     assert code == 0, err
     assert "replica 1 of 1: killed, and started again on" in err
     assert any("was killed and started again (1 x)" in note for note in json.loads(process.out)["notes"])
-    made = shards_of(cache / "signals/teacher")
-    assert made == shards_of(alone / "signals/teacher")
-    assert there.items() <= made.items()
+    assert shards_of(cache / "signals/teacher") == shards_of(alone / "signals/teacher")
+    assert there.items() <= finished(cache).items(), "a finished shard was written again"
+    assert made_by_others(cache, replica) <= NUM_SHARDS - len(there), "a finished shard was scored again"
 
 
 def test_an_actor_lets_go_of_its_shard_when_the_command_is_stopped(start, world, alone, tmp_path):
@@ -159,9 +193,9 @@ def test_an_actor_lets_go_of_its_shard_when_the_command_is_stopped(start, world,
 def test_the_work_goes_on_when_a_node_is_killed(cluster, start, world, alone, tmp_path):
     cache = without_signal(alone, tmp_path / "cache")
     process = start(*scoring(world, cache, *by_actors(2)))
-    replica = stopped_in_the_middle(cache, "signals/teacher")
-    assert len(shards_of(cache / "signals/teacher")) < 24, "nothing was left to do"
-    actor = parent_of(replica)
+    replica = stopped_in_the_middle(cache, "signals/teacher", is_first=False)
+    actor, there = parent_of(replica), finished(cache)
+    assert 0 < len(there) < NUM_SHARDS
     node = parent_of(actor)
     assert node in [each.all_processes["raylet"][0].process.pid for each in cluster.worker_nodes]
     for lost in (node, actor, replica):  # a node takes all with it
@@ -169,6 +203,8 @@ def test_the_work_goes_on_when_a_node_is_killed(cluster, start, world, alone, tm
     code, err = process.wait()
     assert code == 0, err
     assert shards_of(cache / "signals/teacher") == shards_of(alone / "signals/teacher")
+    assert there.items() <= finished(cache).items(), "a finished shard was written again"
+    assert made_by_others(cache, replica) < NUM_SHARDS, "what the lost node had finished was scored again"
     assert not (cache / ".lightopd.claims").exists()
 
 
@@ -204,6 +240,7 @@ def test_a_node_that_cannot_do_the_job_says_why(tmp_path):
     token.parent.mkdir(parents=True)
     token.touch()
     assert refusal(job) == ""
+    assert refusal(Job("rollout", "", __version__, tmp_path, None, "box")) == ""
     other = Job("rollout", "", "0.0.9", tmp_path, token, "box")
     assert f"has lightopd {__version__}, and box, where the command was given, 0.0.9" in refusal(other)
     elsewhere = Job("rollout", "", __version__, tmp_path / "none", token, "box")

@@ -165,24 +165,33 @@ def _told_of_threads(pid, name):
     return told
 
 
-def stopped_in_the_middle(cache, kind, timeout_s=300.0):
-    """A process that makes shards of a part, is in the middle of one, and sleeps from now on."""
-    store, found = FolderStore(cache / ".lightopd.claims", kind), []
+def stopped_in_the_middle(cache, kind, timeout_s=300.0, *, is_first=True):
+    """A process that makes shards of a part, is in the middle of one, and sleeps from now on.
+
+    Unless it may be its first one, the process has finished another, which is seen in its hands.
+    """
+    store, found, in_hand = FolderStore(cache / ".lightopd.claims", kind), [], {}
+
+    def is_there(key):
+        return (cache / kind / f"{key}.json").exists()
 
     def is_caught():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # claims or process are gone
             for key in store.all_keys():
                 content = store.read(key) if key.startswith("part-") else None
-                if content is not None and sleeps_with(key, content):
-                    found.append(json.loads(content)["pid"])
+                if content is None or is_there(key):
+                    continue
+                pid = json.loads(content)["pid"]
+                in_hand.setdefault(pid, set()).add(key)
+                if (is_first or any(map(is_there, in_hand[pid]))) and sleeps_with(pid, key, content):
+                    found.append(pid)
                     return True
         return False
 
-    def sleeps_with(key, content):
-        pid = json.loads(content)["pid"]
+    def sleeps_with(pid, key, content):
         os.kill(pid, signal.SIGSTOP)
         until(lambda: is_asleep(pid) or is_gone(pid))
-        if store.read(key) == content and not (cache / kind / f"{key}.json").exists():
+        if store.read(key) == content and not is_there(key):
             return True
         os.kill(pid, signal.SIGCONT)
         return False
