@@ -35,9 +35,9 @@ def address(root):
     process.wait(timeout=30)
 
 
-def wait(driver, script, seconds=60.0):
+def wait(driver, script, *arguments, seconds=60.0):
     deadline_s = time.monotonic() + seconds
-    while not (found := driver.execute_script(script)):
+    while not (found := driver.execute_script(script, *arguments)):
         assert time.monotonic() < deadline_s, script
         time.sleep(0.05)
     return found
@@ -53,11 +53,10 @@ def test_pages_turn_and_charts_follow_the_run(root, address):
         wait(driver, "return document.body.dataset.ready && location.search.includes('page=2')")
         wait(driver, "return document.querySelector('#detail .facts')")
         assert driver.find_element("css selector", "#detail .facts").text != first
-        before = driver.find_element("css selector", "#training").get_attribute("innerHTML")
+        before = driver.execute_script("return document.querySelector('#training').innerHTML")
         with (root / "train" / "metrics.csv").open("a") as file:
             file.write("0.3,-0.2,1.0,0.9,0.1,0.01,0,1.0,1e-4,900.0,6\n")
-        wait(driver, "return +document.body.dataset.followed >= 2")
-        assert driver.find_element("css selector", "#training").get_attribute("innerHTML") != before
+        wait(driver, "return document.querySelector('#training').innerHTML !== arguments[0]", before)
         assert driver.execute_script("return window.owned") is None
         assert console(driver) == []
         assert {

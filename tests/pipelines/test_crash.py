@@ -5,39 +5,46 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-LIGHTOPD = str(Path(sys.executable).with_name("lightopd"))
+KILLED = """
+import os, signal, sys
+name = sys.argv.pop(1)
+def kill(event, arguments):
+    if event in ("os.link", "os.rename") and os.path.basename(os.fsdecode(arguments[1])) == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+"""
+"""A process that ends without warning in the moment in which a file or a folder would get a name."""
+COMMAND = """
+from lightopd.cli.main import main
+main()
+"""
 
 
-def start(*arguments):
-    """The command in a process of its own, with the number of threads that made the world."""
-    return subprocess.Popen(
-        [LIGHTOPD, *map(str, arguments)],
+def run(code, *arguments):
+    """The command in a process of its own, with the number of threads that made the world; its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
+    return done.returncode, done.stderr.decode()
 
 
-def kill_when(process, condition):
-    """End the process without warning as soon as the condition holds; its exit code, -9 if killed."""
-    while process.poll() is None and not condition():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode
+def kill_before(name, *arguments):
+    code, err = run(KILLED + COMMAND, name, *arguments)
+    assert code == -signal.SIGKILL, err
 
 
 def finish(*arguments):
-    process = start(*arguments)
-    _, err = process.communicate()
-    assert process.returncode == 0, err.decode()
+    code, err = run(COMMAND, *arguments)
+    assert code == 0, err
 
 
 def shards_of(folder):
@@ -51,8 +58,8 @@ def test_precompute_killed_after_any_shard_gives_the_same_bytes(world, tmp_path,
     signal_folder = tmp_path / "cache" / "signals" / "teacher"
     shutil.rmtree(signal_folder)
     arguments = ["precompute", "--cache", tmp_path / "cache", "--teacher", world.teacher, "--top-k", 4]
-    code = kill_when(start(*arguments), (signal_folder / f"part-{shard:05d}.parquet").exists)
-    assert code == -signal.SIGKILL or shard == 3
+    kill_before(f"part-{shard:05d}.json", *arguments)
+    assert (signal_folder / f"part-{shard:05d}.parquet").exists()
     finished = {path: path.stat().st_mtime_ns for path in signal_folder.glob("part-*.json")}
     finish(*arguments)
     assert shards_of(signal_folder) == wanted
@@ -65,7 +72,8 @@ def test_rollout_killed_in_the_middle_gives_the_same_bytes(world, tmp_path):
     arguments = ["rollout", "--student", world.sft / "student", "--prompts", world.root / "prompts.jsonl"]
     arguments += ["--cache", tmp_path / "cache", "--n", 2]
     arguments += ["--set", "sampling.max_tokens=10", "--set", "shard_rollouts=6"]
-    kill_when(start(*arguments), (tmp_path / "cache/rollouts/part-00001.json").exists)
+    kill_before("part-00002.parquet", *arguments)
+    assert (tmp_path / "cache/rollouts/part-00001.json").exists()
     finish(*arguments)
     assert shards_of(tmp_path / "cache" / "rollouts") == wanted
 
@@ -76,7 +84,8 @@ def test_train_killed_after_a_checkpoint_gives_the_same_curve_and_weights(world,
         return ["train", *common, "--set", "batch_sequences=6", "--set", "checkpoint_every=1"]
 
     finish(*arguments(tmp_path / "whole"))
-    kill_when(start(*arguments(tmp_path / "cut")), (tmp_path / "cut/checkpoints/step-000003").exists)
+    kill_before("step-000004", *arguments(tmp_path / "cut"))
+    assert (tmp_path / "cut/checkpoints/step-000003").exists()
     finish(*arguments(tmp_path / "cut"))
     weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]

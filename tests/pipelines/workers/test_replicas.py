@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
 import pytest
-from crowd import begin, children_of, is_gone, shards_of, until
+from crowd import begin, children_of, is_gone, shards_of, stopped_in_the_middle, until
 
 from lightopd.config import load_stage
 from lightopd.errors import ConfigError
@@ -84,12 +85,12 @@ def test_what_all_replicas_fail_of_is_told_once_with_its_exit_code(world, tmp_pa
 def test_the_others_finish_what_a_killed_replica_began(world, tmp_path):
     cache = without_signal(world, tmp_path / "cache")
     process = begin(*precompute(world, cache, "--json"))
-    until(lambda: len(children_of(process.pid)) == 2)
-    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    os.kill(stopped_in_the_middle(cache, "signals/teacher"), signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "replica 1 of 2: killed (SIGKILL)" in err
-    assert any("replica 1 failed: killed (SIGKILL)" in note for note in json.loads(out)["notes"])
+    (killed,) = re.findall(r"replica ([12]) of 2: killed \(SIGKILL\)", err)
+    notes = json.loads(out)["notes"]
+    assert any(f"replica {killed} failed: killed (SIGKILL)" in note for note in notes)
     assert shards_of(cache / "signals/teacher") == shards_of(world.cache / "signals/teacher")
 
 

@@ -15,10 +15,11 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_RE
 BUCKET = "caches"
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count):
+    """So many ports, no two of them equal."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def weed():
@@ -31,9 +32,9 @@ class S3Server:
     """`moto`, which keeps its objects in memory, or `seaweedfs`, whose objects outlive it."""
 
     def __init__(self, kind, folder):
-        self.kind, self.folder, self.port = kind, folder, free_port()
+        self.kind, self.folder = kind, folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.ports = [free_port() for _ in range(6)]
+        self.port, *self.ports = free_ports(8)
         self.process = None
 
     @property
@@ -86,7 +87,7 @@ class S3Server:
             *(weed(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder / 'data'}"),
             *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
             *(f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}"),
-            *("-s3", f"-s3.port={self.port}", f"-s3.port.grpc={free_port()}", "-s3.config=s3.json"),
+            *("-s3", f"-s3.port={self.port}", f"-s3.port.grpc={grpc[3]}", "-s3.config=s3.json"),
             "-master.volumeSizeLimitMB=64",
             *("-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]

@@ -1,10 +1,10 @@
 """Processes to be killed: forks of one that has imported everything, as importing takes longer than a run."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 NURSERY = """
 import os, sys, traceback
@@ -25,7 +25,7 @@ for line in sys.stdin:
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def nursery(prepare, *arguments):
     """A process that forks a life for each line it reads.
 
@@ -50,7 +50,8 @@ def life(nursery, line, until=lambda: False):
             break
         time.sleep(0.001)
     else:
-        os.kill(pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # it ended in this moment
+            os.kill(pid, 9)
     return int(nursery.stdout.readline())
 
 
