@@ -7,8 +7,10 @@ one JSON line. Three processes measure each cache: the index and five named quer
 training (the first reading: checksums, every row checked, what the objective takes from the whole cache) and
 what the loader takes for an optimiser step. `ours` is the larger cache, `against` the smaller, `ratio` one by
 the other. Caches have whole shards: `tokens` by `against_tokens` is what linear means, and for memory and for
-a step 1 is flat. Seconds are CPU seconds on one thread, what it costs however busy the machine is, without
-imports; memory is the peak resident set of the process that did the work, in MiB, imports included.
+a step 1 is flat. Seconds are CPU seconds, what it costs however busy the machine is, without imports, and on
+one thread but for the queries: these run as `lightopd sql` runs them, where DuckDB takes a thread for each
+core, unless `--threads` says otherwise, and have seconds on the clock (`query_NAME_clock_s`) too. Memory is
+the peak resident set of the process that did the work, in MiB, imports included.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ TOP_K = 8
 PER_SHARD = 256
 LENGTHS = (64, 448)
 VOCABULARY = 49_152
-TOKENS_PER_SHARD = PER_SHARD * sum(LENGTHS) // 2
 QUERIES = ("truncated_share", "gap_by_domain", "gap_by_position", "tail_mass", "lengths")
 WINDOW_GIB = 0.05
 """Smaller than both caches, as a window is smaller than a cache that grows."""
@@ -38,23 +39,26 @@ BATCH = 64
 STEPS = 24
 
 
-def work_sql(case: str, path: Path) -> dict[str, float]:
-    """Seconds to build the index, and of each named query with its views, as `lightopd sql` runs it."""
+def work_sql(threads: str, path: Path) -> dict[str, float]:
+    """Seconds to build the index, and of each named query with its views; no threads: as many as `sql`."""
     from lightopd.cache.index import build_index, connect
     from lightopd.cache.store import open_cache
     from lightopd.inspection.queries import named_query
 
+    settings: dict[str, str | int] = {"threads": int(threads)} if threads else {}
     figures = {"index_s": _seconds(lambda: build_index(open_cache(path)))}
 
     def run(name: str) -> None:
         found = named_query(name)
-        with connect(open_cache(path, incomplete=True), {"threads": 1}) as connection:
+        with connect(open_cache(path, incomplete=True), settings) as connection:
             # DuckDB takes no value that a statement does not name.
             given = {key: value for key, value in found.values({}).items() if f"${key}" in found.sql}
             connection.execute(found.sql, given or None).fetchall()
 
     for name in QUERIES:
+        start_s = time.perf_counter()
         figures[f"query_{name}_s"] = _seconds(partial(run, name))
+        figures[f"query_{name}_clock_s"] = time.perf_counter() - start_s
     return {**figures, "sql_peak_mib": peak_mib()}
 
 
@@ -101,23 +105,24 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start_s
 
 
-def measure(path: Path) -> dict[str, float]:
+def measure(path: Path, threads: str) -> dict[str, float]:
     """Every figure of one cache."""
     found: dict[str, float] = {}
     for name in MEASURES:
-        found |= in_process(__file__, name, "-", path)
+        found |= in_process(__file__, name, threads, path)
     return found
 
 
-def report_all(folder: Path, tokens: int) -> None:
+def report_all(folder: Path, tokens: int, threads: str, per_shard: int) -> None:
     """One JSON line: each figure of the larger cache, of the smaller one, and their ratio."""
-    sizes = [max(1, round(size / TOKENS_PER_SHARD)) for size in (tokens / 10, tokens)]
+    tokens_per_shard = per_shard * sum(LENGTHS) // 2
+    sizes = [max(1, round(size / tokens_per_shard)) for size in (tokens / 10, tokens)]
     figures = []
     for shards in sizes:
         path = folder / str(shards)
         options = {"lengths": LENGTHS, "top_k": TOP_K, "vocabulary_size": VOCABULARY}
-        write_cache(path, **options, num_shards=shards, per_shard=PER_SHARD)
-        figures.append(measure(path))
+        write_cache(path, **options, num_shards=shards, per_shard=per_shard)
+        figures.append(measure(path, threads))
     small, large = figures
     told = {
         name: {
@@ -128,8 +133,8 @@ def report_all(folder: Path, tokens: int) -> None:
         for name, value in large.items()
     }
     of = {
-        "tokens": sizes[1] * TOKENS_PER_SHARD,
-        "against_tokens": sizes[0] * TOKENS_PER_SHARD,
+        "tokens": sizes[1] * tokens_per_shard,
+        "against_tokens": sizes[0] * tokens_per_shard,
         "top_k": TOP_K,
     }
     print(json.dumps({"name": "growth", **of, "shards": sizes[1], "figures": told}), flush=True)
@@ -148,6 +153,9 @@ if __name__ == "__main__":
             "--tokens", type=int, default=1_000_000, help="Response tokens of the larger cache."
         )
         parser.add_argument("--folder", help="Where the caches are written for a while; 100 bytes a token.")
+        parser.add_argument("--threads", type=int, help="DuckDB's; left out, as `lightopd sql` takes them.")
+        parser.add_argument("--per-shard", type=int, default=PER_SHARD, help="Rollouts in a shard.")
         chosen = parser.parse_args()
+        threads = "" if chosen.threads is None else str(chosen.threads)
         with tempfile.TemporaryDirectory(dir=chosen.folder) as temporary:
-            report_all(Path(temporary), chosen.tokens)
+            report_all(Path(temporary), chosen.tokens, threads, chosen.per_shard)

@@ -141,7 +141,7 @@ def test_no_folder_holds_more_than_ten_modules(folder):
 
 def test_tests_lie_in_the_rooms_of_what_they_test():
     rooms = {module_of(path.parent / "__init__.py").removeprefix("lightopd.") for path in SOURCES}
-    beside = {ROOT / "tests" / name for name in (".", "docs", "fuzz", "study", "torture")}
+    beside = {ROOT / "tests" / name for name in (".", "benchmarks", "docs", "fuzz", "study", "torture")}
     for folder in TEST_FOLDERS - beside:
         assert ".".join(folder.relative_to(ROOT / "tests").parts) in rooms
 
