@@ -10,7 +10,7 @@ from typing import Any
 
 import altair
 import pandas
-from arms import Arm
+from arms import Arm, read_regime
 from summary import Line, interval, measured
 
 from lightopd.files import write_atomically
@@ -60,15 +60,19 @@ def _arms(rows: Rows) -> altair.FacetChart:
     base = altair.Chart(shown).encode(y=altair.Y("arm:N", sort=order, title=None, axis=labels))
     points = base.mark_point(filled=True, size=60).encode(x="gain:Q")
     bars = base.mark_rule().encode(x=altair.X("low:Q", title="points over the student"), x2="high:Q")
-    return (bars + points).properties(width=300).facet(column=altair.Column("regime:N", title=None))
+    return (bars + points).properties(width=300).facet(altair.Facet("regime:N", title=None), columns=2)
 
 
 def gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict[str, Any]]:
     """Points of accuracy over the student before distillation, of every arm that trains, by regime.
 
-    A regime whose student was not measured has none.
+    A regime whose student was not measured has none, nor has one that does not choose by accuracy.
     """
-    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
+    before = {
+        line["regime"]: line["accuracy"]
+        for line in lines["untrained"]
+        if "lowest" not in read_regime(line["regime"])
+    }
     for name, arm in arms.items():
         for place, own in measured(lines[name]) if question in arm.questions and arm.trains else ():
             if place[1] not in before:
