@@ -23,7 +23,7 @@ from pathlib import Path
 
 import models
 import torch
-from arms import TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
+from arms import STUDY, TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
 from cells import QUICK, current_device, identity, measure, run_of
 from filelock import Timeout
 from page import RESULTS, write_page
@@ -182,8 +182,10 @@ def choose_device(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="ARM")
-    parser.add_argument("--regime", help="this one alone")
+    named = sorted(path.stem for path in STUDY.glob("*.yaml"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", choices=named, help=", ".join(named))
+    regimes = sorted(path.stem for path in (STUDY / "regimes").glob("*.yaml"))
+    parser.add_argument("--regime", choices=regimes, help="this one alone")
     parser.add_argument("--seeds", type=int, help="at most so many of an arm")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after these")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -134,6 +134,17 @@ def test_make_hands_the_device_on():
     assert "benchmarks/study --device cuda --minutes 8" in said.stdout
 
 
+@pytest.mark.parametrize("unknown", [["--only", "lightening"], ["--regime", "no_gap"]])
+def test_an_arm_or_a_regime_that_is_not_there_is_refused_with_those_that_are(
+    study, monkeypatch, capsys, unknown
+):
+    monkeypatch.setattr("sys.argv", ["study", *unknown])
+    with pytest.raises(SystemExit) as ended:
+        study.main()
+    told = capsys.readouterr().err
+    assert (ended.value.code, unknown[1] in told, "choose from" in told) == (2, True, True), told
+
+
 def test_the_quick_form_runs_every_kind_but_trl_s(study):
     assert {arm.kind for arm in read_arms(study.QUICK_ARMS).values()} == set(TRAININGS) - {"trl"}
 
