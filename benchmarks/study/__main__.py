@@ -14,7 +14,6 @@ After each arm docs/study.md is written anew. Runs on a GPU take the place of th
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import models
 import torch
 from arms import STUDY, TUNING_SEED, Arm, Cell, combinations, read_arms, read_regime
-from cells import QUICK, current_device, identity, measure, run_of
+from cells import QUICK, choose_device, current_device, identity, measure, run_of
 from filelock import Timeout
 from page import RESULTS, write_page
 from summary import Line, alone_at, best_tuning, is_done, keep_line, read_lines
@@ -166,18 +165,6 @@ def missing_models(arms: dict[str, Arm], only: str | None) -> list[str]:
     """The models that are made first, each once."""
     needed = {(regime, arm.scorer) for arm in arms.values() for regime in regimes_of(arm, only)}
     return sorted({name for one in needed for name in models.missing(WORK, *one)})
-
-
-def choose_device(name: str) -> None:
-    """See that engines and trainings, which take a GPU where torch sees one, run on the device asked for.
-
-    Raises:
-        SystemExit: a GPU was asked for, and there is none.
-    """
-    if name == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
 
 
 def main() -> None:

@@ -66,6 +66,18 @@ QUICK: Line = {
 QUICK_ROUNDS: Line = {"rounds": {"steps": 2, "prompts_per_round": 16}, "train": {"steps": 1}}
 
 
+def choose_device(name: str) -> None:
+    """See that engines and trainings, which take a GPU where torch sees one, run on the device asked for.
+
+    Raises:
+        SystemExit: a GPU was asked for, and there is none.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        sys.exit("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
+
+
 def run_of(arm: Arm, cell: Cell, work: Path, over: Line | None = None) -> RunConfig:
     """The cell as a run file with its models and folders, `over` laid on top."""
     regime = read_regime(cell.regime)

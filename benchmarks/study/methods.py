@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from arms import TUNING_SEED
-from cells import VALIDATION
+from cells import VALIDATION, choose_device
 from filelock import Timeout
 from method_cases import (
     ANSWERS,
@@ -263,14 +263,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="measure these recipes alone")
+    named = sorted(path.stem for path in METHODS.glob("*.yaml"))
+    parser.add_argument(
+        "--only", nargs="+", metavar="RECIPE", choices=named, help="measure these recipes alone"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of a recipe")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
     options = parser.parse_args()
+    choose_device("cpu")  # the runs that are there were made on it
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    for name in options.only or ():
-        find_method(METHODS, name)
     until_s = time.monotonic() + 60 * options.minutes
     run_untrained()
     for case in cases():

@@ -1,5 +1,6 @@
 """The runs of every recipe on the tiny task: settings that load, known scorers, results of today."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -63,3 +64,15 @@ def test_stand_ins_for_a_hint_and_for_wrong_evidence(methods):
 
     assert shown(method_cases.WITH_ANSWER, "12+7+30+41=") == "90;12+7+30+41="
     assert shown(method_cases.WITH_WRONG_ADDEND, "12+7+30+50=") == "12+7+30+1="
+
+
+def test_it_runs_on_the_cpu_whatever_is_there_and_refuses_a_recipe_that_is_not(methods, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("sys.argv", ["methods", "--minutes", "0", "--only", "opsd"])
+    methods.main()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr("sys.argv", ["methods", "--only", "no_such_recipe"])
+    with pytest.raises(SystemExit) as ended:
+        methods.main()
+    told = capsys.readouterr().err
+    assert (ended.value.code, "no_such_recipe" in told, "opsd" in told) == (2, True, True), told

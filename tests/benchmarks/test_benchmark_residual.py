@@ -1,21 +1,15 @@
 """The benchmark of the doubly robust residual says what the estimator promises."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import script
 
 from lightopd.schemas.objectives.objective import ObjectiveConfig
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).parents[2] / "benchmarks" / "residual.py"
-    spec = importlib.util.spec_from_file_location("residual", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/residual.py")
 
 
 def test_the_residual_has_no_bias_and_the_least_error_of_256_draws_but_for_its_capped_form(bench):

@@ -1,20 +1,15 @@
 """The benchmark of signals measures what it says."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).parents[2] / "benchmarks" / "signals.py"
-    spec = importlib.util.spec_from_file_location("signals_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/signals.py")
 
 
 def test_the_loss_is_that_of_the_rebuilt_distribution(bench):

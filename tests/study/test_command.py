@@ -18,6 +18,7 @@ from summary import read_lines
 
 ARMS = read_arms()
 ROOT = Path(__file__).parents[2]
+UNTRAINED = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK), seeds=1)
 
 
 def test_an_arm_with_settings_of_another_comes_after_it_and_never_without_them(study):
@@ -70,10 +71,10 @@ def test_what_others_are_compared_with_is_measured_first(study):
 
 
 def test_a_command_whose_time_is_up_takes_no_other_run(study):
-    study.run_arm("live_jsd", ARMS["live_jsd"], -math.inf, "large_gap", None)
-
-
-UNTRAINED = Arm(title="", questions=(1,), regimes=("large_gap",), kind="untrained", run=dict(QUICK), seeds=1)
+    study.run_arm("a", UNTRAINED, -math.inf, None, None)
+    assert read_lines(study.RESULTS, "a") == []
+    study.run_arm("live_jsd", ARMS["live_jsd"], -math.inf, "large_gap", None)  # asks no other arm's settings
+    assert read_lines(study.RESULTS, "live_jsd") == []
 
 
 def test_hours_to_go_are_those_of_the_runs_without_a_line_at_the_settings_of_now(study):

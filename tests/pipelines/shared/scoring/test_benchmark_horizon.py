@@ -1,16 +1,11 @@
 """The benchmark of horizons measures what it says."""
 
-import importlib.util
-from pathlib import Path
-
 from fake_engine import FakeEngine
+from scripts import script
 
 
 def test_bytes_and_tokens_fall_with_the_horizon():
-    path = Path(__file__).parents[4] / "benchmarks" / "horizon.py"
-    spec = importlib.util.spec_from_file_location("horizon_benchmark", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = script("benchmarks/horizon.py")
     sequences = bench.make_sequences(4, (20, 40), 32)
     assert [len(one.response_ids) for one in sequences] == [20, 27, 33, 40]
     found = bench.measure(FakeEngine(context_length=128), sequences, 8)
