@@ -23,18 +23,28 @@ def write_rows(reader: "pa.RecordBatchReader", format: str, out: Path | None) ->
     Args:
         reader: of the rows.
         format: one of `FORMATS`.
-        out: file; None is stdout.
+        out: file, which is there whole or not at all; None is stdout.
 
     Raises:
         ConfigError: the format is not known, or Parquet is asked for on the screen.
+        OutputError: the file could not be written.
     """
     from lightopd.errors import ConfigError
+    from lightopd.files import output_error, replaced_file, stream_kind
 
     if format not in FORMATS:
         raise ConfigError(f"--format {format} is not known; use {', '.join(FORMATS)}")
     if format == "parquet" and out is None:
         raise ConfigError("--format parquet needs --out FILE")
-    return FORMATS[format](reader, out)
+    if out is None or stream_kind(out):
+        return FORMATS[format](reader, out)
+    try:
+        with replaced_file(out.resolve()) as part:
+            return FORMATS[format](reader, part)
+    except OSError as error:
+        if error.errno is None:  # Arrow's, of the query
+            raise
+        raise output_error(error, out) from error
 
 
 def rows_of(reader: "pa.RecordBatchReader") -> Iterator[list[Any]]:

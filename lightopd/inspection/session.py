@@ -83,7 +83,9 @@ def run(
         try:
             with stoppable(connection, lambda: _reader(connection, sql, values or {})) as reader:
                 yield _read_stoppably(connection, _named_apart(reader))
-        except (duckdb.Error, pa.ArrowException) as error:
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of who writes the rows; Arrow's has no number
+                raise
             if is_late.is_set():
                 raise ConfigError(
                     f"the query ran longer than {limits.seconds:g} s and was stopped; narrow it, or raise "

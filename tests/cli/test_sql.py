@@ -21,6 +21,27 @@ def test_the_ending_of_the_file_says_the_format(lightopd, world, tmp_path, name)
         assert first == {"x.csv": '"x","y"', "x.md": "| x | y |", "x.txt": "x  y"}[name]
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.parquet", "x.md", "x.txt"])
+def test_a_query_that_fails_half_way_leaves_the_file_that_was_there(lightopd, world, tmp_path, name):
+    out = tmp_path / name
+    out.write_text("of before")
+    fails_late = "select if(range < 200_000, range, error('late')) as x from range(300_000)"
+    code, _, err = lightopd("sql", world.cache, fails_late, "--out", out, "--force")
+    assert code == 2
+    assert "late" in err
+    assert out.read_text() == "of before"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_result_goes_into_a_pipe_and_a_folder_that_is_not_there_is_told(lightopd, world, tmp_path):
+    code, _, err = lightopd("sql", world.cache, "select 1 as x", "--out", "/dev/null", "--force")
+    assert code == 0, err
+    missing = tmp_path / "no" / "x.csv"
+    code, _, err = lightopd("sql", world.cache, "select 1 as x", "--out", missing)
+    assert code == 7
+    assert f"cannot write {missing}" in err
+
+
 def test_the_name_of_a_view_lists_what_exists(lightopd, world):
     code, out, err = lightopd("sql", world.cache, "signals", "--json")
     assert code == 0, err
@@ -51,3 +72,11 @@ def test_a_table_fits_the_terminal(lightopd, world, monkeypatch):
 @pytest.mark.parametrize("command", ["train", "sql", "config", "methods"])
 def test_h_is_help_everywhere(lightopd, command):
     assert lightopd(command, "-h")[1] == lightopd(command, "--help")[1] != ""
+
+
+def test_a_query_that_is_stopped_while_its_rows_are_read_is_told_as_such(lightopd, world, tmp_path):
+    endless = "select range from range(1_000_000_000_000)"
+    code, _, err = lightopd("sql", world.cache, endless, "--timeout", "1", "--out", tmp_path / "x.parquet")
+    assert code == 2
+    assert "ran longer than 1 s" in err
+    assert not list(tmp_path.iterdir())
