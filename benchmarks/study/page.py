@@ -132,7 +132,10 @@ def regimes(lines: Iterable[Line]) -> list[str]:
 
 
 def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
-    """A table for each regime in which arms of a question were run, and what was not run."""
+    """A table for each regime that has arms of the question's own, and what was not run.
+
+    An arm's own question is its first; what a regime has of others' stands under theirs.
+    """
     if number == 2:
         for name, arm in arms.items():
             yield from maps(name, arm, lines[name]) if lines[name] else (f"Not run: `{name}`.",)
@@ -146,7 +149,7 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         if number == 3 and regime != ON_ONE_MACHINE:
             continue
         here = [(place, own) for place, own in found if place[1] == regime]
-        if here:
+        if any(arms[place[0]].questions[0] == number for place, _ in here) or number == 3:
             yield f"**`{regime}`**"
             yield table(COLUMNS[number], best_first(here) if number in RANKED else here, arms)
             yield made_by(regime, [place[0] for place, _ in here], arms)
