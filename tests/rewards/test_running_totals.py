@@ -49,6 +49,7 @@ def test_an_answer_is_the_sum_and_the_reference_earns_the_whole_reward():
 
 def test_the_reference_response_holds_every_running_total():
     assert demo_responses.reference_response("12+7+30+41=") == "19,49,90"
+    assert demo_responses.reference_response("12+7+30+41=", from_last=True) == "71,78,90"
 
 
 def test_the_longest_prompt_is_longer_than_all_that_are_drawn():

@@ -19,9 +19,11 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Sums of so many numbers, and the lengths that follow."""
+    """Sums of so many numbers, how they are added up, and the lengths that follow."""
 
     addends: int
+    from_last: bool = False
+    """The totals begin with the last two numbers."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -48,9 +50,9 @@ def teacher_batches(
         rows = running_totals(rng.getrandbits(64), TEACHER_BATCH, addends=task.addends)
         prompts = [row["prompt"] for row in rows]
         pairs = [
-            corrupted_response(prompt, rng)
+            corrupted_response(prompt, rng, from_last=task.from_last)
             if rng.random() < CORRUPTED_SHARE
-            else (reference_response(prompt), None)
+            else (reference_response(prompt, from_last=task.from_last), None)
             for prompt in prompts
         ]
         encoded = [

@@ -9,16 +9,16 @@ def longest_prompt(addends: int) -> str:
     return "+".join(["50"] * addends) + "="
 
 
-def reference_response(prompt: str) -> str:
-    """The right response to a prompt, ``19,49,90`` for ``12+7+30+41=``.
+def reference_response(prompt: str, *, from_last: bool = False) -> str:
+    """The right response to a prompt, ``19,49,90`` for ``12+7+30+41=``; ``71,78,90`` from the last number on.
 
     Raises:
         ValueError: the prompt is not a sum of whole numbers that ends in ``=``.
     """
-    return ",".join(map(str, list(accumulate(_addends(prompt)))[1:]))
+    return ",".join(map(str, list(accumulate(_addends(prompt, from_last)))[1:]))
 
 
-def corrupted_response(prompt: str, rng: random.Random) -> tuple[str, int]:
+def corrupted_response(prompt: str, rng: random.Random, *, from_last: bool = False) -> tuple[str, int]:
     """A response with one wrong digit that continues correctly from the wrong total.
 
     A teacher that has only ever seen right prefixes is in unknown territory after a student's
@@ -32,7 +32,7 @@ def corrupted_response(prompt: str, rng: random.Random) -> tuple[str, int]:
     Raises:
         ValueError: the prompt is not a sum of whole numbers that ends in ``=``.
     """
-    addends = _addends(prompt)
+    addends = _addends(prompt, from_last)
     totals = list(accumulate(addends))[1:]
     wrong = rng.randrange(len(totals))
     digits = str(totals[wrong])
@@ -44,10 +44,10 @@ def corrupted_response(prompt: str, rng: random.Random) -> tuple[str, int]:
     return ",".join([*before, written, *after]), sum(len(total) + 1 for total in before) + at
 
 
-def _addends(prompt: str) -> list[int]:
-    """The numbers of a prompt, refused unless the prompt has the task's form."""
+def _addends(prompt: str, from_last: bool) -> list[int]:
+    """The numbers of a prompt as they are added up, refused unless the prompt has the task's form."""
     body = prompt.removesuffix("=")
     parts = body.split("+")
     if body == prompt or len(parts) < 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"expected a prompt like '12+7+30+41=', got {prompt!r}")
-    return [int(part) for part in parts]
+    return [int(part) for part in (reversed(parts) if from_last else parts)]

@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; results depend on them")
     parser.add_argument("--addends", type=int, default=NUM_ADDENDS, help="numbers in a sum")
+    parser.add_argument("--from-last", action="store_true", help="totals begin with the last two numbers")
     parser.add_argument("--reuse-teacher", action="store_true", help="keep the teacher in --out")
     parser.add_argument("--without-student", action="store_true", help="make teacher and base only")
     arguments = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     # Sure predictions have probabilities below 1e-38, slow on some CPUs; no gain was measured here.
     torch.set_flush_denormal(True)
-    task = Task(arguments.addends)
+    task = Task(arguments.addends, arguments.from_last)
     tokenizer = character_tokenizer(task)
     if not arguments.reuse_teacher:
         make_teacher(arguments.out / "teacher", tokenizer, task, arguments.seed)
@@ -105,9 +106,10 @@ def make_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, task: Task, s
             "batch_size": TEACHER_BATCH,
             "peak_learning_rate": TEACHER_PEAK_LR,
             "data": (
-                f"running totals of {task.addends} numbers from 1 to 50, training prompts only, drawn afresh "
-                f"at every step; {CORRUPTED_SHARE:.0%} of the responses carry one wrong digit, without a "
-                "loss on it, and go on correctly from there"
+                f"running totals of {task.addends} numbers from 1 to 50, "
+                f"{'from the last on, ' if task.from_last else ''}training prompts only, drawn afresh at "
+                f"every step; {CORRUPTED_SHARE:.0%} of the responses carry one wrong digit, without a loss "
+                "on it, and go on correctly from there"
             ),
             "held_out_accuracy": accuracy(model, tokenizer, task, seed + HELD_OUT_SEED),
         },
