@@ -39,7 +39,7 @@ from lightopd.schemas.configs import (
 from lightopd.schemas.run import RunConfig
 
 VALIDATION = {"split": "train", "seed": 900}
-"""Laid over the held-out prompts for runs that choose a setting: prompts that no cache of the study has."""
+"""Laid over the held-out prompts for runs that choose a setting: a draw of its own of training prompts."""
 OF_TRAINING = (
     "w_mean",
     "w_std",
@@ -178,7 +178,7 @@ def measured_besides(arm: Arm, cell: Cell, run: RunConfig, work: Path) -> Line:
     models = [Path(one.path) for one in (run.teacher, run.student)]
     trained = trained_model(arm, run)
     factor = dict(cell.grid).get("train.objective.extrapolate.factor")
-    if isinstance(factor, float):
+    if isinstance(factor, int | float):
         return {
             "extrapolated_kl_nats": extrapolated_kl(trained, *models, factor, run.out / "eval" / "answers")
         }

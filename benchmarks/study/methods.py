@@ -13,11 +13,13 @@ Where the task has no counterpart of a method's input, something stands in for i
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from arms import TUNING_SEED
-from cells import VALIDATION, choose_device
+from cells import VALIDATION, choose_device, provenance
 from filelock import Timeout
 from method_cases import (
     ANSWERS,
@@ -51,7 +53,9 @@ from lightopd.cache.manifests import rollouts_folder, signal_names
 from lightopd.cache.shards import shard_path, write_shard
 from lightopd.cache.store import open_cache
 from lightopd.config import build, merged
+from lightopd.lineage.fingerprint import fingerprint_model
 from lightopd.models.tokenizer import load_tokenizer
+from lightopd.objectives.base.part import Needs
 from lightopd.objectives.requirements import needs
 from lightopd.pipelines import evaluate, precompute, rewrite, rollout, sft, train
 from lightopd.pipelines.caches.join import join
@@ -65,6 +69,7 @@ from lightopd.schemas.configs import (
     SftConfig,
     TrainConfig,
 )
+from lightopd.schemas.objectives.objective import ObjectiveConfig
 from lightopd.schemas.rewriting import RewriteConfig
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +78,8 @@ RESULTS = ROOT / "docs" / "methods" / "results"
 TASK = "tiny"
 RATE = "optimizer.lr"
 SEEDS = 5
+FINETUNING_PROMPTS_SEED = 1
+"""Of the prompts whose answers the demo's student was fine-tuned on."""
 PROMPTS = {"kind": "running_totals", "render": "plain"}
 HELD_OUT = PROMPTS | {"split": "heldout", "count": 2000, "seed": 0}
 SAMPLED = {"engine": {"kind": "hf", "generate_rollouts": 500}, "shard_rollouts": 1000}
@@ -87,8 +94,9 @@ log = logging.getLogger("methods")
 
 
 def training_prompts(seed: int) -> Mapping[str, Any]:
-    """The prompts that a seed's rollouts answer."""
-    return PROMPTS | {"split": "train", "count": PROMPTS_PER_SEED, "seed": seed}
+    """The prompts that a seed's rollouts answer, none of them drawn as those of the student's fine-tuning."""
+    drawn = seed + TUNING_SEED + 1 if seed == FINETUNING_PROMPTS_SEED else seed
+    return PROMPTS | {"split": "train", "count": PROMPTS_PER_SEED, "seed": drawn}
 
 
 def folder_of(seed: int) -> Path:
@@ -194,7 +202,7 @@ def prepared(case: Case, rate: float, seed: int) -> TrainConfig:
         if asked.answers:
             answers_cache(seed)
         score(config.cache, asked.signals, seed)
-        for name in (*asked.texts, *asked.chunks, *asked.shown):
+        for name in texts_of(asked):
             write_text(config.cache, name, seed)
     return config
 
@@ -208,12 +216,32 @@ def evaluated(model: Path, out: Path, *, is_tuning: bool) -> Line:
     return {"accuracy": found["avg_at_k"], "reverse_kl_nats": round(found["reverse_kl_nats"], 5)}
 
 
+def identity(case: Case, settings: Mapping[str, Any], seed: int) -> str:
+    """Hash of what decides a run's figures: settings, prompts, sampling, models, what made signals, texts."""
+    wanted = needs(build(ObjectiveConfig, settings["objective"]))
+    scorers = [asdict(SIGNALS[name]) | {"model": weights(SIGNALS[name].model)} for name in wanted.signals]
+    writers = [TEXTS[name] | {"model": weights(Path(TEXTS[name]["model"]))} for name in texts_of(wanted)]
+    rollouts = [training_prompts(seed), SAMPLING, ROLLOUTS_PER_PROMPT, TOP_K, case.cache, HELD_OUT]
+    return canonical_hash([settings, rollouts, scorers, writers, weights(STUDENT), weights(TEACHER)])
+
+
+def texts_of(wanted: Needs) -> tuple[str, ...]:
+    """The text columns that an objective reads."""
+    return (*wanted.texts, *wanted.chunks, *wanted.shown)
+
+
+@functools.cache
+def weights(model: Path) -> str:
+    """The identity of a model."""
+    return fingerprint_model(ModelConfig(path=str(model))).identity
+
+
 def line_of(case: Case, rate: float, seed: int) -> Line:
     """What a run is, before it has figures."""
     settings = settings_of(case, Path("seed"), rate, seed)
     return {
         "key": f"{case.run}/{rate:g}/{seed}",
-        "identity": canonical_hash([settings, PROMPTS_PER_SEED, TOP_K, case.cache]),
+        "identity": identity(case, settings, seed),
         **{"arm": case.run, "recipe": case.recipe, "regime": TASK, "grid": {}, "tuned": {RATE: rate}},
         **{"seed": seed, "is_tuning": seed == TUNING_SEED},
         **{"stand_in": case.stand_in, "changed": case.changed},
@@ -231,7 +259,7 @@ def run_one(case: Case, rate: float, seed: int, *, waits: bool) -> None:
         shutil.rmtree(config.out, ignore_errors=True)
         started_s = time.process_time()
         train.run(config)
-        line["train_seconds"] = round(time.process_time() - started_s, 1)
+        line |= {"train_seconds": round(time.process_time() - started_s, 1)} | provenance()
         line |= evaluated(config.out / "student", config.out / "eval", is_tuning=line["is_tuning"])
         shutil.rmtree(config.out)
         keep_line(RESULTS, line, WORK)

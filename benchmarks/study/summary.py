@@ -85,7 +85,7 @@ def measured(lines: Iterable[Line]) -> Iterator[tuple[Place, list[Line]]]:
 
 
 def best_tuning(lines: Iterable[Line], place: Place, lowest: str | None = None) -> dict[str, Any] | None:
-    """The tuned settings of the best run on the validation prompts, the first of equals; None where none ran.
+    """The tuned settings of the best run on the validation prompts, the lowest of equals, if any ran.
 
     Args:
         lines: of the arm.
@@ -94,4 +94,5 @@ def best_tuning(lines: Iterable[Line], place: Place, lowest: str | None = None) 
     """
     tried = [line for line in lines if line["is_tuning"] and place_of(line) == place]
     worth = (lambda line: -line[lowest]) if lowest else (lambda line: line["accuracy"])
-    return max(tried, key=worth)["tuned"] if tried else None
+    by_setting = sorted(tried, key=lambda line: list(line["tuned"].values()))
+    return max(by_setting, key=worth)["tuned"] if tried else None
