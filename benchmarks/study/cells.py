@@ -47,11 +47,12 @@ OF_TRAINING = (
     "chi2",
     "overlap",
     "log_ratio",
+    "log_ratio_lost",
     "loss",
     "tokens",
     "tokens_per_second",
 )
-OF_CURVE = ("step", "loss", "w_mean", "ess", "chi2", "log_ratio", "avg_at_k")
+OF_CURVE = ("step", "loss", "w_mean", "ess", "chi2", "overlap", "log_ratio", "log_ratio_lost", "avg_at_k")
 CURVE_POINTS = 10
 SUPPORT = Path(__file__).parents[1] / "support"
 OF_CACHE = ("gap_nats", "response_tokens", "bytes_per_token")

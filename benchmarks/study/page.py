@@ -5,16 +5,19 @@ python benchmarks/study/page.py        needs the extra `report` for the pictures
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import yaml
 from arms import Arm, read_arms, read_regime
-from summary import Interval, Line, Place, interval, measured, read_lines
+from jinja2 import Environment, StrictUndefined
+from summary import Line, Place, figures, measured, read_lines
+from tables import COLUMNS, best_first, joined, map_table, overlap_table, table
 
 from lightopd.files import write_atomically
+from lightopd.pipelines import RECIPES
+from lightopd.pipelines.methods import find_method
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "study" / "results"
@@ -42,9 +45,6 @@ PICTURES = {1: "arms", 2: "map", 6: "drift"}
 RANKED = (1, 4, 5)
 """Questions whose arms stand in the order of their accuracy."""
 
-Column = tuple[str, Callable[[Place, list[Line]], str]]
-Places = list[tuple[Place, list[Line]]]
-
 QUESTIONS = {
     1: "Does offline distillation work?",
     2: "Where does the plain loss gain, where does it lose?",
@@ -60,7 +60,7 @@ QUESTIONS = {
 
 def page(results: Path = RESULTS, images: Path = IMAGES) -> str:
     """The whole page."""
-    answers = yaml.safe_load(ANSWERS.read_text())
+    answers = written(results)
     arms = read_arms()
     lines = {name: read_lines(results, name) for name in arms}
     parts = [answers["title"], *setting(lines), *answers_first(answers)]
@@ -71,6 +71,13 @@ def page(results: Path = RESULTS, images: Path = IMAGES) -> str:
     return "\n\n".join([*parts, answers["limits"], *searches(arms, lines)]).replace("\n\n\n", "\n\n") + "\n"
 
 
+def written(results: Path) -> dict[str, Any]:
+    """The texts, with the figures that they name filled in from the lines."""
+    told = figures(results, "large_gap") | {"of_recipes": figures(METHODS, "tiny")["figure"]}
+    template = Environment(undefined=StrictUndefined).from_string(ANSWERS.read_text())
+    return dict(yaml.safe_load(template.render(told)))
+
+
 def picture(number: int, images: Path) -> Iterator[str]:
     """The picture of a question, where there is one."""
     name = f"study-{PICTURES.get(number)}.svg"
@@ -79,7 +86,7 @@ def picture(number: int, images: Path) -> Iterator[str]:
 
 
 def answers_first(answers: dict[str, Any]) -> list[str]:
-    """The page's three sentences before all tables."""
+    """What the page says before all tables."""
     return ["## In short", answers["short"]]
 
 
@@ -138,7 +145,7 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
     """
     if number == 2:
         for name, arm in arms.items():
-            yield from maps(name, arm, lines[name]) if lines[name] else (f"Not run: `{name}`.",)
+            yield from maps(name, arm, lines[name])
         return
     if number == 9:
         yield from on_one_cache()
@@ -158,10 +165,36 @@ def tables(number: int, arms: dict[str, Arm], lines: dict[str, list[Line]]) -> I
         missing += [f"in `{regime}` {', '.join(names)}"] if names else []
     if number == 1:
         yield from texts(arms, lines)
+    if number == 6:
+        yield "How far a student moved from who sampled, and what it gained, in all measured offline runs."
+        yield overlap_table(overlaps(lines))
     if missing:
         yield f"Not run: {'; '.join(missing)}."
     if not arms:
         yield "Not run: no arm is there yet."
+
+
+def maps(name: str, arm: Arm, lines: list[Line]) -> Iterator[str]:
+    """The map of a loss in each of its regimes."""
+    for regime in arm.regimes:
+        places = [(place, own) for place, own in measured(lines) if place[1] == regime]
+        yield f"**{arm.title}, `{regime}`**" if places else f"Not run: `{name}` in `{regime}`."
+        if places:
+            yield map_table(places)
+            yield made_by(regime, [name], {name: arm})
+
+
+def overlaps(lines: dict[str, list[Line]]) -> Iterator[tuple[str, float, float]]:
+    """Of every measured offline run the kind of its target, its last overlap and the points gained."""
+    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
+    for name, arm in read_arms().items():
+        if arm.kind != "offline" or arm.measures or not arm.method:
+            continue
+        kind = find_method(RECIPES / "methods", arm.method).objective.terms[0].target.kind
+        for place, own in measured(lines[name]):
+            if "lowest" not in read_regime(place[1]) and place[1] in before:
+                gained = ((line["overlap"], 100 * (line["accuracy"] - before[place[1]])) for line in own)
+                yield from ((kind, *one) for one in gained)
 
 
 def made_by(regime: str, names: Iterable[str], arms: dict[str, Arm]) -> str:
@@ -187,106 +220,6 @@ def in_a_cell(text: str) -> str:
     return "".join(f"\\{sign}" if sign in "\\`*_[]$~" else sign for sign in quoted)
 
 
-def best_first(places: Places) -> Places:
-    """By accuracy, highest first."""
-    return sorted(places, key=lambda one: -mean(line["accuracy"] for line in one[1]))
-
-
-def table(columns: tuple[Column, ...], places: Places, arms: dict[str, Arm]) -> str:
-    """One row for each place, named by its arm and its combination of the grid."""
-    head = ["| arm | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    rows = []
-    for place, own in places:
-        grid = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in place[2])
-        name = f"{arms[place[0]].title}{': ' if grid else ''}{grid} (`{place[0]}`)"
-        rows.append(f"| {name} | " + " | ".join(cell(place, own) for _, cell in columns) + " |")
-    return "\n".join([*head, *rows])
-
-
-def over_seeds(name: str, digits: int = 4, scale: float = 1.0) -> Callable[[Place, list[Line]], str]:
-    """A cell with the mean and interval of one figure."""
-
-    def cell(_place: Place, lines: list[Line]) -> str:
-        values = [scale * line[name] for line in lines if line.get(name) is not None]
-        return shown(interval(values), digits) if values else ""
-
-    return cell
-
-
-def mean_of(name: str, digits: int) -> Callable[[Place, list[Line]], str]:
-    """A cell with the mean of one figure."""
-
-    def cell(_place: Place, lines: list[Line]) -> str:
-        values = [line[name] for line in lines if line.get(name) is not None]
-        return f"{mean(values):,.{digits}f}" if values else ""
-
-    return cell
-
-
-def shown(found: Interval, digits: int) -> str:
-    """A mean with its interval, and its seeds where these are not five."""
-    seeds = "" if found.seeds == 5 else f" ({found.seeds})"
-    if found.seeds < 2:
-        return f"{found.mean:.{digits}f}{seeds}"
-    return f"{found.mean:.{digits}f} ± {found.half_width:.{digits}f}{seeds}"
-
-
-def rate(_place: Place, lines: list[Line]) -> str:
-    """The learning rate that the arm's search chose, or that its combination has."""
-    rates = {
-        value
-        for line in lines
-        for name, value in (line["tuned"] | line["grid"]).items()
-        if name.endswith(".lr")
-    }
-    return ", ".join(f"{one:g}" for one in sorted(rates))
-
-
-def to_the_student(_place: Place, lines: list[Line]) -> str:
-    """Seconds of a core from the SFT student to the trained one: sampling, scoring and training."""
-    parts = ("rollout_seconds", "score_seconds", "train_seconds")
-    values = [sum(line.get(part, 0.0) for part in parts) for line in lines if "train_seconds" in line]
-    return shown(interval(values), 0) if values else ""
-
-
-ACCURACY: Column = ("accuracy", over_seeds("accuracy"))
-GREEDY: Column = ("greedily", over_seeds("greedy_accuracy"))
-KL: Column = ("KL(student, teacher), nats", over_seeds("reverse_kl_nats", 3))
-RATE: Column = ("learning rate", rate)
-COLUMNS: dict[int, tuple[Column, ...]] = {
-    1: (RATE, ACCURACY, GREEDY, KL),
-    3: (
-        ACCURACY,
-        ("seconds to sample", mean_of("rollout_seconds", 1)),
-        ("to score", mean_of("score_seconds", 1)),
-        ("to train", mean_of("train_seconds", 1)),
-        ("in all", to_the_student),
-        ("tokens sampled", mean_of("response_tokens", 0)),
-    ),
-    4: (RATE, ACCURACY, GREEDY, KL),
-    5: (RATE, ACCURACY, GREEDY, KL),
-    6: (
-        RATE,
-        ("w", over_seeds("w_mean", 3)),
-        ("ESS", over_seeds("ess", 3)),
-        ("log ratio, nats", over_seeds("log_ratio", 3)),
-        ("χ²", over_seeds("chi2", 3)),
-        ("gradient", over_seeds("gradient", 3)),
-        ("gap to it", over_seeds("gap", 3)),
-        ("bound of Theorem 3.5", over_seeds("bound", 1)),
-    ),
-    7: (RATE, ACCURACY, KL, ("KL to the teacher scaled", over_seeds("extrapolated_kl_nats", 3))),
-    8: (
-        RATE,
-        ACCURACY,
-        KL,
-        ("bytes a token", mean_of("bytes_per_token", 1)),
-        ("seconds to score", mean_of("score_seconds", 1)),
-    ),
-    9: (RATE, ACCURACY, KL),
-}
-
-
 def on_one_cache() -> Iterator[str]:
     """The methods of the ninth question, as benchmarks/study/methods.py measured them with all others."""
     places = [place for name in ON_ONE_CACHE for place in measured(read_lines(METHODS, name))]
@@ -298,40 +231,6 @@ def on_one_cache() -> Iterator[str]:
     missing = [f"`{name}`" for name in ON_ONE_CACHE if name not in titles]
     if missing:
         yield f"Not run: {', '.join(missing)}."
-
-
-def maps(name: str, arm: Arm, lines: list[Line]) -> Iterator[str]:
-    """Accuracy of a loss over rollouts a step, learning rate and steps, with drift and KL beside."""
-    for regime in regimes(lines):
-        places = [(place, own) for place, own in measured(lines) if place[1] == regime]
-        points = [point for _, own in places for line in own for point in line["curve"]]
-        steps = sorted({point["step"] for point in points if "avg_at_k" in point})
-        columns = (
-            *((f"step {step:.0f}", at_step(step, "avg_at_k")) for step in steps),
-            KL,
-            ("w", at_step(steps[-1], "w_mean")),
-            ("ESS", at_step(steps[-1], "ess")),
-            ("gap, nats", mean_of("gap_nats", 3)),
-        )
-        head = ["rollouts a step", "learning rate", *(name for name, _ in columns)]
-        rows = [
-            [*(f"{value:g}" for _, value in place[2]), *(cell(place, own) for _, cell in columns)]
-            for place, own in places
-        ]
-        yield f"**{arm.title}, `{regime}`**"
-        yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-        yield made_by(regime, [name], {name: arm})
-
-
-def at_step(step: float, name: str) -> Callable[[Place, list[Line]], str]:
-    """A cell with one figure of the curves at a step."""
-
-    def cell(_place: Place, lines: list[Line]) -> str:
-        curves = [point for line in lines for point in line["curve"] if point["step"] == step]
-        values = [point[name] for point in curves if name in point]
-        return shown(interval(values), 3) if values else ""
-
-    return cell
 
 
 def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str]:
@@ -357,7 +256,7 @@ def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str
         rows.append(
             [name, f"`{regime}`", *(f"{found[value]:.4f}" if value in found else "" for value in rates)]
         )
-    yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    yield joined(head, rows)
 
 
 def write_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> None:

@@ -19,6 +19,8 @@ from lightopd.schemas.base import canonical_hash
 Lines = dict[str, list[Line]]
 Rows = list[dict[str, Any]]
 ACCURACY = altair.Scale(zero=False)
+OF_DRIFT = {"w_mean": "w", "ess": "ESS", "chi2": "χ²", "log_ratio": "log ratio, nats"}
+OF_GRADIENT = {"gap": "gradient gap", "bound": "bound of Theorem 3.5"}
 
 
 def write_pictures(folder: Path, arms: dict[str, Arm], lines: Lines) -> None:
@@ -35,7 +37,7 @@ def drawn_rows(arms: dict[str, Arm], lines: Lines) -> dict[str, Rows]:
     """What each picture shows; none where it has no results."""
     return {
         "arms": list(gains(arms, lines, question=1)),
-        "map": [row for row in gains(arms, lines, question=2) if row["grid"]],
+        "map": list(_map_rows(arms, lines)),
         "drift": list(_drifts(arms, lines)),
     }
 
@@ -84,52 +86,100 @@ def gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict
             yield row | {"gain": found.mean, "low": low, "high": high}
 
 
-def _map(rows: Rows) -> altair.FacetChart:
-    """Points of accuracy over the student before, by rollouts a step, for both losses of the map."""
-    shown = pandas.DataFrame(rows).drop(columns="grid")
-    shown["rollouts a step"] = [row["grid"]["train.batch_sequences"] for row in rows]
-    shown["where"] = [f"{row['regime']}, learning rate {row['grid']['train.optimizer.lr']:g}" for row in rows]
+def _map_rows(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
+    """Accuracy, KL to the teacher and drift of the last step at every point of the map, with intervals."""
+    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
+    for name in (name for name, arm in arms.items() if 2 in arm.questions):
+        for (_, regime, grid), own in measured(lines[name]):
+            if regime not in before:
+                continue
+            gained = [100 * (line["accuracy"] - before[regime]) for line in own]
+            values = {
+                "points over the student": gained,
+                "KL, nats": [line["reverse_kl_nats"] for line in own],
+            }
+            last = [line["curve"][-1] for line in own]
+            values |= {"ESS": [point["ess"] for point in last], "w": [point["w_mean"] for point in last]}
+            where = {title.rpartition(".")[2]: value for title, value in grid}
+            for measure, found in ((measure, interval(own)) for measure, own in values.items()):
+                row = {"arm": arms[name].title, "regime": regime, **where, "measure": measure}
+                low, high = found.mean - found.half_width, found.mean + found.half_width
+                yield row | {"value": found.mean, "low": low, "high": high}
+
+
+def _map(rows: Rows) -> altair.VConcatChart:
+    """The map by rollouts a step: a column for each learning rate, a row for each measure."""
+    regimes = dict.fromkeys(row["regime"] for row in rows)
+    return altair.vconcat(*(_map_of([row for row in rows if row["regime"] == one], one) for one in regimes))
+
+
+def _map_of(rows: Rows, regime: str) -> altair.FacetChart:
+    shown = pandas.DataFrame(rows).drop(columns="regime").rename(columns={"lr": "learning rate"})
     base = altair.Chart(shown).encode(
-        altair.X("rollouts a step:Q", scale=altair.Scale(type="log", base=2)),
-        color=altair.Color("arm:N", title=None, legend=altair.Legend(labelLimit=400)),
+        altair.X(
+            "batch_sequences:Q",
+            title="rollouts a step",
+            scale=altair.Scale(type="log", base=2, domain=[48, 2800]),
+            axis=altair.Axis(values=[64, 512, 2048]),
+        ),
+        color=altair.Color("arm:N", title=None, legend=altair.Legend(labelLimit=400, orient="bottom")),
     )
-    title = "points over the student"
-    line = base.mark_line(point=True).encode(altair.Y("gain:Q", title=title))
-    bars = base.mark_rule().encode(altair.Y("low:Q", title=title), y2="high:Q")
+    line = base.mark_line(point=True).encode(altair.Y("value:Q", title=None, scale=ACCURACY))
+    bars = base.mark_rule().encode(altair.Y("low:Q", title=None), y2="high:Q")
+    order = list(dict.fromkeys(row["measure"] for row in rows))
     chart = (
         (line + bars)
-        .properties(width=200, height=200)
-        .facet(altair.Facet("where:N", title=None, sort=list(shown["where"].unique())), columns=3)
+        .properties(width=170, height=110)
+        .facet(
+            row=altair.Row("measure:N", title=None, sort=order),
+            column=altair.Column("learning rate:O", title=regime),
+        )
     )
     return chart.resolve_scale(y="independent")
 
 
 def _drifts(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
-    """Measures of drift at every kept step of the arms of the first question, seed by seed."""
-    yield from (
-        {"arm": arm.title, "step": point["step"], "measure": name, "value": point[name]}
-        for which, arm in arms.items()
-        if arm.kind == "offline" and 1 in arm.questions
-        for _, own in measured(lines[which])
-        for line in own
-        if line["regime"] == "large_gap"
-        for point in line["curve"]
-        for name in ("w_mean", "ess", "log_ratio")
-        if name in point
-    )
+    """Measures of drift at every kept step of the arms of the first question, and of the gradient."""
+    trained = {name: arm for name, arm in arms.items() if arm.kind == "offline" and arm.questions[0] == 1}
+    for which, arm in trained.items():
+        points = [point for line in in_the_large_gap(lines[which]) for point in line["curve"]]
+        for point in points:
+            for name, title in OF_DRIFT.items():
+                if name in point:
+                    yield {"arm": arm.title, "step": point["step"], "measure": title, "value": point[name]}
+    titles = {arm.method: arm.title for arm in trained.values() if not arm.grid}
+    for which in (name for name, arm in arms.items() if "gradient_gap" in arm.measures):
+        for line in in_the_large_gap(lines[which]):
+            row = {"arm": titles[arms[which].method], "step": line["grid"]["train.steps"]}
+            for name, title in OF_GRADIENT.items():
+                yield row | {"measure": title, "value": line[name]}
+
+
+def in_the_large_gap(lines: list[Line]) -> list[Line]:
+    """The measured runs of the regime whose drift is drawn."""
+    return [line for place, own in measured(lines) if place[1] == "large_gap" for line in own]
 
 
 def _drift(rows: Rows) -> altair.FacetChart:
-    """w, ESS and the log-ratio along the training of the arms of the first question."""
-    chart = altair.Chart(pandas.DataFrame(rows)).mark_line()
+    """w, ESS, χ² and the log ratio along training; the gradient gap and its bound at three moments."""
+    chart = altair.Chart(pandas.DataFrame(rows)).mark_line(point=altair.OverlayMarkDef(size=12))
     chart = chart.encode(
         x="step:Q",
         y=altair.Y("mean(value):Q", title=None, scale=ACCURACY),
-        color=altair.Color("arm:N", legend=altair.Legend(labelLimit=400)),
+        color=altair.Color(
+            "arm:N", title=None, legend=altair.Legend(labelLimit=400, orient="bottom", columns=2)
+        ),
     )
-    facets = chart.properties(width=180, height=160).facet(altair.Facet("measure:N", title=None))
-    return facets.resolve_scale(y="independent")
+    order = list(dict.fromkeys(row["measure"] for row in rows))
+    facets = chart.properties(width=200, height=150).facet(
+        altair.Facet("measure:N", title=None, sort=order), columns=3
+    )
+    return facets.resolve_scale(y="independent", x="independent")
 
 
-CHARTS: dict[str, Callable[[Rows], altair.FacetChart]] = {"arms": _arms, "map": _map, "drift": _drift}
+CHARTS: dict[str, Callable[[Rows], altair.FacetChart | altair.VConcatChart]] = {
+    "arms": _arms,
+    "map": _map,
+    "drift": _drift,
+}
 """How each picture is drawn from its rows."""

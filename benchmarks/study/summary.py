@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from filelock import FileLock
 from scipy.stats import t as student_t
+from scipy.stats import ttest_rel
 
 from lightopd.files import write_atomically
 
@@ -26,7 +27,12 @@ class Interval(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.half_width:.4f}" if self.seeds > 1 else f"{self.mean:.4f}"
+        return f"{self:.4f}"
+
+    def __format__(self, spec: str) -> str:
+        """Both numbers in the format of one; a sign is the mean's alone."""
+        half = f" ± {self.half_width:{spec.lstrip('+')}}" if self.seeds > 1 else ""
+        return f"{self.mean:{spec}}{half}"
 
 
 def read_lines(results: Path, name: str) -> list[Line]:
@@ -96,3 +102,56 @@ def best_tuning(lines: Iterable[Line], place: Place, lowest: str | None = None) 
     worth = (lambda line: -line[lowest]) if lowest else (lambda line: line["accuracy"])
     by_setting = sorted(tried, key=lambda line: list(line["tuned"].values()))
     return max(by_setting, key=worth)["tuned"] if tried else None
+
+
+NOT_MEASURED = "(not measured)"
+
+
+def figures(results: Path, regime: str) -> dict[str, Callable[..., str]]:
+    """What a text says of arms, by name: means, gains, p values and what a search found, read from the lines.
+
+    Each takes an arm, a regime that may be left out, and values of the arm's grid by the last part of their
+    names. What has no lines is `NOT_MEASURED`.
+
+    Args:
+        results: folder of the lines.
+        regime: taken where a text names none.
+    """
+
+    def lines(arm: str, regime: str = regime, **grid: float) -> dict[int, Line]:
+        own = [
+            line for line in read_lines(results, arm) if line["regime"] == regime and not line["is_tuning"]
+        ]
+        short = {line["seed"]: line for line in own if grid.items() <= last_parts(line["grid"]).items()}
+        return dict(sorted(short.items()))
+
+    def figure(arm: str, of: str = "accuracy", digits: int = 4, **where: Any) -> str:
+        values = [line[of] for line in lines(arm, **where).values() if of in line]
+        return f"{interval(values):.{digits}f}" if values else NOT_MEASURED
+
+    def gain(arm: str, regime: str = regime, **grid: float) -> str:
+        before, own = lines("untrained", regime), lines(arm, regime, **grid)
+        if not before or not own:
+            return NOT_MEASURED
+        found = interval(100 * (line["accuracy"] - before[0]["accuracy"]) for line in own.values())
+        return f"{found:+.1f}"
+
+    def p(one: str, other: str, of: str = "accuracy", **where: Any) -> str:
+        first, second = lines(one, **where), lines(other, **where)
+        seeds = sorted(first.keys() & second.keys())
+        if len(seeds) < 2:
+            return NOT_MEASURED
+        value = ttest_rel([first[at][of] for at in seeds], [second[at][of] for at in seeds]).pvalue
+        return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
+
+    def searched(arm: str, rate: float, regime: str = regime, of: str = "accuracy") -> str:
+        tried = [line for line in read_lines(results, arm) if line["is_tuning"] and line["regime"] == regime]
+        found = [line[of] for line in tried if rate in line["tuned"].values()]
+        return f"{found[0]:.4f}" if found else NOT_MEASURED
+
+    return {"figure": figure, "gain": gain, "p": p, "searched": searched}
+
+
+def last_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the last part of their names."""
+    return {name.rpartition(".")[2]: value for name, value in settings.items()}
