@@ -112,8 +112,8 @@ def verdict(gap: Gap | None, sampling: SamplingConfig | None) -> str:
         )
     if gap.nats <= SMALL_NATS:
         return (
-            f"{gap} is small: little is left to gain from this teacher, and a high learning rate loses it; any "
-            f"recipe can be used with {SMALL_BATCH_TOKENS:,} response tokens a step or more"
+            f"{gap} is small: little is left to gain from this teacher, and a high learning rate loses it; "
+            f"any recipe can be used with {SMALL_BATCH_TOKENS:,} response tokens a step or more"
         )
     if gap.nats <= LARGE_NATS:
         return f"{gap} is moderate: keep the default objective, reverse KL on the top-k"
