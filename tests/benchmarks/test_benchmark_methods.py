@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jinja2.sandbox import SandboxedEnvironment
 
 from lightopd.objectives.requirements import needs
+from lightopd.rewards.running_totals import running_totals
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 
@@ -50,6 +52,24 @@ def test_every_run_loads_with_the_common_settings_and_its_signals_have_a_scorer(
         asked = needs(config.objective)
         assert set(asked.signals) <= set(methods.SIGNALS), case.run
         assert {*asked.texts, *asked.chunks, *asked.shown} <= set(methods.TEXTS), case.run
+
+
+def test_no_seed_has_the_prompts_that_the_student_was_fine_tuned_on(methods):
+    finetuned = {row["prompt"] for row in running_totals(methods.FINETUNING_PROMPTS_SEED, 3000)}
+    for seed in (*range(methods.SEEDS), methods.TUNING_SEED):
+        asked = methods.training_prompts(seed)
+        prompts = {row["prompt"] for row in running_totals(asked["seed"], asked["count"], asked["split"])}
+        assert len(prompts & finetuned) < 0.01 * len(prompts)
+
+
+def test_the_identity_of_a_run_changes_with_its_prompts_and_with_what_made_its_signals(methods, monkeypatch):
+    (case,) = [one for one in methods.cases() if one.run == "lightning_opd"]
+    settings = methods.settings_of(case, Path("seed"), 1e-4, 0)
+    found = methods.identity(case, settings, 0)
+    assert found != methods.identity(case, settings, 2)
+    teacher = methods.SIGNALS["teacher"]
+    monkeypatch.setitem(methods.SIGNALS, "teacher", replace(teacher, template="{{ prompt }}"))
+    assert found != methods.identity(case, settings, 0)
 
 
 def test_a_comma_ends_its_total(methods):

@@ -10,7 +10,9 @@ from arms import read_arms
 from cells import made_once
 from pictures import drawn_rows, gains, signature, write_pictures
 from recording_disk import RecordingDisk
-from summary import keep_line, read_lines
+from scipy.stats import ttest_rel
+from summary import NOT_MEASURED, figures, keep_line, read_lines
+from tables import overlap_table
 
 ARMS = read_arms()
 
@@ -65,6 +67,40 @@ def test_a_picture_s_signature_changes_with_a_figure_and_not_with_its_last_digit
     row = {"arm": "a", "gain": 0.5, "grid": {"train.steps": 5}}
     assert signature([row]) != signature([row | {"gain": 0.51}])
     assert signature([row]) == signature([row | {"gain": 0.5 + 1e-12}])
+
+
+def test_a_text_s_figures_are_those_of_the_lines_it_names(tmp_path):
+    for seed in range(3):
+        keep_line(
+            tmp_path, line_of("live", seed=seed, accuracy=0.5 + seed / 10, grid={"a.lr": 0.1}), tmp_path
+        )
+        keep_line(tmp_path, line_of("jsd", seed=seed, accuracy=0.4 + seed / 10 + seed**2 / 1000), tmp_path)
+    keep_line(tmp_path, line_of("untrained", accuracy=0.55), tmp_path)
+    told = figures(tmp_path, "large_gap")
+    assert told["figure"]("live") == told["figure"]("live", lr=0.1) == "0.6000 ± 0.2484"
+    assert told["gain"]("live") == "+5.0 ± 24.8"
+    paired = ttest_rel([0.5, 0.6, 0.7], [0.4, 0.501, 0.604]).pvalue
+    assert told["p"]("live", "jsd") == f"p = {paired:.3f}".replace("0.", ".")
+    for nothing in (told["figure"]("live", lr=0.2), told["figure"]("live", regime="small_gap")):
+        assert nothing == NOT_MEASURED
+    assert told["gain"]("semi_opd") == told["p"]("live", "semi_opd") == NOT_MEASURED
+
+
+def test_no_figure_of_the_page_s_texts_is_missing():
+    assert NOT_MEASURED not in page.PAGE.read_text()
+
+
+def test_runs_are_told_apart_by_the_overlap_that_they_ended_with():
+    runs = [
+        ("divergence", 0.96, 1.0),
+        ("divergence", 0.96, -3.0),
+        ("log_ratio", 1.2, 0.5),
+        ("constant", 0.1, 9.0),
+    ]
+    rows = {row.split(" | ")[0]: row for row in overlap_table(runs).splitlines()}
+    assert rows["| 0.95 to 0.97"] == "| 0.95 to 0.97 | 0 |  | 2 | -1.0 (-3.0 to +1.0) |"
+    assert rows["| 0.995 to 1"] == "| 0.995 to 1 | 1 | +0.5 (+0.5 to +0.5) | 0 |  |"
+    assert rows["| 0 to 0.9"] == "| 0 to 0.9 | 0 |  | 0 |  |"
 
 
 def test_the_readme_s_figures_are_those_of_the_results():

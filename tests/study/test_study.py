@@ -93,6 +93,7 @@ def test_the_best_setting_is_that_of_the_highest_validation_accuracy():
     ]
     assert best_tuning(lines, ("a", "r", ())) == {"lr": 2}
     assert best_tuning(lines, ("a", "r", ()), lowest="kl") == {"lr": 1}
+    assert best_tuning(list(reversed(lines)), ("a", "r", ())) == {"lr": 2}, "the lower of equals"
     assert best_tuning(lines, ("b", "r", ())) is None
 
 
