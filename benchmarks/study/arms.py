@@ -93,9 +93,10 @@ def read_arms(only: Iterable[str] = ()) -> dict[str, Arm]:
 def read_regime(name: str) -> dict[str, Any]:
     """A regime: its models; `run`, a run file; `sft`, how its student was fine-tuned.
 
-    `validation` is laid over the held-out prompts for runs that choose a setting, `seed_step` is how far the
-    prompts of two seeds lie apart, `texts` how many answers are kept to be read, `lowest` the figure that a
-    setting is chosen by where that is not the highest accuracy.
+    `validation` is laid over the held-out prompts for runs that choose a setting, `finetuning_prompts_seed`
+    is that of the prompts of the student's fine-tuning, `seed_step` how far the prompts of two seeds lie
+    apart, `texts` how many answers are kept to be read, `lowest` the figure that a setting is chosen by where
+    that is not the highest accuracy.
     """
     return read_yaml(str(STUDY / "regimes" / f"{name}.yaml"))
 
@@ -113,11 +114,20 @@ def settings_of(arm: Arm, cell: Cell) -> dict[str, Any]:
     settings = merged(settings, arm.run)
     for name, value in (*cell.grid, *cell.tuned):
         settings = merged(settings, _nested(name, value))
-    prompts_seed = cell.seed * regime.get("seed_step", 1)
-    seeds = [f"prompts.seed={prompts_seed}", f"rollout.sampling.seed={cell.seed}", f"train.seed={cell.seed}"]
+    seeds = [
+        f"prompts.seed={prompts_seed(regime, cell.seed)}",
+        f"rollout.sampling.seed={cell.seed}",
+        f"train.seed={cell.seed}",
+    ]
     for one in seeds:
         settings = merged(settings, parse_set(one))
     return settings
+
+
+def prompts_seed(regime: Mapping[str, Any], seed: int) -> int:
+    """Seed of the prompts of a run: none draws those whose answers the student was fine-tuned on."""
+    drawn = seed + TUNING_SEED + 1 if seed == regime.get("finetuning_prompts_seed") else seed
+    return int(drawn * regime.get("seed_step", 1))
 
 
 def _method(name: str | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from arms import TUNING_SEED
+from arms import TUNING_SEED, prompts_seed
 from cells import VALIDATION, choose_device, provenance
 from filelock import Timeout
 from method_cases import (
@@ -95,7 +95,7 @@ log = logging.getLogger("methods")
 
 def training_prompts(seed: int) -> Mapping[str, Any]:
     """The prompts that a seed's rollouts answer, none of them drawn as those of the student's fine-tuning."""
-    drawn = seed + TUNING_SEED + 1 if seed == FINETUNING_PROMPTS_SEED else seed
+    drawn = prompts_seed({"finetuning_prompts_seed": FINETUNING_PROMPTS_SEED}, seed)
     return PROMPTS | {"split": "train", "count": PROMPTS_PER_SEED, "seed": drawn}
 
 

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import page
 import pytest
-from arms import Cell, combinations, read_arms, read_regime, settings_of
+from arms import STUDY, TUNING_SEED, Cell, combinations, prompts_seed, read_arms, read_regime, settings_of
 from cells import QUICK, VALIDATION, cache_of, identity, made_once, run_of
 from crowd import until
+from make_tiny_models import SFT_SEED
 from measures import extrapolated_kl, gradient_gap
+from models import TEACHERS
 from summary import best_tuning, interval, read_lines
 
 from lightopd.config import build_run
@@ -40,7 +42,7 @@ def test_every_run_of_an_arm_is_a_run_file(name):
                 settings = settings_of(arm, Cell(name, regime, grid, tuned, 3))
                 run = build_run(settings | {"out": "X", "teacher": str(TEACHER), "student": str(STUDENT)})
                 assert run.rollout["sampling"]["seed"] == run.train["seed"] == 3
-                assert run.prompts.seed == 3 * read_regime(regime).get("seed_step", 1)
+                assert run.prompts.seed == prompts_seed(read_regime(regime), 3)
 
 
 def test_every_question_has_an_arm_or_says_that_it_has_none():
@@ -69,6 +71,20 @@ def test_tuning_prompts_are_none_that_a_measured_run_sees():
             described.get("sft", {}).get("prompts", {}).get("seed"),
         }
         assert VALIDATION["seed"] not in {*seeds, *range(5)}
+
+
+def test_no_run_has_the_prompts_that_its_student_was_fine_tuned_on():
+    for name in (path.stem for path in (STUDY / "regimes").glob("*.yaml")):
+        regime = read_regime(name)
+        seed = regime.get("finetuning_prompts_seed")
+        made = TEACHERS.get(regime["teacher"])
+        if seed is None:
+            assert regime["teacher"] == "smollm2" or not made.with_student, name
+            continue
+        assert seed == (made.seed if made else 0) + SFT_SEED
+        drawn = [prompts_seed(regime, own) for own in (*range(5), TUNING_SEED)]
+        assert seed not in drawn
+        assert len(set(drawn)) == 6
 
 
 def test_an_interval_is_student_s_t_over_the_seeds():
