@@ -124,6 +124,7 @@ def method_pages() -> dict[Path, str]:
     pages = {page: _page(page, names, runs, once) for page, names in names_of.items()}
     everything = [one for _, found in sorted(runs.items()) for one in found]
     parts = [ALL_METHODS.format(settings=SETTINGS), *(measured(everything) if everything else ())]
+    parts += one_computation(everything)
     parts += (
         ["", OF_ONE_SEED, *measured_once([line for lines in once.values() for line in lines])] if once else []
     )
@@ -177,8 +178,10 @@ Settings: {settings}.
 
 Accuracy is the share of right answers, KL is KL(student, teacher) in nats per token of the student's own
 answers, both on held-out prompts: means and 95 % intervals over five seeds, in which prompts, rollouts and
-the order of training differ. Every recipe has the learning rate that was best of three, on 2,000 validation
-prompts with a seed of its own (the columns on the right; standard error 0.7 points, so near ones are a draw).
+the order of training differ. All runs answer the same held-out prompts with the same random numbers, whose
+noise no interval has in it. Every recipe has the learning rate that was best of three, on 2,000 validation
+prompts with a seed of its own (the columns on the right; standard error 0.7 points, so near ones are a draw;
+of equals the lowest).
 Steps, batch and schedule are the same for all recipes, which their papers' are not.
 """
 
@@ -225,6 +228,19 @@ def measured(found: list[list[Line]]) -> list[str]:
         name = _named(lines[0]["recipe"], lines[0]["stand_in"], lines[0]["changed"], notes)
         table.append(_row(name, *_figures(lines)))
     return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
+
+
+def one_computation(found: list[list[Line]]) -> list[str]:
+    """Which recipes are the same computation on this task, as all of their runs say."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for lines in found:
+        figures = sorted(
+            (line["seed"], line["tuned"]["optimizer.lr"], line["accuracy"], line["reverse_kl_nats"])
+            for line in lines
+        )
+        alike.setdefault(tuple(figures), []).append(f"`{lines[0]['arm']}`")
+    groups = "; ".join(", ".join(names) for names in alike.values() if len(names) > 1)
+    return ["", f"One computation on this task, to the last digit: {groups}."] if groups else []
 
 
 def _figures(lines: list[Line]) -> list[str]:
