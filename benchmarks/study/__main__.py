@@ -168,6 +168,7 @@ def missing_models(arms: dict[str, Arm], only: str | None) -> list[str]:
 
 
 def main() -> None:
+    """Run the arms that were requested, one after the other, with a new page after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     named = sorted(path.stem for path in STUDY.glob("*.yaml"))
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", choices=named, help=", ".join(named))

@@ -160,7 +160,7 @@ def test_the_quick_form_writes_a_page_of_its_runs_and_leaves_the_docs_alone(stud
 
     monkeypatch.setattr(study, "write_page", write_page)
     study.run_quick(read_arms(("untrained",)))
-    assert "1 runs, 0.0 hours on the clock" in written[0]
+    assert "1 runs, 0.0 hours of runs" in written[0]
     assert not study.RESULTS.exists()
 
 
