@@ -106,7 +106,10 @@ def setting(lines: dict[str, list[Line]]) -> list[str]:
         "| regime | teacher's accuracy | student's | greedily | KL to the teacher, nats | what it is |",
         "|---|---|---|---|---|---|",
     ]
-    ran = f"{len(found):,} runs, {hours:.1f} hours of runs, those that chose a setting included; several ran beside each other."
+    ran = (
+        f"{len(found):,} runs, {hours:.1f} hours of runs, those that chose a setting included; some ran "
+        "beside each other."
+    )
     return ["## Setting", "\n".join([*head, *rows]), ran, *machines(found)]
 
 

@@ -108,9 +108,13 @@ def test_the_readme_s_figures_are_those_of_the_results():
     found = {row["arm"]: row for row in gains(ARMS, lines, question=1) if row["regime"] == "large_gap"}
     of = {name: found[ARMS[name].title] for name in ARMS if ARMS[name].title in found}
 
-    gaining = ("reverse_kl", "live_reverse_kl", "trl", "passes_reverse_kl")
+    gaining = ("reverse_kl", "live_reverse_kl", "trl", "passes_reverse_kl", "more_sft", "passes_more_sft")
     wanted = [f"{of[name]['gain']:+.1f} ± {of[name]['high'] - of[name]['gain']:.1f}" for name in gaining]
     assert re.findall(r"[+-][\d.]+ ± [\d.]+", said) == wanted
+    told = figures(page.RESULTS, "large_gap")["figure"]
+    assert f"from 0.90 to {told('order_reverse_kl', digits=2, lr=1e-4)}" in said
+    lost = [float(told(name).split()[0]) for name in ("live", "fast_lightning")]
+    assert f"{100 * (lost[0] - lost[1]):.1f} points behind live ones" in said
     assert of["lightning"]["low"] <= 0
     assert of["live"]["low"] <= 0
 
