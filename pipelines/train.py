@@ -16,7 +16,7 @@ from lightopd.cache.buckets.mirroring import at_commit, folder_of
 from lightopd.cache.manifests import orphaned_signals, signal_names
 from lightopd.cache.signals.horizon import horizon_notes
 from lightopd.cache.store import Cache, content_id, open_cache
-from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
+from lightopd.lineage.checks import all_overrides, check_student, check_teacher, check_tokenizer
 from lightopd.lineage.fingerprint import fingerprint_model, model_folder, write_student_lineage
 from lightopd.models.load import context_length_of, outline
 from lightopd.objectives.preparation.serving import check_cache, teachers_of
@@ -127,7 +127,7 @@ def _write_lineage(
         made_by="train",
         rendering={k: v for k, v in cache.manifest.rendering.items() if k != "row_options"} or None,
         cache=content_id(cache, used),
-        overrides=overrides + tuple(o for name in used for o in cache.signals[name].manifest.overrides),
+        overrides=all_overrides([overrides, *(cache.signals[name].manifest.overrides for name in used)]),
     )
     write_student_lineage(folder, lineage)
     rollouts = sum(marker.rows for marker in cache.markers)

@@ -4,7 +4,7 @@ Each check returns the overrides it used, to be recorded in everything made afte
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from lightopd.errors import LineageError
@@ -27,6 +27,11 @@ Vocabularies = tuple[Mapping[str, int], Mapping[str, int]]
 
 # A pad token fills positions that no score and no loss reads, and people set it freely.
 _COMPARED_ROLES = ("bos", "eos", "unk")
+
+
+def all_overrides(groups: Iterable[tuple[Override, ...]]) -> tuple[Override, ...]:
+    """Overrides of all that something is made from, none twice: each is told by all that follows from it."""
+    return tuple(dict.fromkeys(override for group in groups for override in group))
 
 
 def check_teacher(

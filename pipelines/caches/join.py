@@ -22,7 +22,7 @@ from lightopd.cache.reader import check_rollouts, read_columns
 from lightopd.cache.shards import valid_shard, write_shard
 from lightopd.cache.store import Cache, content_id, create_cache, open_cache
 from lightopd.errors import CacheError, ConfigError
-from lightopd.lineage.checks import check_student, check_teacher, check_tokenizer
+from lightopd.lineage.checks import all_overrides, check_student, check_teacher, check_tokenizer
 from lightopd.pipelines.caches.join_plan import Plan, ShardRows, plan_rows
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.pipelines.shared.run_folder import writing
@@ -83,7 +83,7 @@ def _agreed(caches: Sequence[Cache], allow: Sequence[Allowed]) -> tuple[Cache, t
             f"{len(students)} such caches were given; name RUN/sft/answers and a cache of rollouts"
         )
     student = students[0].manifest
-    overrides = tuple(override for cache in caches for override in cache.manifest.overrides)
+    overrides = all_overrides(cache.manifest.overrides for cache in caches)
     for cache in caches:
         found = cache.manifest
         assert found.tokenizer is not None, "only an imported cache does not say"
@@ -96,7 +96,7 @@ def _agreed(caches: Sequence[Cache], allow: Sequence[Allowed]) -> tuple[Cache, t
             overrides += check_student(student.sampler, found.sampler, allow, "join")
             _same(students[0], cache, "sft", "the student's fine-tuning")
         _same(students[0], cache, "rendering", "how prompts became ids")
-    return students[0], tuple(dict.fromkeys(overrides))
+    return students[0], all_overrides([overrides])
 
 
 def _same(one: Cache, other: Cache, field: str, what: str) -> None:

@@ -11,10 +11,11 @@ from lightopd.cache.reader import read_columns
 from lightopd.cache.signals.channels import CHANNELS
 from lightopd.cache.signals.tail_shape import TAIL_SHAPE, read_shape, write_shape
 from lightopd.cache.store import Cache, content_id, open_cache
+from lightopd.lineage.checks import all_overrides
 from lightopd.pipelines.maintenance.remade import Remade, copy_files, make_signal, make_text
 from lightopd.schemas.base import canonical_hash
 from lightopd.schemas.cache import SCHEMA_VERSION
-from lightopd.schemas.manifest import NoiseFloor, Override, SignalManifest
+from lightopd.schemas.manifest import NoiseFloor, SignalManifest
 from lightopd.schemas.signals.kinds import TailShape
 
 
@@ -46,11 +47,6 @@ def carry_text(made: Cache, plan: Remade, name: str) -> None:
         "overrides": all_overrides([manifest.overrides for manifest in manifests]),
     }
     make_text(made, manifests[0].model_copy(update=changed), plan)
-
-
-def all_overrides(groups: Sequence[tuple[Override, ...]]) -> tuple[Override, ...]:
-    """Overrides of all sources, none twice."""
-    return tuple(dict.fromkeys(override for group in groups for override in group))
 
 
 def _carry_signal(made: Cache, plan: Remade, name: str) -> None:

@@ -15,8 +15,9 @@ from lightopd.cache.manifests import Manifest, differing_fields, signal_names
 from lightopd.cache.reader import check_rollouts
 from lightopd.cache.store import Cache, content_id, open_cache
 from lightopd.errors import CacheError, ConfigError, LineageError
+from lightopd.lineage.checks import all_overrides
 from lightopd.pipelines.caches.join_plan import Row, ShardRows, all_rows
-from lightopd.pipelines.maintenance.carried import all_overrides, carry_signals, carry_text
+from lightopd.pipelines.maintenance.carried import carry_signals, carry_text
 from lightopd.pipelines.maintenance.remade import Remade, finish, made_beside, make_rollouts
 from lightopd.pipelines.shared.reports import Report, override_notes, save_report
 from lightopd.schemas.base import canonical_hash
