@@ -1,5 +1,6 @@
 """The study's models: teachers by a plain loop, students by the sft stage; made once, then found."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ TEACHERS = {
 }
 
 
+@functools.cache
 def teacher(work: Path, name: str) -> Path:
     """Folder of a teacher; one that does not ship is made where it is not there, with a base beside it."""
     if name == SHIPPED:
@@ -83,6 +85,7 @@ def _make_real(folder: Path) -> None:
         half_depth_student(folder / "teacher", folder / "base")
 
 
+@functools.cache
 def student(work: Path, regime: str) -> Path:
     """Folder of a regime's student: made with its teacher, or a base fine-tuned on its answers."""
     described = read_regime(regime)

@@ -35,6 +35,8 @@ ON_ONE_CACHE = (
     "renio",
     "prune_opd",
     "decoupling_student_fkl",
+    "decoupling_teacher_rkl",
+    "decoupling_mix",
     "vopd",
 )
 """Recipes of the ninth question, with the plain loss and the recommended ones to compare with;
