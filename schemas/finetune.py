@@ -40,8 +40,8 @@ class StalenessLimits(StrictModel):
     it is KL(student at rollout || student now). A convention that docs/study.md does not test."""
     min_overlap: float = Field(0.95, ge=0, le=1)
     """Squared Bhattacharyya coefficient of the student now and who sampled, over its value at rollout. All
-    runs that ended below this lost 13 points and more, and divergences above .97 gained; losses on sampled
-    tokens lost from .99 down (docs/study.md, last table of question 6)."""
+    runs that ended below this lost 12 points and more; divergences above .97 gained in the mean, losses on
+    sampled tokens lost below .995 (docs/study.md, last table of question 6)."""
     max_chi2: float = Field(1.0, ge=0)
     """Growth of E[(w - 1)^2], w = student now / who sampled, per token; it counts once it is two standard
     errors above this. A convention, and late for losses on sampled tokens: in docs/study.md they lost where

@@ -54,15 +54,17 @@ def signature(rows: Rows) -> str:
 
 
 def _arms(rows: Rows) -> altair.FacetChart:
-    """What the arms of the first question gain, with 95 % intervals, the best of the first regime on top."""
-    rows = sorted(rows, key=lambda row: (row["regime"], -row["gain"]))
+    """What the arms of the first question gain, with 95 % intervals, the best of the large gap on top."""
+    rows = sorted(rows, key=lambda row: (row["regime"] != "large_gap", row["regime"], -row["gain"]))
     order = list(dict.fromkeys(row["arm"] for row in rows))
     labels = altair.Axis(labelLimit=400)
     shown = pandas.DataFrame(rows).drop(columns="grid")
     base = altair.Chart(shown).encode(y=altair.Y("arm:N", sort=order, title=None, axis=labels))
     points = base.mark_point(filled=True, size=60).encode(x="gain:Q")
     bars = base.mark_rule().encode(x=altair.X("low:Q", title="points over the student"), x2="high:Q")
-    return (bars + points).properties(width=300).facet(altair.Facet("regime:N", title=None), columns=2)
+    regimes = list(dict.fromkeys(row["regime"] for row in rows))
+    facet = altair.Facet("regime:N", title=None, sort=regimes)
+    return (bars + points).properties(width=300).facet(facet, columns=2)
 
 
 def gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict[str, Any]]:
