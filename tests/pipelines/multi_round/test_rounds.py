@@ -88,7 +88,7 @@ def test_every_round_keeps_the_fine_tuning_teacher_so_no_refusal_is_overridden(w
 
 
 def test_a_refusal_that_is_set_aside_in_every_round_is_told_once_for_each_stage(world, tmp_path):
-    """Each round is made from the one before it: what both tell must not be told twice as often in the next."""
+    """Each round is made from the one before: what both tell must not be told twice as often in the next."""
     other = str(save_model(tmp_path / "other", 5))
     run(world, tmp_path / "run", teacher=other, allow=["teacher-mismatch"], rounds={"steps": 6})
     told = [override.stage for override in lineage(tmp_path / "run" / "student").overrides]
