@@ -10,6 +10,7 @@ from run_files import models_of
 from safetensors.torch import load_file
 from tiny_models import save_model
 
+from lightopd.cache.index import query
 from lightopd.cache.store import content_id, open_cache
 from lightopd.config import build_run, load_stage
 from lightopd.errors import ConfigError, OutputError, TrainingError
@@ -64,8 +65,6 @@ def weights(folder):
 
 
 def prompts_of(cache):
-    from lightopd.cache.index import query
-
     return set(query(cache, "select prompt_id from rollouts").column("prompt_id").to_pylist())
 
 
@@ -88,12 +87,10 @@ def test_every_round_keeps_the_fine_tuning_teacher_so_no_refusal_is_overridden(w
 
 
 def test_a_refusal_that_is_set_aside_in_every_round_is_told_once_for_each_stage(world, tmp_path):
-    """Each round is made from the one before: what both tell must not be told twice as often in the next."""
-    other = str(save_model(tmp_path / "other", 5))
-    run(world, tmp_path / "run", teacher=other, allow=["teacher-mismatch"], rounds={"steps": 6})
+    other = {"teacher": str(save_model(tmp_path / "other", 5)), "allow": ["teacher-mismatch"]}
+    run(world, tmp_path / "run", rounds={"steps": 6}, **other)
     told = [override.stage for override in lineage(tmp_path / "run" / "student").overrides]
-    assert sorted(told) == sorted(set(told))
-    assert "precompute" in told
+    assert sorted(told) == sorted({*told, "precompute"})
 
 
 def test_each_round_takes_the_next_prompts(finished):
@@ -103,8 +100,7 @@ def test_each_round_takes_the_next_prompts(finished):
 
 
 def test_each_round_draws_with_a_seed_of_its_own(finished):
-    out, _ = finished
-    caches = [open_cache(out / name / "cache") for name in ("round-000", "round-001")]
+    caches = [open_cache(finished[0] / name / "cache") for name in ("round-000", "round-001")]
     assert [cache.manifest.sampling.seed for cache in caches] == [0, 1]
 
 
