@@ -80,11 +80,13 @@ def _format_of(out: Path | None) -> str:
 
 
 def _check_output(out: Path, cache: Path, force: bool) -> None:
-    """Refuse to write into the cache, or over a file that is there."""
+    """Refuse to write into the cache, into a folder that is not there, or over a file that is."""
     from lightopd.errors import OutputError
 
     if out.resolve().is_relative_to(cache.resolve()):
         raise OutputError(f"{out} lies inside the cache {cache}, which SQL only reads; name a file outside")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}; make it, or name a file elsewhere")
     if out.exists() and not force:
         raise OutputError(f"{out} exists; name another file, or replace it with --force")
 

@@ -39,7 +39,7 @@ def test_a_result_goes_into_a_pipe_and_a_folder_that_is_not_there_is_told(lighto
     missing = tmp_path / "no" / "x.csv"
     code, _, err = lightopd("sql", world.cache, "select 1 as x", "--out", missing)
     assert code == 7
-    assert f"cannot write {missing}" in err
+    assert f"there is no folder {missing.parent}" in err
 
 
 def test_the_name_of_a_view_lists_what_exists(lightopd, world):
