@@ -8,7 +8,6 @@ fails when any is not what this script writes.
 """
 
 import ast
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -33,8 +32,7 @@ WIDTH = 110
 MEASURED = "## Measured on the tiny task\n"
 """Title of the last section of a method's page; all below it is made here."""
 RESULTS = ROOT / "docs" / "methods" / "results"
-ONE_SEED = ROOT / "docs" / "methods" / "one_seed.json"
-"""What was measured of recipes that have no runs in `RESULTS`: one seed, two learning rates."""
+"""The lines of the runs that the pages tell."""
 
 
 def configuration() -> str:
@@ -117,28 +115,15 @@ def metrics() -> str:
 
 def method_pages() -> dict[Path, str]:
     """Every method's page with its measured section replaced, and the page of all of them."""
-    runs, once = runs_by_recipe(), runs_of_one_seed()
+    runs = runs_by_recipe()
     names_of: dict[Path, list[str]] = {}
     for method in list_methods(RECIPES / "methods"):
         names_of.setdefault(ROOT / method.page, []).append(method.name)
-    pages = {page: _page(page, names, runs, once) for page, names in names_of.items()}
+    pages = {page: _page(page, names, runs) for page, names in names_of.items()}
     everything = [one for _, found in sorted(runs.items()) for one in found]
     parts = [ALL_METHODS.format(settings=SETTINGS), *(measured(everything) if everything else ())]
     parts += one_computation(everything)
-    parts += (
-        ["", OF_ONE_SEED, *measured_once([line for lines in once.values() for line in lines])] if once else []
-    )
     return pages | {ROOT / "docs" / "methods_measured.md": "\n".join(parts) + "\n"}
-
-
-def runs_of_one_seed() -> dict[str, list[Line]]:
-    """The lines of the recipes that have no others."""
-    lines = json.loads(ONE_SEED.read_text(encoding="utf-8"))["results"] if ONE_SEED.exists() else []
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        if line["recipe"] not in runs_by_recipe():
-            found.setdefault(line["recipe"], []).append(line)
-    return found
 
 
 def runs_by_recipe() -> dict[str, list[list[Line]]]:
@@ -151,9 +136,7 @@ def runs_by_recipe() -> dict[str, list[list[Line]]]:
     return found
 
 
-def _page(
-    page: Path, names: list[str], runs: dict[str, list[list[Line]]], once: dict[str, list[Line]]
-) -> str:
+def _page(page: Path, names: list[str], runs: dict[str, list[list[Line]]]) -> str:
     before, _, _ = page.read_text(encoding="utf-8").partition(MEASURED)
     parts = [before.rstrip("\n"), "", MEASURED]
     if found := [one for name in names for one in runs.get(name, [])]:
@@ -161,10 +144,7 @@ def _page(
         command = f"    python benchmarks/study/methods.py --only {only}"
         said = f"Settings: {SETTINGS}. [All recipes](../methods_measured.md) says what the columns are."
         parts += [*measured(found), "", command, "", said, ""]
-    if lines := [line for name in names for line in once.get(name, [])]:
-        said = "One seed; what that means stands with [all recipes](../methods_measured.md)."
-        parts += [*measured_once(lines), "", said, ""]
-    if missing := [f"`{name}`" for name in names if name not in runs and name not in once]:
+    if missing := [f"`{name}`" for name in names if name not in runs]:
         parts += [f"Not measured: {', '.join(missing)}.", ""]
     return "\n".join(parts)
 
@@ -184,29 +164,6 @@ prompts with a seed of its own (the columns on the right; standard error 0.7 poi
 of equals the lowest).
 Steps, batch and schedule are the same for all recipes, which their papers' are not.
 """
-
-
-OF_ONE_SEED = """## Recipes that have one seed only
-
-The settings are those above, seed 0, standard error 0.7 points; two learning rates, tuned for none.
-`python benchmarks/study/methods.py --only NAME` measures one with seeds, as above.
-"""
-
-
-def measured_once(lines: list[Line]) -> list[str]:
-    """A table of runs of one seed, and under it what stood in for inputs that the task has not."""
-    rates = sorted({line["learning_rate"] for line in lines})
-    runs: dict[tuple[str, str, str], dict[float, Line]] = {}
-    for line in sorted(lines, key=lambda line: str(line["recipe"])):
-        runs.setdefault((line["recipe"], line["stand_in"], line["changed"]), {})[line["learning_rate"]] = line
-    heads = [f"at {rate:.0e}".replace("e-0", "e-") for rate in rates]
-    columns = [f"{what} {head}" for what in ("accuracy", "KL") for head in heads]
-    table = [_row("recipe", *columns), "|---" * (len(columns) + 1) + "|"]
-    notes: dict[str, int] = {}
-    for (recipe, stand_in, changed), found in runs.items():
-        figures = (f"{found[rate][key]:.4f}" for key in ("ours", "kl_nats") for rate in rates)
-        table.append(_row(_named(recipe, stand_in, changed, notes), *figures))
-    return table + [""] * bool(notes) + [f"{number}. {note}" for note, number in notes.items()]
 
 
 def _named(recipe: str, stand_in: str, changed: str, notes: dict[str, int]) -> str:

@@ -76,7 +76,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Its name in the results."""
-        chosen = [f"{name.rpartition('.')[2]}={value}" for name, value in (*self.grid, *self.tuned)]
+        chosen = [f"{name}={value}" for name, value in last_parts(dict((*self.grid, *self.tuned))).items()]
         return "/".join([self.arm, self.regime, *chosen, f"seed={self.seed}"])
 
 
@@ -99,6 +99,11 @@ def read_regime(name: str) -> dict[str, Any]:
     that is not the highest accuracy.
     """
     return read_yaml(str(STUDY / "regimes" / f"{name}.yaml"))
+
+
+def last_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the last part of their names."""
+    return {name.rpartition(".")[2]: value for name, value in settings.items()}
 
 
 def combinations(grid: Grid) -> Iterator[tuple[tuple[str, JsonValue], ...]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arms import Arm, read_arms, read_regime
+from arms import Arm, last_parts, read_arms, read_regime
 from jinja2 import Environment, StrictUndefined
-from summary import Line, Place, figures, measured, read_lines
+from summary import Line, Place, accuracies_before, figures, measured, read_lines
 from tables import COLUMNS, best_first, joined, map_table, overlap_table, table
 
 from lightopd.files import write_atomically
@@ -191,13 +191,13 @@ def maps(name: str, arm: Arm, lines: list[Line]) -> Iterator[str]:
 
 def overlaps(lines: dict[str, list[Line]]) -> Iterator[tuple[str, float, float]]:
     """Of every measured offline run the kind of its target, its last overlap and the points gained."""
-    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
+    before = accuracies_before(lines["untrained"])
     for name, arm in read_arms().items():
         if arm.kind != "offline" or arm.measures or not arm.method:
             continue
         kind = find_method(RECIPES / "methods", arm.method).objective.terms[0].target.kind
         for place, own in measured(lines[name]):
-            if "lowest" not in read_regime(place[1]) and place[1] in before:
+            if place[1] in before:
                 gained = ((line["overlap"], 100 * (line["accuracy"] - before[place[1]])) for line in own)
                 yield from ((kind, *one) for one in gained)
 
@@ -257,7 +257,8 @@ def searches(arms: dict[str, Arm], lines: dict[str, list[Line]]) -> Iterator[str
     head = ["arm", "regime", *(f"{value:g}" for value in rates)]
     rows = []
     for (arm, regime, grid), found in places.items():
-        name = f"`{arm}`" + "".join(f", {setting.rpartition('.')[2]} {value:g}" for setting, value in grid)
+        settings = last_parts(dict(grid)).items()
+        name = f"`{arm}`" + "".join(f", {setting} {value:g}" for setting, value in settings)
         rows.append(
             [name, f"`{regime}`", *(f"{found[value]:.4f}" if value in found else "" for value in rates)]
         )

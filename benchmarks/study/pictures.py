@@ -10,8 +10,8 @@ from typing import Any
 
 import altair
 import pandas
-from arms import Arm, read_regime
-from summary import Line, interval, measured
+from arms import Arm, last_parts
+from summary import Line, accuracies_before, interval, measured
 
 from lightopd.files import write_atomically
 from lightopd.schemas.base import canonical_hash
@@ -36,7 +36,7 @@ def write_pictures(folder: Path, arms: dict[str, Arm], lines: Lines) -> None:
 def drawn_rows(arms: dict[str, Arm], lines: Lines) -> dict[str, Rows]:
     """What each picture shows; none where it has no results."""
     return {
-        "arms": list(gains(arms, lines, question=1)),
+        "arms": list(gains(arms, lines)),
         "map": list(_map_rows(arms, lines)),
         "drift": list(_drifts(arms, lines)),
     }
@@ -58,8 +58,9 @@ def _arms(rows: Rows) -> altair.FacetChart:
     rows = sorted(rows, key=lambda row: (row["regime"] != "large_gap", row["regime"], -row["gain"]))
     order = list(dict.fromkeys(row["arm"] for row in rows))
     labels = altair.Axis(labelLimit=400)
-    shown = pandas.DataFrame(rows).drop(columns="grid")
-    base = altair.Chart(shown).encode(y=altair.Y("arm:N", sort=order, title=None, axis=labels))
+    base = altair.Chart(pandas.DataFrame(rows)).encode(
+        y=altair.Y("arm:N", sort=order, title=None, axis=labels)
+    )
     points = base.mark_point(filled=True, size=60).encode(x="gain:Q")
     bars = base.mark_rule().encode(x=altair.X("low:Q", title="points over the student"), x2="high:Q")
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
@@ -67,45 +68,44 @@ def _arms(rows: Rows) -> altair.FacetChart:
     return (bars + points).properties(width=300).facet(facet, columns=2)
 
 
-def gains(arms: dict[str, Arm], lines: Lines, *, question: int) -> Iterator[dict[str, Any]]:
-    """Points of accuracy over the student before distillation, of every arm that trains, by regime.
+def gains(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
+    """Points of accuracy over the student before, of the first question's arms that train, by regime.
 
     A regime whose student was not measured has none, nor has one that does not choose by accuracy.
     """
-    before = {
-        line["regime"]: line["accuracy"]
-        for line in lines["untrained"]
-        if "lowest" not in read_regime(line["regime"])
-    }
+    before = accuracies_before(lines["untrained"])
     for name, arm in arms.items():
-        for place, own in measured(lines[name]) if question in arm.questions and arm.trains else ():
-            if place[1] not in before:
-                continue
-            found = interval(100 * (line["accuracy"] - before[place[1]]) for line in own)
-            half = found.half_width if found.seeds > 1 else 0.0
-            low, high = found.mean - half, found.mean + half
-            row = {"arm": arm.title, "regime": place[1], "grid": dict(place[2])}
-            yield row | {"gain": found.mean, "low": low, "high": high}
+        for place, own in measured(lines[name]) if 1 in arm.questions and arm.trains else ():
+            if place[1] in before:
+                found = interval(100 * (line["accuracy"] - before[place[1]]) for line in own)
+                low, high = found.ends
+                row = {"arm": arm.title, "regime": place[1]}
+                yield row | {"gain": found.mean, "low": low, "high": high}
 
 
 def _map_rows(arms: dict[str, Arm], lines: Lines) -> Iterator[dict[str, Any]]:
     """Accuracy, KL to the teacher and drift of the last step at every point of the map, with intervals."""
-    before = {line["regime"]: line["accuracy"] for line in lines["untrained"]}
+    before = accuracies_before(lines["untrained"])
     for name in (name for name, arm in arms.items() if 2 in arm.questions):
         for (_, regime, grid), own in measured(lines[name]):
             if regime not in before:
                 continue
-            gained = [100 * (line["accuracy"] - before[regime]) for line in own]
-            values = {
-                "points over the student": gained,
-                "KL, nats": [line["reverse_kl_nats"] for line in own],
-            }
             last = [line["curve"][-1] for line in own]
-            values |= {"ESS": [point["ess"] for point in last], "w": [point["w_mean"] for point in last]}
-            where = {title.rpartition(".")[2]: value for title, value in grid}
-            for measure, found in ((measure, interval(own)) for measure, own in values.items()):
-                row = {"arm": arms[name].title, "regime": regime, **where, "measure": measure}
-                low, high = found.mean - found.half_width, found.mean + found.half_width
+            values = {
+                "points over the student": [100 * (line["accuracy"] - before[regime]) for line in own],
+                "KL, nats": [line["reverse_kl_nats"] for line in own],
+                "ESS": [point["ess"] for point in last],
+                "w": [point["w_mean"] for point in last],
+            }
+            for measure, each in values.items():
+                found = interval(each)
+                low, high = found.ends
+                row = {
+                    "arm": arms[name].title,
+                    "regime": regime,
+                    **last_parts(dict(grid)),
+                    "measure": measure,
+                }
                 yield row | {"value": found.mean, "low": low, "high": high}
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from arms import last_parts, read_regime
 from filelock import FileLock
 from scipy.stats import t as student_t
 from scipy.stats import ttest_rel
@@ -25,6 +26,12 @@ class Interval(NamedTuple):
     half_width: float
     """NaN for one seed."""
     seeds: int
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Lowest and highest value; both the mean for one seed."""
+        half = self.half_width if self.seeds > 1 else 0.0
+        return self.mean - half, self.mean + half
 
     def __str__(self) -> str:
         return f"{self:.4f}"
@@ -90,6 +97,11 @@ def measured(lines: Iterable[Line]) -> Iterator[tuple[Place, list[Line]]]:
     yield from found.items()
 
 
+def accuracies_before(lines: Iterable[Line]) -> dict[str, float]:
+    """Accuracy before distillation, from the lines of `untrained`, of the regimes that choose by it."""
+    return {line["regime"]: line["accuracy"] for line in lines if "lowest" not in read_regime(line["regime"])}
+
+
 def best_tuning(lines: Iterable[Line], place: Place, lowest: str | None = None) -> dict[str, Any] | None:
     """The tuned settings of the best run on the validation prompts, the lowest of equals, if any ran.
 
@@ -150,8 +162,3 @@ def figures(results: Path, regime: str) -> dict[str, Callable[..., str]]:
         return f"{found[0]:.4f}" if found else NOT_MEASURED
 
     return {"figure": figure, "gain": gain, "p": p, "searched": searched}
-
-
-def last_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by the last part of their names."""
-    return {name.rpartition(".")[2]: value for name, value in settings.items()}

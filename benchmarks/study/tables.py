@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from statistics import mean
 
-from arms import Arm
+from arms import Arm, last_parts
 from summary import Interval, Line, Place, interval
 
-Column = tuple[str, Callable[[Place, list[Line]], str]]
+Cell = Callable[[Place, list[Line]], str]
+Column = tuple[str, Cell]
 Places = list[tuple[Place, list[Line]]]
 
 
@@ -18,41 +19,37 @@ def best_first(places: Places) -> Places:
 
 def table(columns: tuple[Column, ...], places: Places, arms: dict[str, Arm]) -> str:
     """One row for each place, named by its arm and its combination of the grid."""
-    head = ["| arm | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     rows = []
     for place, own in places:
-        grid = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in place[2])
+        grid = ", ".join(f"{name} {value:g}" for name, value in last_parts(dict(place[2])).items())
         name = f"{arms[place[0]].title}{': ' if grid else ''}{grid} (`{place[0]}`)"
-        rows.append(f"| {name} | " + " | ".join(cell(place, own) for _, cell in columns) + " |")
-    return "\n".join([*head, *rows])
+        rows.append([name, *(cell(place, own) for _, cell in columns)])
+    return joined(["arm", *(title for title, _ in columns)], rows)
 
 
-def over_seeds(name: str, digits: int = 4, scale: float = 1.0) -> Callable[[Place, list[Line]], str]:
+def over_seeds(name: str, digits: int = 4) -> Cell:
     """A cell with the mean and interval of one figure."""
-
-    def cell(_place: Place, lines: list[Line]) -> str:
-        values = [scale * line[name] for line in lines if line.get(name) is not None]
-        return shown(interval(values), digits) if values else ""
-
-    return cell
+    return cell_of(name, lambda values: shown(interval(values), digits))
 
 
-def mean_of(name: str, digits: int) -> Callable[[Place, list[Line]], str]:
+def mean_of(name: str, digits: int) -> Cell:
     """A cell with the mean of one figure."""
+    return cell_of(name, lambda values: f"{mean(values):,.{digits}f}")
+
+
+def cell_of(name: str, show: Callable[[list[float]], str]) -> Cell:
+    """A cell that shows one figure of the lines that have it; empty where none has."""
 
     def cell(_place: Place, lines: list[Line]) -> str:
         values = [line[name] for line in lines if line.get(name) is not None]
-        return f"{mean(values):,.{digits}f}" if values else ""
+        return show(values) if values else ""
 
     return cell
 
 
 def shown(found: Interval, digits: int) -> str:
     """A mean with its interval, and its seeds where these are not five."""
-    seeds = "" if found.seeds == 5 else f" ({found.seeds})"
-    if found.seeds < 2:
-        return f"{found.mean:.{digits}f}{seeds}"
-    return f"{found.mean:.{digits}f} ± {found.half_width:.{digits}f}{seeds}"
+    return f"{found:.{digits}f}" + ("" if found.seeds == 5 else f" ({found.seeds})")
 
 
 def rate(_place: Place, lines: list[Line]) -> str:
@@ -77,8 +74,9 @@ ACCURACY: Column = ("accuracy", over_seeds("accuracy"))
 GREEDY: Column = ("greedily", over_seeds("greedy_accuracy"))
 KL: Column = ("KL(student, teacher), nats", over_seeds("reverse_kl_nats", 3))
 RATE: Column = ("learning rate", rate)
+OF_ACCURACY = (RATE, ACCURACY, GREEDY, KL)
 COLUMNS: dict[int, tuple[Column, ...]] = {
-    1: (RATE, ACCURACY, GREEDY, KL),
+    1: OF_ACCURACY,
     3: (
         ACCURACY,
         ("seconds to sample", mean_of("rollout_seconds", 1)),
@@ -87,8 +85,8 @@ COLUMNS: dict[int, tuple[Column, ...]] = {
         ("in all", to_the_student),
         ("tokens sampled", mean_of("response_tokens", 0)),
     ),
-    4: (RATE, ACCURACY, GREEDY, KL),
-    5: (RATE, ACCURACY, GREEDY, KL),
+    4: OF_ACCURACY,
+    5: OF_ACCURACY,
     6: (
         RATE,
         ("w", over_seeds("w_mean", 3)),
@@ -136,7 +134,7 @@ def joined(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def at_step(step: float, name: str) -> Callable[[Place, list[Line]], str]:
+def at_step(step: float, name: str) -> Cell:
     """A cell with one figure of the curves at a step."""
 
     def cell(_place: Place, lines: list[Line]) -> str:

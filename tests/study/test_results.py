@@ -105,7 +105,7 @@ def test_the_readme_s_figures_are_those_of_the_results():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     said = readme.partition("## With which loss it works")[2].partition("\n## ")[0]
     lines = {name: read_lines(page.RESULTS, name) for name in ARMS}
-    found = {row["arm"]: row for row in gains(ARMS, lines, question=1) if row["regime"] == "large_gap"}
+    found = {row["arm"]: row for row in gains(ARMS, lines) if row["regime"] == "large_gap"}
     of = {name: found[ARMS[name].title] for name in ARMS if ARMS[name].title in found}
 
     gaining = ("reverse_kl", "live_reverse_kl", "trl", "passes_reverse_kl", "more_sft", "passes_more_sft")
@@ -128,6 +128,32 @@ def test_the_readme_s_figures_are_those_of_the_results():
         line["bytes_per_token"] for line in own["top_k"] if line["grid"] == {"precompute.top_k": 1}
     ]
     assert re.findall(r"(\d+) bytes a token", said) == [f"{mean(bytes_per_token):.0f}"]
+
+
+def test_what_other_pages_say_of_the_map_is_what_the_results_say():
+    gain = figures(page.RESULTS, "large_gap")["gain"]
+    at = {
+        (arm, rollouts): f"{abs(float(gain(arm, lr=1e-4, batch_sequences=rollouts).split()[0])):.1f}"
+        for arm in ("map", "map_reverse_kl")
+        for rollouts in (64, 2048)
+    }
+    pages = Path(__file__).parents[2] / "docs"
+    guide, training = (pages / "methods" / "README.md").read_text(), (pages / "training.md").read_text()
+    lost = f"lost {at['map_reverse_kl', 64]} points, where the paper's loss lost {at['map', 64]}"
+    assert lost in " ".join(guide.split())
+    assert f"lost {at['map', 2048]} to {at['map', 64]} points at 1e-4" in " ".join(training.split())
+
+
+def test_the_rows_of_the_decision_on_the_default_are_those_of_the_results():
+    told = figures(page.RESULTS, "large_gap")
+    decision = (Path(__file__).parents[2] / "docs" / "decisions" / "0013-default-objective.md").read_text()
+    for regime in ("large_gap", "other_teacher", "backwards", "small_gap", "long_answers"):
+        cells = [told["figure"](arm, regime=regime) for arm in ("untrained", "lightning", "reverse_kl")]
+        assert f"| `{regime}`, accuracy | {' | '.join(cells)} |" in decision
+    cells = [
+        told["figure"](arm, "reverse_kl_nats", 3, regime="smollm2") for arm in ("lightning", "reverse_kl")
+    ]
+    assert " | ".join(cells) in decision
 
 
 def mean_seconds(lines, part):
