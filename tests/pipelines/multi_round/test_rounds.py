@@ -94,9 +94,8 @@ def test_a_refusal_that_is_set_aside_in_every_round_is_told_once_for_each_stage(
 
 
 def test_each_round_takes_the_next_prompts(finished):
-    out, _ = finished
-    assert prompts_of(out / "round-000" / "cache") == {"p0", "p1", "p2", "p3"}
-    assert prompts_of(out / "round-001" / "cache") == {"p4", "p5", "p6", "p7"}
+    assert prompts_of(finished[0] / "round-000" / "cache") == {"p0", "p1", "p2", "p3"}
+    assert prompts_of(finished[0] / "round-001" / "cache") == {"p4", "p5", "p6", "p7"}
 
 
 def test_each_round_draws_with_a_seed_of_its_own(finished):
